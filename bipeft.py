@@ -1,0 +1,1922 @@
+"""BIPEFT in one file: search which PEFT modules to keep, where, and at which rank.
+
+    Chang et al., "BIPEFT: Budget-Guided Iterative Search for Parameter Efficient Fine-Tuning of
+    Large Pretrained Language Models", Findings of EMNLP 2024, arXiv 2410.09079.
+
+    python bipeft.py --task toy                            a generated task, offline, on a laptop
+    python bipeft.py --task rte                            google-t5/t5-large and GLUE's RTE, from the hub
+    python bipeft.py --task rte --model DIR --data-dir DIR the same from local folders
+    python bipeft.py --task mrpc --structure runs/rte-s2-0/structure.json      transfer (Table 4)
+
+Given a frozen T5, a task and a budget of B parameters, one short differentiable search decides
+which of N candidate modules are kept and at which of K ranks; the structure is then trained anew.
+Read it beside the paper: section 1 is Eq. (1)-(10), sections 2 and 3 are the search spaces,
+section 4 is Algorithm 1. "Reading n" in a comment is point n of docs/decisions.md, which lists
+every place where the paper leaves a choice. Ratios are in parts per ten thousand (the paper's %%).
+
+    paper         in the code                     shape    meaning
+    N, K          len(space), len(ranks)                   candidate modules; candidate ranks (Dim)
+    R                                                      max(Dim), the rank at which weights are held
+    Theta         theta                           [N, 2]   binary architecture weights: remove, keep
+    Phi           phi                             [N, K]   rank architecture weights
+    Delta W       space.weights, P numbers        [P]      weights of the PEFT modules, end to end
+    W_0           model                                    the pretrained backbone, frozen
+    G             train_gradient, val_gradient    [P]      gradients of Delta W
+    f, alpha, s   magnitude, alignment, sensitivity  [N]   Eq. 2, 3, 1
+    s-bar         smoothed                        [N]      Eq. 4
+    I_t           indicators[-1]                  [N]      importance indicator, 0 or 1
+    beta_t        beta                                     stability; tau its threshold, H its window
+    z, Z          triggers_done, triggers                  triggers so far, and at most
+    E_t, R_z      expected, reduction                      expected parameters; portion to take off
+    b, d, k*      kept, fixed, choice             [N]      module kept; rank fixed; index of that rank
+    p_n           keep                            [N]      probability that a module is kept
+    q_n           space.costs                     [N, K]   parameters of module n at each rank
+    C_n           cost                            [N]      Eq. 8, expected parameters of a module
+    lambda        instability                     [N]      Eq. 9, low for a settled rank
+    v             potential                       [N]      the rank a module would have now
+    Y_z           quota                                    Eq. 10, ranks to fix at this trigger
+    B             budget                                   in parameters
+"""
+
+import argparse
+import dataclasses
+import io
+import json
+import math
+import os
+import random
+import re
+import signal
+import string
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+
+class UsageError(ValueError):
+    """A person's mistake. The message is one line: what is wrong, and what to do about it."""
+
+
+# ==================================================================================================
+# 1. The equations (3.2 - 3.5). Tensors in, tensors out: no model, no state, no host reads.
+# ==================================================================================================
+
+
+def sensitivity(train_magnitude, val_magnitude, alignment):
+    """Eq. (1):  s_n = f_n(D_tra) + alpha_n · f_n(D_val).   All [N]; returns s, [N]."""
+    return train_magnitude + alignment * val_magnitude
+
+
+def magnitude(weights, gradients, lengths, counts):
+    """Eq. (2):  f_n(D) = 1/|M_n| · sum over w in M_n of |w · G(w, D)|
+
+    weights, gradients: w and G of all modules end to end, [P], of the same moment.
+    lengths: how many of the P numbers each module holds, [N], summing to P.
+    counts: |M_n|, [N]: all of them while the rank is open, those of the slice once it is fixed,
+        outside of which G is zero (reading 1).
+    Returns f, [N]. Raises ValueError where weights and gradients differ in shape.
+    """
+    if weights.shape != gradients.shape:
+        raise ValueError(f"weights {tuple(weights.shape)} and gradients {tuple(gradients.shape)} differ")
+    return segment_sum((weights * gradients).abs(), lengths) / counts
+
+
+def alignment(train_gradients, val_gradients, lengths):
+    """Eq. (3):  alpha_n = cos(G_n(D_tra), G_n(D_val)), over the module's whole flattened gradients
+
+    train_gradients, val_gradients: [P].   lengths: [N], summing to P.
+    Returns alpha, [N], in -1 .. 1, and 0 where either gradient is zero (reading 1).
+    """
+    dot = segment_sum(train_gradients * val_gradients, lengths)
+    # Two roots, not the root of a product: squares of small gradients multiply to an underflow.
+    norms = (segment_sum(train_gradients.square(), lengths).sqrt()
+             * segment_sum(val_gradients.square(), lengths).sqrt())
+    return torch.where(norms > 0, dot / norms.clamp(min=torch.finfo(norms.dtype).tiny), 0.0).clamp(-1, 1)
+
+
+def segment_sum(values, lengths):
+    """Sums of consecutive runs of a vector.   values: [P].   lengths: [N].   Returns [N]."""
+    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
+
+
+def smooth(previous, current, gamma):
+    """Eq. (4):  s-bar_t = gamma · s-bar_{t-1} + (1 - gamma) · s_t.   All [N]; gamma in 0 .. 1."""
+    return gamma * previous + (1 - gamma) * current
+
+
+def importance_indicator(smoothed, cost, kept, budget):
+    """3.2.2:  I_t marks the most sensitive modules that fit the budget together
+
+    Walks the kept modules in descending s-bar, adding up C_n, and stops at the first that would
+    pass B (reading 2).   smoothed: s-bar, [N].   cost: C_n in parameters, [N].   kept: b, [N] bool.
+    budget: B, in parameters.   Returns I_t, [N] bool.
+    """
+    order = smoothed.masked_fill(~kept, -math.inf).argsort(descending=True, stable=True)
+    fits = (cost * kept)[order].cumsum(0) <= budget
+    return torch.zeros_like(kept).scatter(0, order, fits & kept[order])
+
+
+def stability(indicators, window):
+    """Eq. (5):  beta_t = 1/H · sum for j = t-H+1 .. t of cos(I_j, I_{j-1})
+
+    The sum as printed has H + 1 terms over H, so that it could reach 1.2; here it has H (reading 3).
+    indicators: the latest I, oldest first, [at least 1, N]; the last H + 1 are read.   window: H.
+    Returns beta_t, a scalar in 0 .. 1; 0 with fewer than H + 1 indicators (not stable yet).
+    Two empty indicators count as equal (1), an empty and a non-empty one as different (0).
+    """
+    if len(indicators) < window + 1:
+        return torch.zeros((), dtype=torch.float64, device=indicators.device)
+    ones = indicators[-(window + 1):].double()
+    before, after = ones[:-1], ones[1:]
+    sizes = before.sum(1) * after.sum(1)
+    cosines = (before * after).sum(1) / sizes.sqrt().clamp(min=1)
+    return torch.where(before.sum(1) + after.sum(1) == 0, 1.0, cosines).mean()
+
+
+def expected_reduction(expected, budget, triggers, triggers_done):
+    """Eq. (6):  R_z = (E_t - B) / (Z - z), in parameters
+
+    triggers_done: z counts the triggers already done, 0 .. Z-1, so that Z - z is never 0
+    (reading 5).   Raises ValueError outside of that.
+    """
+    if not 0 <= triggers_done < triggers:
+        raise ValueError(f"z = {triggers_done} is outside 0..{triggers - 1}: no trigger is left")
+    return (expected - budget) / (triggers - triggers_done)
+
+
+def expected_parameters(keep, cost):
+    """Eq. (7):  E_t = sum_n p_n · C_n, in parameters
+
+    The inner sum over k, as printed, would add up what Eq. (8) has already summed (reading 4).
+    keep: p_n, [N].   cost: C_n in parameters, [N].   Returns a scalar.
+    """
+    return (keep * cost).sum()
+
+
+def keep_probability(theta, kept, certain):
+    """3.3.1:  p_n = b_n · softmax(Theta_n)[1], or b_n itself once `certain` (reading 7)
+
+    theta: [N, 2].   kept: b, [N] bool.   certain: bool.   Returns p, [N].
+    """
+    keep = torch.ones_like(theta[:, 1]) if certain else theta.softmax(1)[:, 1]
+    return keep * kept
+
+
+def expected_cost(phi, costs, fixed, choice):
+    """Eq. (8):  C_n = q_n[k*_n] where the rank is fixed, else q_n · softmax(Phi_n)
+
+    phi: [N, K].   costs: q_n in parameters, [N, K].   fixed: d, [N] bool.   choice: k*, [N] int.
+    Returns C, [N] float64, so that sums of parameters are exact.
+    """
+    costs = costs.double()
+    at_choice = costs.gather(1, choice[:, None]).squeeze(1)
+    return torch.where(fixed, at_choice, (costs * phi.double().softmax(1)).sum(1))
+
+
+def select_modules(smoothed, expected, kept, reduction):
+    """3.3.2:  the modules to remove at a trigger
+
+    Removes from the lowest s-bar up while the removed p_n · C_n add up to at most R_z, and stops at
+    the first that does not fit (reading 6): what was not removed stays in the next E_t.
+    smoothed: s-bar, [N].   expected: p_n · C_n in parameters, [N].   kept: b, [N] bool.
+    reduction: R_z, scalar; if it is not positive nothing goes.   Returns the removed, [N] bool.
+    """
+    order = smoothed.masked_fill(~kept, math.inf).argsort(stable=True)
+    fits = (expected * kept)[order].cumsum(0) <= reduction
+    return torch.zeros_like(kept).scatter(0, order, fits & kept[order])
+
+
+def rank_instability(history):
+    """Eq. (9):  lambda_n = 1/K · sum_k sigma_{n,k} · KL(Phi_j,n ‖ Phi_t,n)
+
+    history: softmax(Phi) of every step from the last trigger, j, to this one, t, both included,
+        [S, N, K].   sigma is the population deviation over these steps; the divergence is that of
+    the first from the last, in nats (reading 8).   Returns lambda, [N]; lower is more stable.
+    """
+    first, last = history[0], history[-1]
+    divergence = (first * (first.log() - last.log())).sum(1)
+    return history.std(0, unbiased=False).mean(1) * divergence
+
+
+def potential_ranks(phi, ranks, kept, fixed, choice, ranked):
+    """3.4.2:  v_n = Dim[argmax Phi_n], Dim[k*_n] if fixed, 0 if removed
+
+    phi: [N, K].   ranks: Dim, rank values, [K].   kept, fixed: b, d, [N] bool.   choice: k*, [N].
+    ranked: [N] bool, False for kinds without a rank, which count as 0 (reading 9).
+    Returns v, [N] float64.
+    """
+    index = torch.where(fixed, choice, phi.argmax(1))
+    return ranks.double()[index] * (kept & ranked)
+
+
+def rank_quota(potential_before, potential_now, fixed, remaining):
+    """Eq. (10):  Y_z = floor( sum(1 - d_{z-1}) · cos(v_{z-1}, v_z) / (Z - z) )
+
+    potential_before, potential_now: v at the last trigger and now, [N].   fixed: d, [N] bool, True
+    for modules that this trigger has just removed.   remaining: Z - z >= 1; at 1, the last trigger,
+    every open rank is to be fixed (reading 9).   Returns Y_z, an integer scalar.
+    """
+    still_open = (~fixed).sum()
+    if remaining == 1:
+        return still_open
+    norms = (potential_before.square().sum() * potential_now.square().sum()).sqrt()
+    cosine = (potential_before * potential_now).sum() / norms.clamp(min=1)
+    return (still_open * cosine / remaining).floor().long()
+
+
+def select_ranks(instability, fixed, quota):
+    """3.4.2:  the open modules with the Y_z lowest lambda, whose ranks get fixed
+
+    instability: lambda, [N].   fixed: d, [N] bool.   quota: Y_z.   Returns [N] bool.
+    """
+    order = instability.masked_fill(fixed, math.inf).argsort(stable=True)
+    first = torch.arange(len(order), device=order.device) < quota
+    return torch.zeros_like(fixed).scatter(0, order, first) & ~fixed
+
+
+def gumbel_noise(shape, generator):
+    """-log(-log(u)), u uniform in (0, 1).   Returns a float32 tensor of `shape` on the CPU."""
+    u = torch.rand(shape, generator=generator).clamp(min=torch.finfo(torch.float32).tiny)
+    return -torch.log(-torch.log(u))
+
+
+def gumbel_softmax(logits, noise, temperature, hard=True):
+    """3.5, after Jang et al. 2017:  softmax((logits + noise) / temperature) along the last axis
+
+    logits, noise: [..., C].   temperature: > 0.   hard: the value is the one-hot arg-max, while the
+    gradient is still that of the softmax (straight-through).   Returns [..., C].
+    """
+    soft = ((logits + noise) / temperature).softmax(-1)
+    if not hard:
+        return soft
+    one_hot = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
+    return one_hot + (soft - soft.detach())      # the bracket is exactly 0, so that shut is exactly 0
+
+
+def slice_mask(rank_weights, leading):
+    """3.5, weight entanglement:  of R rank components the first Dim[k] are in use
+
+    rank_weights: how much each candidate rank is chosen, [N, K], rows summing to 1 (one-hot when
+    hard).   leading: row k holds Dim[k] ones, then zeros, [K, R].   Returns [N, R].
+    """
+    return rank_weights @ leading
+
+
+def fill_budget(smoothed, costs, kept, choice, budget):
+    """Reading 10, once after the last trigger:  the budget is a promise, and is used up
+
+    Drops the least sensitive kept module while the total is above B; then offers what is free to
+    the modules left out, in descending s-bar, each at the largest candidate rank that fits.
+    smoothed: s-bar, N numbers.   costs: q, N lists of K integers, ascending.   kept: N bools.
+    choice: k*, N indices.   budget: B.   Returns (kept, choice), new lists.
+    """
+    kept, choice = list(kept), list(choice)
+    by_sensitivity = sorted(range(len(kept)), key=lambda n: (-smoothed[n], n))
+    free = budget - sum(costs[n][choice[n]] for n in range(len(kept)) if kept[n])
+    for n in reversed(by_sensitivity):
+        if free < 0 and kept[n]:
+            kept[n] = False
+            free += costs[n][choice[n]]
+    for n in by_sensitivity:
+        fitting = [k for k, cost in enumerate(costs[n]) if cost <= free]
+        if not kept[n] and fitting:
+            kept[n], choice[n] = True, fitting[-1]
+            free -= costs[n][fitting[-1]]
+    return kept, choice
+
+
+# ==================================================================================================
+# 2. The searchable modules (4.1). Each holds its weights once, at the largest rank.
+# ==================================================================================================
+
+
+class Searchable(nn.Module):
+    """A PEFT module at one place of the backbone.
+
+    A pass of the search gives it two rows: `mask`, [R], which rank components are in use, and
+    `state` = gate · mask, [R]. Since every rank uses the first component, state[0] is the gate.
+    Everything that a module adds is scaled by `state`, so that a shut gate adds exactly zero and yet
+    has a gradient. Outside of a search both are None: the whole module, at the rank it was built with.
+
+    place: the backbone's module that it attaches to.   rank: r, what it is built with.
+    generator: the source of its random initial weights.
+    """
+
+    roles = ()            # the kinds of place, named in `places`, that take this module
+    ranked = True         # False: there is nothing to choose a rank of
+    state = mask = None
+    active = True         # False skips it: what a shut gate adds is zero, so why compute it
+
+    def tensor(self, *shape, init=None, generator=None):
+        """A float32 parameter: zeros, Kaiming-uniform (init='kaiming') or N(0, init^2)."""
+        value = torch.zeros(*shape)
+        if init == "kaiming":
+            nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+        elif init is not None:
+            value.normal_(0, init, generator=generator)
+        return nn.Parameter(value)
+
+    def sliced(self, h):
+        """h: [..., R], rank components.   Returns them times gate · mask."""
+        return h if self.state is None else h * self.state.to(h.dtype)
+
+    def gated(self, w):
+        """w: a tensor without a rank axis.   Returns it times the gate."""
+        return w if self.state is None else w * self.state[0]
+
+    def attach(self, place):
+        """Hooks the module to its place; returns the handle whose remove() undoes that."""
+        return place.register_forward_hook(self._after)
+
+    def _after(self, place, args, output):
+        if not self.active:
+            return None                                         # leaves the output as it is
+        first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+        changed = self(args[0], first)
+        return changed if rest is None else (changed, *rest)
+
+
+class LoRA(Searchable):
+    """Hu et al. 2022:  y + B A x, on a linear layer. No extra scaling (alpha/r = 1)."""
+
+    roles = ("linear",)
+
+    def __init__(self, place, rank, generator=None):
+        super().__init__()
+        self.A = self.tensor(rank, place.in_features, init="kaiming", generator=generator)   # R^(r×in)
+        self.B = self.tensor(place.out_features, rank)                                       # R^(out×r)
+
+    def forward(self, x, y):
+        """x: [..., in], the layer's input.   y: [..., out], its output.   Returns the new y."""
+        h = self.sliced(F.linear(x, self.A.to(x.dtype)))                                     # [..., r]
+        return y + F.linear(h, self.B.to(x.dtype)).to(y.dtype)
+
+
+class LowRankAdapter(Searchable):
+    """Adapter-LR of S3Delta (Hu et al. 2022b):  y + U gelu(D y), D and U products of rank-r factors.
+
+    d -> m = d/32 -> d after a self-attention or feed-forward block. U's second factor starts at
+    zero and its first does not: the module starts as the zero function, and every factor can learn.
+    """
+
+    roles = ("attention", "ffn")
+
+    def __init__(self, place, rank, generator=None):
+        super().__init__()
+        d = width(place)
+        m = max(1, d // 32)
+        self.down_in = self.tensor(rank, d, init="kaiming", generator=generator)      # R^(r×d)
+        self.down_out = self.tensor(m, rank, init="kaiming", generator=generator)     # R^(m×r)
+        self.down_bias = self.tensor(m)                                               # R^m
+        self.up_in = self.tensor(rank, m, init="kaiming", generator=generator)        # R^(r×m)
+        self.up_out = self.tensor(d, rank)                                            # R^(d×r)
+        self.up_bias = self.tensor(d)                                                 # R^d
+
+    def forward(self, x, y):
+        """y: [..., d], the block's output, which is also the adapter's input.   Returns the new y."""
+        dtype = y.dtype
+        h = F.linear(y, self.down_in.to(dtype))                                       # [..., r]
+        # The gate acts once, at the end: applied here too, a shut gate would have no gradient.
+        h = h if self.mask is None else h * self.mask.to(dtype)
+        h = F.gelu(F.linear(h, self.down_out.to(dtype), self.down_bias.to(dtype)))    # [..., m]
+        h = self.sliced(F.linear(h, self.up_in.to(dtype)))                            # [..., r]
+        return y + F.linear(h, self.up_out.to(dtype), self.gated(self.up_bias).to(dtype))
+
+
+class SerialAdapter(Searchable):
+    """Houlsby et al. 2019:  y + U gelu(D y), bottleneck r, on a feed-forward block's output y."""
+
+    roles = ("ffn",)
+
+    def __init__(self, place, rank, generator=None):
+        super().__init__()
+        d = width(place)
+        self.down = self.tensor(rank, d, init="kaiming", generator=generator)         # R^(r×d)
+        self.down_bias = self.tensor(rank)                                            # R^r
+        self.up = self.tensor(d, rank)                                                # R^(d×r)
+        self.up_bias = self.tensor(d)                                                 # R^d
+
+    def bottleneck(self, h):
+        """h: [..., d].   Returns U gelu(D h), [..., d]."""
+        dtype = h.dtype
+        h = self.sliced(F.gelu(F.linear(h, self.down.to(dtype), self.down_bias.to(dtype))))
+        return F.linear(h, self.up.to(dtype), self.gated(self.up_bias).to(dtype))
+
+    def forward(self, x, y):
+        """y: [..., d], the block's output.   Returns the new y."""
+        return y + self.bottleneck(y)
+
+
+class ParallelAdapter(SerialAdapter):
+    """He et al. 2022:  y + U gelu(D x), bottleneck r, beside a feed-forward block with input x."""
+
+    def forward(self, x, y):
+        """x, y: [..., d], the block's input and output.   Returns the new y."""
+        return y + self.bottleneck(x).to(y.dtype)
+
+
+class BitFit(Searchable):
+    """Ben Zaken et al. 2022:  y + b, a bias on a linear layer or a layer norm (T5 has none)."""
+
+    roles = ("linear", "norm")
+    ranked = False
+
+    def __init__(self, place, rank, generator=None):
+        super().__init__()
+        self.bias = self.tensor(place.out_features if isinstance(place, nn.Linear) else place.weight.numel())
+
+    def forward(self, x, y):
+        """y: [..., out], the place's output.   Returns the new y."""
+        return y + self.gated(self.bias).to(y.dtype)
+
+
+class LNFit(Searchable):
+    """A trainable delta on a layer norm's weight:  (w + delta) · x/rms(x) = y + delta · x/rms(x)."""
+
+    roles = ("norm",)
+    ranked = False
+
+    def __init__(self, place, rank, generator=None):
+        super().__init__()
+        self.delta = self.tensor(place.weight.numel())
+        self.epsilon = place.variance_epsilon
+
+    def forward(self, x, y):
+        """x, y: [..., d], the norm's input and output.   Returns the new y."""
+        return y + F.rms_norm(x.float(), self.delta.shape, self.gated(self.delta), self.epsilon).to(y.dtype)
+
+
+class Prefix(Searchable):
+    """Li & Liang 2021:  r key/value pairs of its own before those of a self-attention."""
+
+    roles = ("attention",)
+
+    def __init__(self, place, rank, generator=None):
+        super().__init__()
+        self.heads, self.width = place.n_heads, place.key_value_proj_dim
+        self.keys = self.tensor(rank, self.heads * self.width, init=0.02, generator=generator)
+        self.values = self.tensor(rank, self.heads * self.width, init=0.02, generator=generator)
+
+    def forward(self, dtype):
+        """Returns keys and values, [heads, r, d_kv] each, and the weight of each pair, [r]."""
+        keys, values = (pairs.to(dtype).unflatten(1, (self.heads, self.width)).transpose(0, 1)
+                        for pairs in (self.keys, self.values))
+        return keys, values, keys.new_ones(keys.shape[1]) if self.state is None else self.state
+
+    def attach(self, place):
+        """The pairs travel to `prefix_attention` as a keyword that T5's attention hands on."""
+        def before(place, args, kwargs):
+            return (args, {**kwargs, "prefix": self(args[0].dtype)}) if self.active else None
+        return place.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def prefix_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0,
+                     position_bias=None, prefix=None, **kwargs):
+    """Attention over prefix and sequence, with the exponentials of the prefix weighed by its gates.
+
+    A shut pair has weight exactly zero and a finite gradient towards its gate, which the logarithm
+    of a gate, added to the scores, could not give.   query: [batch, heads, q, d_kv].   key, value:
+    [batch, heads, s, d_kv].   attention_mask, position_bias: added to the scores.   prefix: what
+    `Prefix.forward` returns, or None: plain attention.   Returns ([batch, q, heads, d_kv], None).
+    """
+    if prefix is None:
+        plain = transformers.AttentionInterface()["sdpa"]
+        return plain(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                     position_bias=position_bias, **kwargs)
+    keys, values, weight = prefix
+    scores = torch.matmul(query, key.transpose(2, 3)).float() * scaling               # [b, h, q, s]
+    for bias in (position_bias, attention_mask):
+        scores = scores if bias is None else scores + bias
+    own = torch.matmul(query, keys.transpose(1, 2)).float() * scaling                 # [b, h, q, r]
+    top = torch.cat([scores, own.masked_fill(weight == 0, -math.inf)], -1).amax(-1, keepdim=True).detach()
+    # Only a shut pair can lie above `top`; the clamp keeps its exponential, a gradient, finite.
+    raised = torch.cat([weight * (own - top).clamp(max=30).exp(), (scores - top).exp()], -1)
+    share = (raised / raised.sum(-1, keepdim=True)).to(value.dtype)
+    share = F.dropout(share, dropout, module.training)
+    values = torch.cat([values.expand(len(value), -1, -1, -1), value], 2)             # [b, h, r+s, d_kv]
+    return torch.matmul(share, values).transpose(1, 2).contiguous(), None
+
+
+def width(place):
+    """d_model of a self-attention or feed-forward block."""
+    return place.o.out_features if hasattr(place, "o") else place.wo.out_features
+
+
+KINDS = {        # a new kind of module is one class and one line here
+    "lora": LoRA,
+    "adapter_lr": LowRankAdapter,
+    "bitfit": BitFit,
+    "lnfit": LNFit,
+    "serial": SerialAdapter,
+    "parallel": ParallelAdapter,
+    "prefix": Prefix,
+}
+SPACES = {
+    "s1": ("serial", "parallel", "prefix"),                 # AutoPEFT's (Zhou et al. 2024)
+    "s2": ("lora", "adapter_lr", "bitfit", "lnfit"),        # S3Delta's (Hu et al. 2022b)
+    "all": tuple(KINDS),
+}
+
+
+# ==================================================================================================
+# 3. The search spaces: where in the backbone each module attaches (4.1, S1 and S2)
+# ==================================================================================================
+
+
+def places(model):
+    """Every place of a T5 that can take a module, in the order of computation.
+
+    No cross-attention projection is among them, as in S3Delta; its layer norm is.
+    model: any nn.Module that holds one T5 (v1.0, v1.1, Flan, mT5; encoder, decoder or both).
+    Yields (name, role, place); name starts at the T5's own "encoder" or "decoder".
+    Raises UsageError if the model holds no T5, or two.
+    """
+    stacks = [(name.rpartition(".")[2], stack) for name, stack in model.named_modules()
+              if type(stack).__name__ in ("T5Stack", "MT5Stack")]
+    if not stacks:
+        raise UsageError(f"{type(model).__name__} is no T5: give a model of the T5, v1.1, Flan-T5 or mT5 family")
+    if len({name for name, _ in stacks}) < len(stacks):
+        raise UsageError("the model holds more than one T5: pass the one that is to be adapted")
+    for stack_name, stack in stacks:
+        for i, block in enumerate(stack.block):
+            for j, layer in enumerate(block.layer):
+                at = f"{stack_name}.block.{i}.layer.{j}"
+                yield f"{at}.layer_norm", "norm", layer.layer_norm
+                for name, role in (("SelfAttention", "attention"), ("DenseReluDense", "ffn")):
+                    if hasattr(layer, name):
+                        inner = getattr(layer, name)
+                        yield f"{at}.{name}", role, inner
+                        for child, linear in inner.named_children():
+                            if isinstance(linear, nn.Linear):
+                                yield f"{at}.{name}.{child}", "linear", linear
+        yield f"{stack_name}.final_layer_norm", "norm", stack.final_layer_norm
+
+
+def kinds_of(space):
+    """The kinds in "s1", "s2", "all" or a comma list such as "lora,prefix", as a tuple."""
+    if space in SPACES:
+        return SPACES[space]
+    kinds = tuple(kind.strip() for kind in space.split(","))
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UsageError(f"unknown space or kind of module '{kind}': choose {', '.join(SPACES)}, "
+                             f"or a comma list of {', '.join(KINDS)}")
+    return tuple(dict.fromkeys(kinds))
+
+
+class Peft(nn.Module):
+    """PEFT modules attached to a frozen backbone by hooks: its own tensors stay as they are.
+
+    model: holds a T5.   chosen: the modules, (place name, kind, rank) each.   seed: decides their
+    initial weights.   Raises UsageError for a place or kind that does not exist.
+    All weights live end to end in one vector, `weights`; the modules' tensors are views of it.
+    """
+
+    def __init__(self, model, chosen, seed=0):
+        super().__init__()
+        found = {name: place for name, _, place in places(model)}
+        generator = torch.Generator().manual_seed(derive(seed, 1))
+        self.names, self.kinds, targets = [], [], []
+        self.modules_ = nn.ModuleList()
+        for place, kind, rank in chosen:
+            if place not in found or kind not in KINDS:
+                raise UsageError(f"the model has no place '{place}' for a module of kind '{kind}'")
+            self.names.append(f"{place}.{kind}")
+            self.kinds.append(kind)
+            self.modules_.append(KINDS[kind](found[place], rank, generator))
+            targets.append(found[place])
+        self.modules_.to(next(model.parameters()).device)
+        self._flatten()
+        self._frozen = [p for p in model.parameters() if p.requires_grad]
+        for p in self._frozen:
+            p.requires_grad_(False)
+        self._backbone = None
+        if "prefix" in self.kinds:
+            self._use_prefix_attention(model)
+        self.handles = [m.attach(place) for m, place in zip(self.modules_, targets)]
+
+    def __len__(self):
+        return len(self.names)
+
+    def _flatten(self):
+        """Moves every tensor into one vector, so that a step over all of them is one operation."""
+        parts, start = list(self.modules_.parameters()), 0
+        flat = torch.cat([p.detach().flatten() for p in parts])
+        for p in parts:
+            p.data = flat[start:start + p.numel()].view_as(p)
+            start += p.numel()
+        self.weights = flat
+        self.lengths = torch.tensor([sum(p.numel() for p in m.parameters()) for m in self.modules_],
+                                    device=flat.device)
+
+    def _use_prefix_attention(self, model):
+        """transformers' public registry of attention functions is where a prefix comes in."""
+        transformers.AttentionInterface.register("bipeft_prefix", prefix_attention)
+        transformers.AttentionMaskInterface.register(
+            "bipeft_prefix", transformers.masking_utils.eager_mask)
+        self._backbone = next(m for m in model.modules() if isinstance(m, transformers.PreTrainedModel))
+        self._attention = self._backbone.config._attn_implementation
+        self._backbone.set_attn_implementation("bipeft_prefix")
+
+    def detach(self):
+        """Takes everything off: the backbone computes bit for bit what it did before."""
+        for handle in self.handles:
+            handle.remove()
+        for p in self._frozen:
+            p.requires_grad_(True)
+        if self._backbone is not None:
+            self._backbone.set_attn_implementation(self._attention)
+        self._frozen, self._backbone = [], None
+
+    def tensors(self):
+        """{module's name.tensor's name: tensor} of all weights, on the CPU."""
+        return {f"{name}.{key}": p.detach().cpu().contiguous()
+                for name, m in zip(self.names, self.modules_) for key, p in m.named_parameters()}
+
+    def save(self, path):
+        """Writes the trained weights alone, atomically, as safetensors."""
+        write_atomically(path, safetensors.torch.save(self.tensors()))
+
+    def load(self, path):
+        """Reads what `save` wrote. Raises UsageError if the file is not of this structure."""
+        try:
+            stored = safetensors.torch.load_file(path)
+        except Exception as error:
+            raise UsageError(f"{path} can't be read as safetensors ({one_line(error)})") from None
+        own = {f"{name}.{key}": p for name, m in zip(self.names, self.modules_) for key, p in m.named_parameters()}
+        for key in sorted(own.keys() ^ stored.keys()):
+            raise UsageError(f"{path} is of another structure: {key} is only in one of the two")
+        for key, p in own.items():
+            if stored[key].shape != p.shape:
+                raise UsageError(f"{path}: {key} has shape {tuple(stored[key].shape)}, expected {tuple(p.shape)}")
+            p.data.copy_(stored[key])
+
+
+class Space(Peft):
+    """All candidate modules of a search space, attached at the largest rank.
+
+    model: holds a T5.   space: "s1", "s2", "all" or a comma list of kinds.   ranks: Dim, ascending.
+    seed: decides the initial weights.   `costs`, [N, K], counts real tensors: those of the module
+    as it would be built at each rank.
+    """
+
+    def __init__(self, model, space="s2", ranks=(1, 4, 8), seed=0):
+        ranks = tuple(ranks)
+        if not ranks or ranks[0] < 1 or any(a >= b for a, b in zip(ranks, ranks[1:])):
+            raise UsageError(f"ranks {ranks} must be whole numbers from 1 up, each larger than the one before")
+        kinds = kinds_of(space)
+        spots = [(name, kind, place) for name, role, place in places(model)
+                 for kind in kinds if role in KINDS[kind].roles]
+        super().__init__(model, [(name, kind, ranks[-1]) for name, kind, _ in spots], seed)
+        self.space, self.ranks = space, ranks
+        self.geometry = geometry(model)
+        device = self.weights.device
+        self.register_buffer("dim", torch.tensor(ranks, device=device))
+        self.register_buffer("leading", (torch.arange(ranks[-1], device=device) < self.dim[:, None]).float())
+        self.register_buffer("ranked", torch.tensor([KINDS[k].ranked for k in self.kinds], device=device))
+        with torch.device("meta"):
+            costs = [[sum(p.numel() for p in KINDS[kind](place, rank).parameters()) for rank in ranks]
+                     for _, kind, place in spots]
+        self.register_buffer("costs", torch.tensor(costs, device=device))
+
+    def enter(self, gate, rank_weights, skip_shut):
+        """Puts an architecture into the modules for the passes that follow.
+
+        gate: [N], 0 or 1 (or soft).   rank_weights: [N, K], rows summing to 1.   Both may carry
+        gradients.   skip_shut: a module whose gate is 0 computes nothing.
+        """
+        mask = slice_mask(rank_weights, self.leading)                          # [N, R]
+        state = gate[:, None] * mask                                         # [N, R]
+        active = gate.tolist() if skip_shut else [1.0] * len(self)
+        for m, m_state, m_mask, on in zip(self.modules_, state.unbind(), mask.unbind(), active):
+            m.state, m.mask, m.active = m_state, m_mask, on != 0
+
+    def remove(self, gone):
+        """Takes modules off the backbone for good.   gone: N bools."""
+        for n, handle in enumerate(self.handles):
+            if gone[n]:
+                handle.remove()
+
+    def structure(self, kept, choice, budget, backbone=""):
+        """The Structure of the kept modules.   kept: N bools.   choice: k*, N indices."""
+        modules = [{"name": name.rpartition(".")[0], "kind": kind,
+                    "rank": self.ranks[k] if KINDS[kind].ranked else None, "parameters": costs[k]}
+                   for name, kind, on, k, costs in zip(self.names, self.kinds, kept, choice, self.costs.tolist()) if on]
+        return Structure(backbone, self.geometry, self.space, list(self.ranks), budget, modules)
+
+
+@dataclass
+class Structure:
+    """What a search found: enough to rebuild it without the search."""
+
+    backbone: str            # the model's name, for people
+    geometry: dict           # the sizes that must match
+    space: str
+    ranks: list
+    budget: int              # B
+    modules: list            # {"name": place, "kind", "rank" (None without one), "parameters"} each
+
+    @property
+    def parameters(self):
+        """Parameters in all kept modules together."""
+        return sum(m["parameters"] for m in self.modules)
+
+    def save(self, path):
+        """Writes it as JSON, atomically."""
+        totals = {"modules": len(self.modules), "parameters": self.parameters,
+                  "backbone_parameters": self.geometry["parameters"],
+                  "per_ten_thousand": round(1e4 * self.parameters / self.geometry["parameters"], 4)}
+        write_atomically(path, json.dumps({**dataclasses.asdict(self), "totals": totals}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path):
+        """Reads what `save` wrote. Raises UsageError for a file that is missing or not a structure."""
+        try:
+            stored = json.loads(Path(path).read_text())
+            stored = cls(**{f.name: stored[f.name] for f in dataclasses.fields(cls)})
+            known = all(m["kind"] in KINDS and (m["rank"] in stored.ranks or not KINDS[m["kind"]].ranked)
+                        for m in stored.modules)
+            total = stored.parameters
+        except FileNotFoundError:
+            raise UsageError(f"there is no structure file {path}") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{path} is no structure.json of this program ({one_line(error)})") from None
+        if not known:
+            raise UsageError(f"{path} holds a kind of module or a rank that is not among its own ranks {stored.ranks}")
+        if total > stored.budget:
+            raise UsageError(f"{path} holds {total:,} parameters, more than its budget of {stored.budget:,}")
+        return stored
+
+
+def apply(model, structure, seed=0):
+    """A structure's modules, with fresh weights, on a model.   Returns the attached Peft.
+
+    Raises UsageError if the model is of other sizes, or the file's counts are not those of the
+    tensors that were built.
+    """
+    for key, value in geometry(model).items():
+        if structure.geometry.get(key) != value:
+            raise UsageError(f"the structure is of another backbone: its {key} is "
+                             f"{structure.geometry.get(key)}, this model's is {value}")
+    peft = Peft(model, [(m["name"], m["kind"], m["rank"] or 1) for m in structure.modules], seed)
+    for m, built in zip(structure.modules, peft.lengths.tolist()):
+        if m["parameters"] != built:
+            peft.detach()
+            raise UsageError(f"the structure says {m['parameters']} parameters for {m['name']}.{m['kind']}, "
+                             f"whose tensors hold {built}")
+    return peft
+
+
+def geometry(model):
+    """The sizes of the T5 in a model that a structure depends on, and its number of parameters."""
+    t5 = next((m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)), None)
+    if t5 is None or not hasattr(t5.config, "feed_forward_proj"):
+        raise UsageError(f"{type(model).__name__} is no T5: give a model of the T5, v1.1, Flan-T5 or mT5 family")
+    keys = ("d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers", "is_gated_act")
+    return {**{key: getattr(t5.config, key) for key in keys},
+            "parameters": sum(p.numel() for p in t5.parameters())}
+
+
+# ==================================================================================================
+# 4. Algorithm 1
+# ==================================================================================================
+
+
+class Search:
+    """The state of Algorithm 1, its step, its trigger and its loop.
+
+    model: its forward takes a batch's entries as keywords and returns a loss.   space: attached to
+    it.   budget: B, parameters.   steps: T.   warmup: steps before the first trigger may come.
+    triggers, tau, gamma, window: Z, tau, gamma, H.   lr: of Delta W, falling linearly to 0 over T.
+    arch_lr: of Theta and Phi.   weight_decay: of all three.   seed: decides every random draw.
+    Raises UsageError for a budget that no search can meet.
+    """
+
+    def __init__(self, model, space, budget, steps, warmup=0, triggers=100, tau=0.85, gamma=0.85,
+                 window=5, lr=3e-4, arch_lr=0.01, weight_decay=1e-4, seed=0):
+        self.model, self.space, self.budget, self.steps, self.warmup = model, space, int(budget), steps, warmup
+        self.triggers, self.tau, self.gamma, self.window = triggers, tau, gamma, window
+        self.lr, self.seed = lr, seed
+        smallest, whole = int(space.costs.min()), int(space.costs[:, -1].sum())
+        if not smallest <= self.budget < whole:
+            raise UsageError(f"a budget of {self.budget:,} parameters can't be searched for: the smallest module "
+                             f"has {smallest:,}, the whole space {whole:,}; choose one in between")
+        n, k, device = len(space), len(space.ranks), space.weights.device
+        generator = torch.Generator().manual_seed(derive(seed, 2))
+        self.theta = (1e-3 * torch.randn(n, 2, generator=generator)).to(device).requires_grad_()
+        self.phi = (1e-3 * torch.randn(n, k, generator=generator)).to(device).requires_grad_()
+        space.weights.requires_grad_(False)
+        self.weight_optimizer = torch.optim.AdamW([space.weights], lr=lr, weight_decay=weight_decay)
+        self.theta_optimizer, self.phi_optimizer = (
+            torch.optim.Adam([p], lr=arch_lr, betas=(0.5, 0.999), weight_decay=weight_decay)
+            for p in (self.theta, self.phi))
+        self.kept = torch.ones(n, dtype=torch.bool, device=device)                    # b
+        self.fixed = ~space.ranked                                                    # d
+        self.open_ranks = bool(space.ranked.any())                                    # any d = 0 left
+        self.choice = torch.full((n,), k - 1, device=device)                          # k*
+        self.smoothed = torch.zeros(n, device=device)                                 # s-bar
+        self.indicators = torch.zeros(0, n, dtype=torch.bool, device=device)          # I, the last H + 1
+        self.history = [self.phi.detach().softmax(1)]                                 # since the last trigger
+        self.potential = potential_ranks(self.phi.detach(), space.dim, self.kept, self.fixed,
+                                         self.choice, space.ranked)                   # v
+        self.triggers_done = 0                                                        # z
+        self.step_number = 0                                                          # t
+        self.ended_early = 0                     # triggers carried out because the steps had run out
+
+    def architecture(self, theta, phi, noise, hard=True):
+        """The sampled gate, [N], and rank weights, [N, K], of 3.5, with gradients to theta and phi."""
+        temperature = 5 - 4 * self.step_number / max(1, self.steps - 1)
+        gate = gumbel_softmax(theta, noise[0], temperature, hard)[:, 1] * self.kept
+        settled = F.one_hot(self.choice, phi.shape[1]).to(phi.dtype)
+        return gate, torch.where(self.fixed[:, None], settled, gumbel_softmax(phi, noise[1], temperature, hard))
+
+    def gradients(self, batch, *groups):
+        """Loss of a batch, and its gradient for each group of tensors, laid end to end."""
+        loss = loss_of(self.model(**batch))
+        return loss.detach(), *flat_gradients(loss, *groups)
+
+    def step(self, train_batch, theta_batch, phi_batch):
+        """One step t: the three passes, then Eq. 1-5, then the trigger if stable.   Returns a log line."""
+        space, started = self.space, time.perf_counter()
+        generator = torch.Generator().manual_seed(derive(self.seed, 3, self.step_number))
+        noise = [gumbel_noise(p.shape, generator).to(p.device) for p in (self.theta, self.phi)]
+        torch.manual_seed(derive(self.seed, 4, self.step_number))     # dropout
+        tensors = list(space.modules_.parameters())
+
+        # Update Delta W by gradient descent: the sampled architecture, as constants.
+        with torch.no_grad():
+            gate, rank_weights = self.architecture(self.theta, self.phi, noise)
+        space.enter(gate, rank_weights, skip_shut=True)
+        train_loss, train_gradient = self.gradients(train_batch, tensors)
+        train_magnitude = self.magnitude(train_gradient)              # w and G of one moment
+        for group in self.weight_optimizer.param_groups:
+            group["lr"] = self.lr * (1 - self.step_number / self.steps)
+        space.weights.grad = train_gradient
+        self.weight_optimizer.step()
+
+        # Optimise Theta with Phi held; the same backward pass gives G(D_val).
+        gate, _ = self.architecture(self.theta, self.phi.detach(), noise)
+        space.enter(gate, rank_weights, skip_shut=False)
+        theta_loss, theta_gradient, val_gradient = self.gradients(theta_batch, [self.theta], tensors)
+        val_magnitude = self.magnitude(val_gradient)
+        descend(self.theta_optimizer, self.theta, theta_gradient, self.kept)
+
+        # Then Phi with the updated Theta held: the same noise, so that only Theta has moved.
+        phi_loss = None
+        if self.open_ranks:
+            gate, rank_weights = self.architecture(self.theta.detach(), self.phi, noise)
+            space.enter(gate, rank_weights, skip_shut=True)
+            phi_loss, phi_gradient = self.gradients(phi_batch, [self.phi])
+            descend(self.phi_optimizer, self.phi, phi_gradient, ~self.fixed)
+        self.history.append(self.phi.detach().softmax(1))
+
+        # Accumulate the sensitivity s-bar; the indicator I_t; the stability beta_t.
+        similarity = alignment(train_gradient, val_gradient, space.lengths)
+        current = sensitivity(train_magnitude, val_magnitude, similarity)
+        self.smoothed = torch.where(self.kept, smooth(self.smoothed, current, self.gamma), self.smoothed)
+        cost = expected_cost(self.phi.detach(), space.costs, self.fixed, self.choice)
+        now = importance_indicator(self.smoothed, cost, self.kept, self.budget)
+        self.indicators = torch.cat([self.indicators, now[None]])[-(self.window + 1):]
+        beta = stability(self.indicators, self.window)
+        return self.conclude((train_loss, theta_loss, phi_loss), beta, started)
+
+    def conclude(self, losses, beta, started):
+        """The step's one host read: checks the losses, triggers if beta_t >= tau, and logs."""
+        keep, cost = self.expectation()
+        numbers = torch.stack([x.double() for x in (*losses[:2], losses[2] if losses[2] is not None else losses[1],
+                                                    beta, expected_parameters(keep, cost))]).tolist()
+        if not all(map(math.isfinite, numbers[:3])):
+            raise UsageError(f"the loss is {numbers[0]} at search step {self.step_number + 1}: use --dtype bfloat16 or "
+                             "float32 rather than float16, or a smaller --lr")
+        stable = numbers[3] >= self.tau and self.step_number >= self.warmup
+        self.step_number += 1
+        if stable and self.triggers_done < self.triggers:
+            self.trigger()
+        return {"step": self.step_number, "loss_train": numbers[0], "loss_theta": numbers[1],
+                "loss_phi": None if losses[2] is None else numbers[2], "beta": numbers[3], "expected": numbers[4],
+                "kept": sum(self.kept.tolist()), "fixed": sum((self.fixed & self.kept).tolist()),
+                "triggers": self.triggers_done, "seconds": time.perf_counter() - started}
+
+    def magnitude(self, gradient):
+        """Eq. (2) for the present weights, over the fixed slice where the rank is fixed."""
+        at_choice = self.space.costs.gather(1, self.choice[:, None]).squeeze(1)
+        counts = torch.where(self.fixed, at_choice, self.space.lengths)
+        return magnitude(self.space.weights, gradient, self.space.lengths, counts)
+
+    def expectation(self):
+        """p_n and C_n now. In the last tenth of the triggers p_n is certain (reading 7)."""
+        certain = self.triggers_done >= self.triggers - math.ceil(self.triggers / 10)
+        return (keep_probability(self.theta.detach(), self.kept, certain),
+                expected_cost(self.phi.detach(), self.space.costs, self.fixed, self.choice))
+
+    def trigger(self):
+        """The body of Algorithm 1's `if beta_t >= tau`."""
+        phi, remaining = self.phi.detach(), self.triggers - self.triggers_done
+        keep, cost = self.expectation()
+        # Estimate E_t; calculate R_z; remove from the least sensitive up; update b.
+        expected = expected_parameters(keep, cost)
+        reduction = expected_reduction(expected, self.budget, self.triggers, self.triggers_done)
+        gone = select_modules(self.smoothed, keep * cost, self.kept, reduction)
+        self.kept = self.kept & ~gone
+        self.fixed = self.fixed | gone
+        # Evaluate lambda; estimate Y_z; fix the ranks of the Y_z most stable; update d.
+        instability = rank_instability(torch.stack(self.history))
+        before, self.potential = self.potential, potential_ranks(
+            phi, self.space.dim, self.kept, self.fixed, self.choice, self.space.ranked)
+        quota = rank_quota(before, self.potential, self.fixed, remaining)
+        settled = select_ranks(instability, self.fixed, quota)
+        self.choice = torch.where(settled, phi.argmax(1), self.choice)
+        self.fixed = self.fixed | settled
+        # What is removed or fixed is frozen: `descend` passes over it, its hooks are gone.
+        self.space.remove(gone.tolist())
+        self.open_ranks = not bool(self.fixed.all())
+        self.history = self.history[-1:]
+        self.triggers_done += 1
+
+    def run(self, train_batches, val_batches, backbone="", after_step=None):
+        """The loop of Algorithm 1, from where the state is to the end.
+
+        backbone: a name to write into the structure.   after_step: called with the Search and the
+        step's log line.   Returns a Structure.
+        """
+        was_training = self.model.training
+        self.model.train()
+        with own_randomness(self.space.weights.device):
+            train = stream(train_batches, self.step_number)
+            val = stream(val_batches, 2 * self.step_number)
+            while self.step_number < self.steps and self.triggers_done < self.triggers:    # exit once Z - z is 0
+                line = self.step(next(train), next(val), next(val))
+                if after_step is not None:
+                    after_step(self, line)
+        self.model.train(was_training)
+        return self.finish(backbone)
+
+    def finish(self, backbone=""):
+        """Carries out the triggers that the steps left no room for, and returns the Structure."""
+        self.ended_early = self.triggers - self.triggers_done
+        while self.triggers_done < self.triggers:
+            self.trigger()
+        kept, choice = fill_budget(self.smoothed.tolist(), self.space.costs.tolist(), self.kept.tolist(),
+                                   self.choice.tolist(), self.budget)
+        return self.space.structure(kept, choice, self.budget, backbone)
+
+    STATE = ("theta", "phi", "kept", "fixed", "choice", "smoothed", "indicators", "potential", "open_ranks",
+             "triggers_done", "step_number")
+
+    def state_dict(self):
+        """Everything that a search killed now needs to go on to the same end."""
+        return {**{key: getattr(self, key) for key in self.STATE}, "history": torch.stack(self.history),
+                "weights": self.space.weights, "optimizers": [o.state_dict() for o in self.optimizers()]}
+
+    def load_state_dict(self, state):
+        """Continues from what `state_dict` returned."""
+        with torch.no_grad():
+            self.theta.copy_(state["theta"])
+            self.phi.copy_(state["phi"])
+            self.space.weights.copy_(state["weights"])
+        for key in self.STATE[2:]:
+            value = state[key]
+            setattr(self, key, value.to(self.theta.device) if torch.is_tensor(value) else value)
+        self.history = list(state["history"].to(self.theta.device))
+        for optimizer, stored in zip(self.optimizers(), state["optimizers"]):
+            optimizer.load_state_dict(stored)
+        self.space.remove((~self.kept).tolist())
+
+    def optimizers(self):
+        """Those of Delta W, Theta and Phi."""
+        return self.weight_optimizer, self.theta_optimizer, self.phi_optimizer
+
+
+def flat_gradients(loss, *groups):
+    """The gradient of a loss for each group of tensors, laid end to end, zeros where there is none.
+
+    Nothing is accumulated anywhere, so no gradient can leak from one pass into the next.
+    """
+    tensors = [p for group in groups for p in group]
+    if loss.requires_grad:
+        found = torch.autograd.grad(loss, tensors, allow_unused=True)
+    else:                                        # every gate is shut: nothing depends on anything
+        found = [None] * len(tensors)
+    zero = torch.zeros((), device=loss.device, dtype=tensors[0].dtype)
+    rows = iter([zero.expand(p.numel()) if g is None else g.flatten() for p, g in zip(tensors, found)])
+    return [torch.cat([next(rows) for _ in group]) for group in groups]
+
+
+def descend(optimizer, parameter, gradient, open_rows):
+    """A step of the open rows alone: frozen ones feel neither decay nor momentum (reading 12)."""
+    before = parameter.detach().clone()
+    parameter.grad = gradient.view_as(parameter) * open_rows[:, None]
+    optimizer.step()
+    with torch.no_grad():
+        parameter.copy_(torch.where(open_rows[:, None], parameter, before))
+
+
+def search(model, space, train_batches, val_batches, budget, steps, backbone="", after_step=None, **settings):
+    """Algorithm 1 in one call: the structure of at most `budget` parameters that the search finds.
+
+    model: any module whose forward takes a batch's entries as keywords and returns a loss.
+    space: a Space attached to it; it stays attached, and `space.detach()` takes it off.
+    train_batches, val_batches: iterables of dicts of tensors, gone through again and again; the
+    first trains Delta W, the second Theta and Phi.   budget: B, parameters.   steps: T.
+    settings: those of Search.   after_step: as for `Search.run`.   Returns a Structure.
+    """
+    return Search(model, space, budget, steps, **settings).run(train_batches, val_batches, backbone, after_step)
+
+
+def loss_of(output):
+    """The loss in what a model's forward returned: an attribute, an entry, or the value itself."""
+    if torch.is_tensor(output):
+        return output
+    return output["loss"] if isinstance(output, dict) else output[0] if isinstance(output, tuple) else output.loss
+
+
+def stream(batches, start=0):
+    """Endless batches from number `start` on. Each epoch is told to the iterable, if it asks."""
+    number = epoch = 0
+    while True:
+        if hasattr(batches, "set_epoch"):
+            batches.set_epoch(epoch)
+        before = number
+        for batch in batches:
+            if number >= start:
+                yield batch
+            number += 1
+        if number == before:
+            raise UsageError("there are no batches: the data is empty")
+        epoch += 1
+
+
+def derive(seed, *keys):
+    """A seed of its own for each use, from the run's seed: no two draws depend on each other."""
+    return int(np.random.SeedSequence((seed, *keys)).generate_state(1)[0])
+
+
+def own_randomness(device):
+    """A context in which the global random state may be set; the caller's comes back at its end."""
+    device = torch.device(device)
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def write_atomically(path, content):
+    """Writes text or bytes so that a reader, or a crash, finds the old file or the new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"{path} can't be written ({error.strerror}); free or name another folder with --out") from None
+
+
+def one_line(error):
+    """An exception's message on one line, cut to what a person reads."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+# ==================================================================================================
+# 5. The tasks as text to text (4.1, appendices A and B)
+# ==================================================================================================
+
+
+@dataclass(frozen=True)
+class Example:
+    """An input text, the text to be produced, and every text that counts as right."""
+
+    source: str
+    target: str
+    answers: tuple
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a data set becomes text, how it is scored, and how long the paper trains on it."""
+
+    fields: tuple                   # columns, in the order of the prompt
+    labels: tuple                   # valid targets; empty: any text is
+    metric: str                     # a key of METRICS
+    epochs: int
+    warmup_epochs: int
+    suite: str = "glue"
+    carve: bool = False             # validation comes out of train, and the original one is the test
+    defaults: dict = field(default_factory=dict)      # of Settings, where they are not the paper's
+
+
+BINARY, THREE = ("0", "1"), ("0", "1", "2")
+FIFTHS = tuple(f"{n / 5:.1f}" for n in range(26))     # 0.0, 0.2, .. 5.0
+PAIR = ("sentence1", "sentence2")
+SUPERGLUE = {"max_length": 256}
+TASKS = {
+    "cola": Task(("sentence",), BINARY, "Matthews", 15, 2),
+    "sst2": Task(("sentence",), BINARY, "accuracy", 5, 1, carve=True),
+    "mrpc": Task(PAIR, BINARY, "F1", 20, 2),
+    "qqp": Task(("question1", "question2"), BINARY, "F1", 3, 1, carve=True),
+    "stsb": Task(PAIR, FIFTHS, "Pearson", 15, 2),
+    "mnli": Task(("premise", "hypothesis"), THREE, "accuracy", 3, 1, carve=True),
+    "qnli": Task(("question", "sentence"), BINARY, "accuracy", 4, 1, carve=True),
+    "rte": Task(PAIR, BINARY, "accuracy", 20, 3),
+    "boolq": Task(("question", "passage"), BINARY, "accuracy", 15, 2, "super_glue", defaults=SUPERGLUE),
+    "cb": Task(("premise", "hypothesis"), THREE, "accuracy", 40, 4, "super_glue", defaults=SUPERGLUE),
+    "multirc": Task(("question", "answer", "paragraph"), BINARY, "F1", 40, 4, "super_glue", defaults=SUPERGLUE),
+    "record": Task(("query", "entities", "passage"), (), "token F1", 1, 1, "super_glue", carve=True,
+                   defaults={"max_length": 512, "batch_size": 16}),
+    "wic": Task(("word", *PAIR), BINARY, "accuracy", 15, 2, "super_glue", defaults=SUPERGLUE),
+    "custom": Task(("source",), (), "accuracy", 10, 1, "none"),
+    "toy": Task((), ("good", "bad"), "accuracy", 5, 4, "none",
+                defaults={"model": "toy", "lr": 1e-2, "budget": 0.02, "search_epochs": 8}),
+}
+
+
+def to_examples(name, row, training):
+    """A row of task `name`, in the hub's columns, as Examples: one, or for ReCoRD one an answer.
+
+    Raises UsageError for a label outside the task.
+    """
+    task = TASKS[name]
+    if name == "custom":
+        return [Example(str(row["source"]), str(row["target"]), (str(row["target"]),))]
+    row = {key: ", ".join(value) if key == "entities" else value for key, value in row.items()}
+    if name == "multirc":
+        row["paragraph"] = " ".join(re.sub(r"<[^<>]*>", " ", row["paragraph"]).split())
+    if name == "record":
+        row["passage"] = re.sub(r"([.?!\"'])?\n@highlight\n", lambda mark: (mark[1] or ".") + " ", row["passage"])
+    source = " ".join([name, *(f"{key}: {row[key]}" for key in task.fields)])
+    if name == "record":
+        answers = tuple(dict.fromkeys(row["answers"]))
+        return [Example(source, answer, answers) for answer in (answers if training else answers[:1])]
+    try:
+        target = f"{round(float(row['label']) * 5) / 5:.1f}" if task.labels is FIFTHS else str(int(row["label"]))
+    except (TypeError, ValueError):
+        target = str(row["label"])
+    if target not in task.labels:
+        raise UsageError(f"the label {row['label']!r} is none of {name}'s ({task.labels[0]} .. {task.labels[-1]}): "
+                         "is this split without labels?")
+    return [Example(source, target, (target,))]
+
+
+def load_splits(name, data_dir, seed):
+    """Train, validation and test Examples of a task, as S3Delta splits them; the seed decides.
+
+    Large tasks: 2,000 training rows (at most half) become validation, and the original validation
+    set the test. Others: the original validation set is halved, unless a custom test split exists.
+    Returns {"train": [...], "validation": [...], "test": [...]}.   Raises UsageError.
+    """
+    if name == "toy":
+        return toy_splits(seed)
+    task = TASKS[name]
+    original = "validation_matched" if name == "mnli" else "validation"
+    train, other = read_split(name, "train", data_dir), read_split(name, original, data_dir)
+    shuffle = torch.Generator().manual_seed(derive(seed, 5))
+    if task.carve:
+        order = torch.randperm(len(train), generator=shuffle).tolist()
+        size = min(2000, len(train) // 2)
+        parts = [train[i] for i in order[size:]], [train[i] for i in order[:size]], other
+    elif name == "custom" and find_file(name, "test", data_dir):
+        parts = train, other, read_split(name, "test", data_dir)
+    else:
+        order = torch.randperm(len(other), generator=shuffle).tolist()
+        half = len(other) // 2
+        parts = train, [other[i] for i in order[:half]], [other[i] for i in order[half:]]
+    splits = {key: [example for row in rows for example in to_examples(name, row, key == "train")]
+              for key, rows in zip(("train", "validation", "test"), parts)}
+    for key, examples in splits.items():
+        if len(examples) < 2:
+            raise UsageError(f"{name} has too few rows for its {key} part: give at least 4 in each file")
+    return splits
+
+
+def find_file(name, split, data_dir):
+    """The file of a split in a person's folder, DIR/<task>/<split>.parquet, .jsonl or .csv, or None."""
+    folders = [Path(data_dir) / name] + ([Path(data_dir)] if name == "custom" else [])
+    candidates = [folder / f"{split}{ending}" for folder in folders for ending in (".parquet", ".jsonl", ".csv")]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def read_split(name, split, data_dir):
+    """The rows of a split, from a folder or the hub, with the columns checked.   Raises UsageError."""
+    import datasets        # only where data is read: the rest of the file works without it
+
+    datasets.disable_progress_bars()
+    if data_dir is None:
+        where, rows = "the hub", load_from_hub(name, split)
+    else:
+        if not Path(data_dir).is_dir():
+            raise UsageError(f"there is no folder {data_dir}: --data-dir names one that holds {name}/{split}.parquet")
+        where = find_file(name, split, data_dir)
+        if where is None:
+            raise UsageError(f"{data_dir} has no {name}/{split}.parquet, .jsonl or .csv")
+        builder = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv"}[where.suffix]
+        try:
+            rows = datasets.load_dataset(builder, data_files={"train": str(where)}, split="train")
+        except Exception as error:
+            raise UsageError(f"{where} can't be read as {builder} ({one_line(error.__cause__ or error)})") from None
+    if name == "rte" and "premise" in rows.column_names:       # SuperGLUE's copy of the same examples
+        rows = rows.rename_columns({"premise": "sentence1", "hypothesis": "sentence2"})
+    answer = {"record": "answers", "custom": "target"}.get(name, "label")
+    for column in (*TASKS[name].fields, answer):
+        if column not in rows.column_names:
+            raise UsageError(f"{where} has no column '{column}'; it has {', '.join(rows.column_names)}")
+    if len(rows) == 0:
+        raise UsageError(f"{where}: the {split} split of {name} is empty")
+    return rows.to_list()
+
+
+def load_from_hub(name, split):
+    """A GLUE or SuperGLUE split from the hub.   Raises UsageError without a network.
+
+    SuperGLUE's own repository holds a loading script, which `datasets` 4 and later do not run; its
+    automatic conversion to parquet is a branch of the same repository.
+    """
+    import datasets
+
+    try:
+        if TASKS[name].suite == "glue":
+            return datasets.load_dataset("nyu-mll/glue", name, split=split)
+        return datasets.load_dataset("aps/super_glue", revision="refs/convert/parquet", split=split,
+                                     data_files={split: f"{name}/{split}/*.parquet"})
+    except Exception as error:
+        raise UsageError(f"{name} can't be had from the hub ({one_line(error)}): check the network, "
+                         "or give local files with --data-dir") from None
+
+
+# The metrics: predicted texts and, for each, the texts that count as right. All return per cent.
+
+
+def accuracy(predictions, answers):
+    """Share of predictions that are among their answers, in per cent."""
+    return 100 * sum(p in right for p, right in zip(predictions, answers)) / len(answers)
+
+
+def confusion(predictions, answers):
+    """(true positive, false positive, false negative, true negative), "1" being positive.
+
+    A prediction that is no valid label counts as the opposite of the answer.
+    """
+    gold = [right[0] == "1" for right in answers]
+    said = [p == "1" if p in BINARY else not g for p, g in zip(predictions, gold)]
+    counts = Counter(zip(said, gold))
+    return counts[True, True], counts[True, False], counts[False, True], counts[False, False]
+
+
+def f1(predictions, answers):
+    """F1 of the class "1", in per cent: 2·TP / (2·TP + FP + FN), 0 without any positive."""
+    tp, fp, fn, _ = confusion(predictions, answers)
+    return 200 * tp / max(1, 2 * tp + fp + fn)
+
+
+def matthews(predictions, answers):
+    """Matthews correlation, in per cent; 0 where a row or column of the table is empty."""
+    tp, fp, fn, tn = confusion(predictions, answers)
+    product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+    return 100 * (tp * tn - fp * fn) / math.sqrt(product) if product else 0.0
+
+
+def pearson(predictions, answers):
+    """Pearson correlation, in per cent; 0 if either side is constant.
+
+    A prediction that is no number in 0 .. 5 counts as the end of the scale farther from the answer.
+    """
+    gold = np.array([float(right[0]) for right in answers])
+    said = [float(p) if re.fullmatch(r"\d(\.\d*)?", p) and float(p) <= 5 else (0.0 if g > 2.5 else 5.0)
+            for p, g in zip(predictions, gold)]
+    if np.std(said) == 0 or np.std(gold) == 0:
+        return 0.0
+    return 100 * float(np.corrcoef(said, gold)[0, 1])
+
+
+def token_f1(predictions, answers):
+    """SQuAD's F1 over the bag of words, best over the answers, mean over examples, in per cent."""
+    def words(text):
+        text = "".join(c for c in text.lower() if c not in string.punctuation)
+        return Counter(w for w in text.split() if w not in ("a", "an", "the"))
+
+    def overlap(said, right):
+        common = (said & right).total()
+        return 2 * common / (said.total() + right.total()) if common else float(said == right)
+
+    return 100 * sum(max(overlap(words(p), words(r)) for r in right)
+                     for p, right in zip(predictions, answers)) / len(answers)
+
+
+METRICS = {"accuracy": accuracy, "F1": f1, "Matthews": matthews, "Pearson": pearson, "token F1": token_f1}
+
+
+# The toy: was the thing found good or bad? The adjective and a "not" decide together, so that
+# neither word alone tells anything; a clause about something else stands before or behind.
+
+TOY_WORDS = {
+    "name": "anna ben carla david emma felix gina hugo ida jonas kate leo mia noah olga paul rosa sam tina udo",
+    "thing": "soup film book song cake room train boat garden coat lamp phone bread story game chair tea hat bike map",
+    "how": "very quite really rather truly fairly so too",
+    "good": "tasty lovely great bright charming clever fresh warm gentle superb",
+    "bad": "awful dull bitter broken ugly boring stale cold rude poor",
+    "doing": "sold took drew lost bought cleaned carried painted",
+}
+
+
+def toy_sentence(rng):
+    """A random sentence and whether the thing in it was found "good" or "bad"."""
+    word = {key: rng.choice(words.split()) for key, words in TOY_WORDS.items()}
+    is_good, negated = rng.random() < 0.5, rng.random() < 0.5
+    found = [word["name"], "found", "the", word["thing"], *(["not"] if negated else []),
+             *([word["how"]] if rng.random() < 0.7 else []), word["good" if is_good else "bad"]]
+    other = [rng.choice(TOY_WORDS["name"].split()), word["doing"], "the", rng.choice(TOY_WORDS["thing"].split())]
+    clauses = [found, other] if rng.random() < 0.5 else [other, found]
+    return " ".join([*clauses[0], "and", *clauses[1]]), "good" if is_good != negated else "bad"
+
+
+def toy_splits(seed):
+    """4,000 training, 500 validation and 500 test Examples; no sentence is in two of them."""
+    rng, seen = random.Random(derive(seed, 6)), {}
+    while len(seen) < 5000:
+        seen.setdefault(*toy_sentence(rng))
+    examples = [Example(f"toy sentence: {text}", verdict, (verdict,)) for text, verdict in seen.items()]
+    return {"train": examples[:4000], "validation": examples[4000:4500], "test": examples[4500:]}
+
+
+def toy_backbone(seed, steps=300, batch_size=64):
+    """A tiny T5 and its tokenizer, pretrained for a few seconds to fill in a masked word.
+
+    It has also seen the prompt, with verdicts drawn at random: untouched, it answers in the right
+    form and at chance.   Returns (model, tokenizer).
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = "toy sentence: found the not and".split() + [w for part in TOY_WORDS.values() for w in part.split()]
+    vocabulary = {w: i for i, w in enumerate(dict.fromkeys(["<pad>", "</s>", "<unk>", "<mask>", "good", "bad", *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", mask_token="<mask>")
+    rng = random.Random(derive(seed, 7))
+
+    def masked():
+        text, _ = toy_sentence(rng)
+        if rng.random() < 0.3:
+            return Example(f"toy sentence: {text}", rng.choice(("good", "bad")), ())
+        pieces = text.split()
+        hole = rng.randrange(len(pieces))
+        return Example(" ".join([*pieces[:hole], "<mask>", *pieces[hole + 1:]]), pieces[hole], ())
+
+    with own_randomness("cpu"):
+        torch.manual_seed(derive(seed, 8))
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(
+            vocab_size=len(vocabulary), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0,
+            decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        tokens = tokenize(tokenizer, [masked() for _ in range(steps * batch_size)], 32)
+        for batch in Batches(tokens, batch_size, "cpu"):
+            loss_of(model(**batch)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return model, tokenizer
+
+
+# ==================================================================================================
+# 6. Training and evaluation
+# ==================================================================================================
+
+
+def tokenize(tokenizer, examples, max_length):
+    """[(input ids, label ids)] of Examples, the input cut to max_length tokens, done once."""
+    sources = tokenizer([e.source for e in examples], max_length=max_length, truncation=True).input_ids
+    targets = tokenizer(text_target=[e.target for e in examples], max_length=max_length, truncation=True).input_ids
+    return list(zip(sources, targets))
+
+
+class Batches:
+    """Padded batches of tokenised examples, in an order that the seed and the epoch decide.
+
+    tokens: what `tokenize` returns.   seed: None keeps the order.   Yields input_ids and
+    attention_mask, [batch, longest input], and labels, [batch, longest target], padded with -100.
+    """
+
+    def __init__(self, tokens, batch_size, device, seed=None):
+        self.tokens, self.batch_size, self.device, self.seed, self.epoch = tokens, batch_size, device, seed, 0
+
+    def set_epoch(self, epoch):
+        """Chooses the order of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self):
+        return math.ceil(len(self.tokens) / self.batch_size)
+
+    def __iter__(self):
+        order = range(len(self.tokens))
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(derive(self.seed, 9, self.epoch))
+            order = torch.randperm(len(self.tokens), generator=generator).tolist()
+        for start in range(0, len(order), self.batch_size):
+            sources, targets = zip(*(self.tokens[i] for i in order[start:start + self.batch_size]))
+            ids, mask, labels = pad(sources, 0), pad([[1] * len(s) for s in sources], 0), pad(targets, -100)
+            yield {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device),
+                   "labels": labels.to(self.device)}
+
+
+def pad(rows, filler):
+    """Lists of ints as one tensor, [rows, longest row]."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
+
+
+@torch.no_grad()
+def predict(model, tokenizer, tokens, batch_size, device):
+    """The texts a model generates, greedily, for tokenised inputs, in their order.
+
+    Sorted by length, so that little is padding; each batch stops when its last answer is complete,
+    or has become longer than any target.
+    """
+    was_training, texts = model.training, [""] * len(tokens)
+    model.eval()
+    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i][0]))
+    longest = max(len(target) for _, target in tokens)
+    for start in range(0, len(order), batch_size):
+        rows = order[start:start + batch_size]
+        batch = next(iter(Batches([tokens[i] for i in rows], len(rows), device)))
+        made = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                              max_new_tokens=longest, num_beams=1, do_sample=False)
+        for i, text in zip(rows, tokenizer.batch_decode(made, skip_special_tokens=True)):
+            texts[i] = text.strip()
+    model.train(was_training)
+    return texts
+
+
+def train(model, peft, batches, evaluate, epochs, lr, weight_decay=1e-4, seed=0, state=None, after_step=None):
+    """Trains the attached modules anew, and leaves them as they were after their best epoch.
+
+    batches: a Batches or any iterable with a length.   evaluate: called after each epoch, returns
+    the validation score.   lr: falls linearly to 0.   state: what `after_step` was given, to go on
+    from.   after_step: called as after_step(state, line) after every step, `line` holding the
+    step, the loss and, after the last step of an epoch, the score.   Returns the best score.
+    """
+    weights, tensors = peft.weights, list(peft.modules_.parameters())
+    weights.requires_grad_(False)
+    optimizer = torch.optim.AdamW([weights], lr=lr, weight_decay=weight_decay)
+    total, step, best, best_weights = epochs * len(batches), 0, -math.inf, weights.clone()
+    if state is not None:
+        step, best, best_weights = state["step"], state["best"], state["best_weights"].to(weights.device)
+        weights.copy_(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+    with own_randomness(weights.device):
+        for batch in stream(batches, step):
+            if step >= total:
+                break
+            model.train()
+            torch.manual_seed(derive(seed, 10, step))                   # dropout
+            loss = loss_of(model(**batch))
+            (weights.grad,) = flat_gradients(loss, tensors)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * (1 - step / total)
+            optimizer.step()
+            step += 1
+            line = {"step": step, "steps": total, "loss": loss.item()}
+            if not math.isfinite(line["loss"]):
+                raise UsageError(f"the loss is {line['loss']} at training step {step}: use --dtype bfloat16 or "
+                                 "float32 rather than float16, or a smaller --lr")
+            if step % len(batches) == 0:
+                line["score"] = evaluate()
+                if line["score"] > best:
+                    best, best_weights = line["score"], weights.clone()
+            if after_step is not None:
+                after_step({"step": step, "best": best, "best_weights": best_weights, "weights": weights,
+                            "optimizer": optimizer.state_dict()}, line)
+    weights.copy_(best_weights)
+    model.eval()
+    return best
+
+
+# ==================================================================================================
+# 7. The command line
+# ==================================================================================================
+
+
+def option(default, group, text, **more):
+    """A field of Settings whose metadata is its flag's group, help text and argparse keywords."""
+    return field(default=default, metadata={"group": group, "help": text, **more})
+
+
+@dataclass
+class Settings:
+    """Everything that a person can set; the defaults are the paper's. None: as the task has it."""
+
+    task: str = option("rte", "task", "which data set: " + ", ".join(TASKS))
+    model: str = option(None, "task", "a T5 on the hub or in a folder (google-t5/t5-large)")
+    data_dir: str = option(None, "task", "folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub")
+    max_length: int = option(None, "task", "input tokens (GLUE 128, SuperGLUE 256, ReCoRD 512)", type=int)
+    space: str = option("s2", "search", "s1, s2, all, or a comma list of " + ", ".join(KINDS))
+    ranks: tuple = option((1, 4, 8), "search", "Dim, the candidate ranks", type=int, nargs="+")
+    budget: float = option(None, "search", "B: below 1 a fraction of the backbone, else parameters (1.39e-4)", type=float)
+    triggers: int = option(100, "search", "Z, how many times modules and ranks are selected", type=int)
+    tau: float = option(0.85, "search", "tau, the stability that triggers", type=float)
+    gamma: float = option(0.85, "search", "gamma, how much of the past s-bar keeps", type=float)
+    window: int = option(5, "search", "H, the steps over which stability is measured", type=int)
+    search_epochs: int = option(None, "search", "passes over half of train, at most (as --epochs)", type=int)
+    warmup_epochs: int = option(None, "search", "of these before the first trigger (the task's)", type=int)
+    arch_lr: float = option(0.01, "search", "learning rate of Theta and Phi", type=float)
+    structure: str = option(None, "search", "a structure.json to train: no search")
+    epochs: int = option(None, "training", "passes over train (the task's: 1 to 40)", type=int)
+    lr: float = option(None, "training", "learning rate of Delta W, falling linearly (3e-4)", type=float)
+    weight_decay: float = option(1e-4, "training", "of Delta W, Theta and Phi", type=float)
+    batch_size: int = option(None, "training", "examples a step (32, ReCoRD 16)", type=int)
+    seed: tuple = option((0,), "run", "one or several: splits, initial weights, draws", type=int, nargs="+")
+    out: str = option(None, "run", "folder to write (runs/<task>-<space>-<seed>)")
+    device: str = option("auto", "run", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    dtype: str = option("float32", "run", "of the backbone: float32, bfloat16 or float16")
+    save_every: int = option(0, "run", "steps between checkpoints; 0: about a minute", type=int)
+    fresh: bool = option(False, "run", "start over instead of resuming", action="store_true")
+
+    def complete(self):
+        """Fills in what the task decides and checks the rest.   Raises UsageError."""
+        if self.task not in TASKS:
+            raise UsageError(f"unknown task '{self.task}': choose {', '.join(TASKS)}")
+        task = TASKS[self.task]
+        usual = {"model": "google-t5/t5-large", "max_length": 128, "budget": 1.39e-4, "lr": 3e-4, "batch_size": 32,
+                 "epochs": task.epochs, "warmup_epochs": task.warmup_epochs, **task.defaults}
+        for key, value in usual.items():
+            if getattr(self, key, None) is None:
+                setattr(self, key, value)
+        self.search_epochs = self.epochs if self.search_epochs is None else self.search_epochs
+        kinds_of(self.space)
+        above = {"max_length": 1, "budget": 0, "triggers": 0, "window": 0, "search_epochs": 0, "epochs": 0, "lr": 0,
+                 "arch_lr": 0, "batch_size": 0, "warmup_epochs": -1, "weight_decay": -1e-9, "save_every": -1}
+        for key, bound in above.items():
+            if not bound < getattr(self, key) < math.inf:
+                raise UsageError(f"{flag(key)} {getattr(self, key)} must be above {max(bound, 0) if bound > -1 else bound}")
+        for key in ("tau", "gamma"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise UsageError(f"{flag(key)} {getattr(self, key)} must lie in 0 .. 1")
+        if min(self.seed) < 0:
+            raise UsageError(f"--seed {min(self.seed)} must not be negative")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise UsageError(f"--dtype {self.dtype} must be float32, bfloat16 or float16")
+        if self.task == "custom" and self.data_dir is None:
+            raise UsageError("--task custom needs --data-dir, a folder with train and validation files "
+                             "whose columns are source and target")
+        return self
+
+    def identity(self, seed):
+        """What a resumed run must have in common with the one it goes on from."""
+        left_out = ("out", "fresh", "save_every", "device", "seed")
+        kept = {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
+        return json.loads(json.dumps({**kept, "seed": seed}))
+
+
+def flag(key):
+    """The flag of a field of Settings."""
+    return "--" + key.replace("_", "-")
+
+
+def parse(arguments):
+    """Settings from a command line."""
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UsageError(f"{message} (--help lists the flags)")
+
+    parser = Parser(prog="bipeft.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                    epilog="Ratios are in parts per ten thousand. Example: python bipeft.py --task toy")
+    groups = {}
+    for f in dataclasses.fields(Settings):
+        more = dict(f.metadata)
+        group, text = more.pop("group"), more.pop("help")
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        if f.default not in (None, False):
+            text += f" ({' '.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default})"
+        names = {} if "action" in more else {"metavar": f.name.upper().rpartition("_")[2]}
+        groups[group].add_argument(flag(f.name), default=f.default, help=text.replace("%", "%%"), **names, **more)
+    return Settings(**vars(parser.parse_args(arguments))).complete()
+
+
+def load_backbone(name, dtype, device, seed):
+    """(model, tokenizer) from the hub or a folder, or the toy's.   Raises UsageError if it is no T5."""
+    if name == "toy":
+        model, tokenizer = toy_backbone(seed)
+        return model.to(device, getattr(torch, dtype)), tokenizer
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        if config.model_type not in ("t5", "mt5"):
+            raise UsageError(f"{name} is a {config.model_type}, no T5: give a model of the T5, v1.1, Flan-T5 or mT5 family")
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, dtype=getattr(torch, dtype))
+        return model.to(device), transformers.AutoTokenizer.from_pretrained(name)
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"the model {name} can't be loaded ({one_line(error)}): give a folder with config, weights "
+                         "and tokenizer, or a hub name and a network") from None
+
+
+def choose_device(name):
+    """A torch.device that works.   Raises UsageError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+        return torch.device(name)
+    except Exception as error:
+        raise UsageError(f"--device {name} can't be used ({one_line(error)}): try cpu") from None
+
+
+class Folder:
+    """A run's folder: refuses another run's, saves and finds checkpoints, ends on a signal."""
+
+    def __init__(self, path, identity, fresh, save_every):
+        self.path, self.identity, self.save_every = Path(path), identity, save_every
+        self.saved_at, self.signal = time.monotonic(), None
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out {path} can't be made ({error.strerror}): name another folder") from None
+        files = ("checkpoint.pt", "metrics.json", "structure.json", "search.jsonl", "peft.safetensors")
+        if fresh:
+            for name in files:
+                (self.path / name).unlink(missing_ok=True)
+        self.metrics = self.read("metrics.json", lambda p: json.loads(p.read_text()))
+        self.checkpoint = self.read("checkpoint.pt", lambda p: torch.load(p, weights_only=True, map_location="cpu"))
+        before = (self.metrics or self.checkpoint or {}).get("settings")
+        if before is None and any((self.path / name).exists() for name in files):
+            raise UsageError(f"{path} holds files of a run that can't be resumed: name another --out, "
+                             "or start over with --fresh")
+        for key in sorted((before or {}).keys() | identity.keys() if before else ()):
+            if before.get(key) != identity.get(key):
+                raise UsageError(f"{path} holds another run: its {flag(key)} is {before.get(key)}, now it is "
+                                 f"{identity.get(key)}; name another --out, or start over with --fresh")
+
+    def read(self, name, reader):
+        """What a file of the folder holds, or None."""
+        path = self.path / name
+        if not path.exists():
+            return None
+        try:
+            return reader(path)
+        except Exception as error:
+            raise UsageError(f"{path} can't be read ({one_line(error)}): start over with --fresh, "
+                             "or name another --out") from None
+
+    def write(self, name, content):
+        """Writes a file atomically."""
+        write_atomically(self.path / name, content)
+
+    def save(self, content):
+        """Writes checkpoint.pt and the log so far."""
+        stream = io.BytesIO()
+        torch.save({"settings": self.identity, **content}, stream)
+        self.write("checkpoint.pt", stream.getvalue())
+        self.write("search.jsonl", "".join(json.dumps(line) + "\n" for line in content["log"]))
+        self.saved_at = time.monotonic()
+
+    def after_step(self, step, content):
+        """Saves if it is time, or if a signal came: then the run ends here.   content: a function."""
+        due = step % self.save_every == 0 if self.save_every else time.monotonic() - self.saved_at > 60
+        if due or self.signal:
+            self.save(content())
+        if self.signal:
+            print(f"\nstopped by signal {self.signal} after step {step}: the same command goes on from here", flush=True)
+            raise SystemExit(128 + self.signal)
+
+    def __enter__(self):
+        def note(number, frame):
+            self.signal = number
+            signal.signal(number, self.before[number])          # a second one ends it at once
+        self.before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Progress:
+    """A line that renews itself on a terminal, and is printed every few seconds into a file."""
+
+    def __init__(self):
+        self.shown_at, self.terminal = -math.inf, sys.stdout.isatty()
+
+    def show(self, text, keep=False):
+        """keep: this one stays on the screen."""
+        now = time.monotonic()
+        if keep or now - self.shown_at > (0.2 if self.terminal else 10):
+            self.shown_at = now
+            if self.terminal:
+                print("\r\033[K" + text[:99], end="\n" if keep else "", flush=True)
+            else:
+                print(text, flush=True)
+
+
+def clock(seconds):
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+
+
+def find_structure(settings, seed, model, tokens, folder, device, size):
+    """The search of a run, or what is left of it.   Returns (Structure, log, seconds)."""
+    stored = folder.checkpoint or {}
+    log, progress = stored.get("log", []), Progress()
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(derive(seed, 11))).tolist()
+    halves = [[tokens[i] for i in part] for part in (order[::2], order[1::2])]
+    batches = [Batches(half, settings.batch_size, device, derive(seed, 12 + i)) for i, half in enumerate(halves)]
+    space = Space(model, settings.space, settings.ranks, seed)
+    steps, warmup = settings.search_epochs * len(batches[0]), settings.warmup_epochs * len(batches[0])
+    budget = int(settings.budget if settings.budget >= 1 else settings.budget * size)
+    started = time.monotonic() - stored.get("elapsed", 0)
+    print(f"search: {len(space)} modules of {', '.join(kinds_of(settings.space))}, {space.costs[:, -1].sum():,} "
+          f"parameters at rank {settings.ranks[-1]}\nbudget {budget:,} ({1e4 * budget / size:.2f} of 10,000), "
+          f"at most {steps} steps, triggers from step {warmup + 1} on", flush=True)
+
+    def after_step(run, line):
+        log.append({**line, "time": round(time.monotonic() - started, 3)})
+        done = line["triggers"] / max(1, line["step"] - warmup)                    # triggers a step
+        left = min(steps - line["step"], (settings.triggers - line["triggers"]) / done if done > 0 else math.inf)
+        progress.show(f"search {line['step']}/{steps}  loss {line['loss_train']:.3f}  beta {line['beta']:.2f}  "
+                      f"E {line['expected']:,.0f}/{budget:,}  kept {line['kept']}  triggers "
+                      f"{line['triggers']}/{settings.triggers}  left {clock(left * (time.monotonic() - started) / line['step'])}",
+                      keep=line["step"] == steps or line["triggers"] == settings.triggers)
+        folder.after_step(line["step"], lambda: {
+            "phase": "search", "search": run.state_dict(), "log": log, "elapsed": time.monotonic() - started})
+
+    search_of = Search(model, space, budget, steps, warmup, settings.triggers, settings.tau, settings.gamma,
+                       settings.window, settings.lr, settings.arch_lr, settings.weight_decay, seed)
+    if not stored:
+        folder.save({"phase": "search", "search": search_of.state_dict(), "log": [], "elapsed": 0.0})
+    if stored.get("search"):
+        search_of.load_state_dict(stored["search"])
+    structure = search_of.run(*batches, settings.model, after_step)
+    if search_of.ended_early:
+        print(f"the steps ended before trigger {settings.triggers}: the last {search_of.ended_early} selections were made "
+              "at once; more --search-epochs or fewer --triggers would spread them", flush=True)
+    space.detach()
+    return structure, log, time.monotonic() - started
+
+
+def retrain(settings, seed, model, tokenizer, structure, tokens, splits, folder, search_part):
+    """Trains a found structure anew on all of train.   Returns (Peft, best validation score, seconds)."""
+    device, progress = next(model.parameters()).device, Progress()
+    stored = folder.checkpoint if (folder.checkpoint or {}).get("phase") == "train" else {}
+    peft = apply(model, structure, derive(seed, 14))
+    batches = Batches(tokens["train"], settings.batch_size, device, derive(seed, 15))
+    started = time.monotonic() - stored.get("elapsed", 0)
+
+    def evaluate():
+        return evaluate_on("validation", settings, model, tokenizer, tokens, splits)
+
+    def after_step(state, line):
+        left = (line["steps"] - line["step"]) * (time.monotonic() - started) / line["step"]
+        text = f"train {line['step']}/{line['steps']}  loss {line['loss']:.3f}  left {clock(left)}"
+        if "score" in line:
+            text += (f"  epoch {line['step'] // len(batches)}/{settings.epochs}: validation "
+                     f"{TASKS[settings.task].metric} {line['score']:.2f}, best {state['best']:.2f}")
+        progress.show(text, keep="score" in line)
+        folder.after_step(line["step"], lambda: {
+            **search_part, "phase": "train", "train": state, "elapsed": time.monotonic() - started})
+
+    if not stored:
+        folder.save({**search_part, "phase": "train", "train": None, "elapsed": 0.0})
+    best = train(model, peft, batches, evaluate, settings.epochs, settings.lr, settings.weight_decay, seed,
+                 stored.get("train"), after_step)
+    return peft, best, time.monotonic() - started
+
+
+def evaluate_on(split, settings, model, tokenizer, tokens, splits):
+    """The task's score, in per cent, of what the model generates for a split."""
+    device = next(model.parameters()).device
+    predictions = predict(model, tokenizer, tokens[split], 2 * settings.batch_size, device)
+    return METRICS[TASKS[settings.task].metric](predictions, [e.answers for e in splits[split]])
+
+
+def run(settings, seed, out):
+    """One seed from data to test score; writes the folder `out`.   Returns the metrics."""
+    with Folder(out, settings.identity(seed), settings.fresh, settings.save_every) as folder:
+        if folder.metrics:
+            print(f"{out} holds this run, finished: nothing to do (--fresh starts over)")
+            print(results(folder.metrics), flush=True)
+            return folder.metrics
+        device = choose_device(settings.device)
+        given = Structure.load(settings.structure) if settings.structure else None
+        splits = load_splits(settings.task, settings.data_dir, seed)
+        model, tokenizer = load_backbone(settings.model, settings.dtype, device, seed)
+        size = geometry(model)["parameters"]
+        tokens = {key: tokenize(tokenizer, examples, settings.max_length) for key, examples in splits.items()}
+        print(f"{settings.task}, seed {seed}: {', '.join(f'{len(v):,} {k}' for k, v in splits.items())}; "
+              f"{settings.model}, {size:,} parameters, {settings.dtype} on {device}", flush=True)
+        stored = folder.checkpoint or {}
+        if stored:
+            print(f"going on from {folder.path / 'checkpoint.pt'}", flush=True)
+        if stored.get("phase") == "train":
+            structure = Structure(**stored["structure"])
+            log, seconds = stored["log"], stored["search_seconds"]
+        elif given:
+            structure, log, seconds = given, [], 0.0
+        else:
+            structure, log, seconds = find_structure(settings, seed, model, tokens["train"], folder, device, size)
+        folder.write("search.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+        structure.save(folder.path / "structure.json")
+        print(picture(structure, model), flush=True)
+        part = {"structure": dataclasses.asdict(structure), "log": log, "search_seconds": seconds}
+        peft, best, train_seconds = retrain(settings, seed, model, tokenizer, structure, tokens, splits, folder, part)
+        peft.save(folder.path / "peft.safetensors")
+        metrics = measure(settings, seed, model, tokenizer, tokens, splits, peft, structure)
+        metrics |= {"validation": best, "search_seconds": seconds, "train_seconds": train_seconds,
+                    "ratio": seconds / train_seconds if seconds else None, "settings": settings.identity(seed)}
+        folder.write("metrics.json", json.dumps(metrics, indent=1) + "\n")
+        (folder.path / "checkpoint.pt").unlink(missing_ok=True)
+        print(results(metrics) + f"\nwritten to {folder.path}", flush=True)
+        return metrics
+
+
+def measure(settings, seed, model, tokenizer, tokens, splits, peft, structure):
+    """The one look at the test split: with the modules, without them, and the most frequent answer."""
+    score = evaluate_on("test", settings, model, tokenizer, tokens, splits)
+    peft.detach()
+    untouched = evaluate_on("test", settings, model, tokenizer, tokens, splits)
+    common = Counter(e.target for e in splits["train"]).most_common(1)[0][0]
+    metric, size = TASKS[settings.task].metric, structure.geometry["parameters"]
+    majority = METRICS[metric]([common] * len(splits["test"]), [e.answers for e in splits["test"]])
+    count = peft.weights.numel()                                   # counted from the tensors themselves
+    device = next(model.parameters()).device
+    return {"task": settings.task, "metric": metric, "seed": seed, "space": structure.space, "test": score,
+            "test_untouched": untouched, "test_most_frequent": majority, "modules": len(structure.modules),
+            "parameters": count, "budget": structure.budget, "backbone_parameters": size,
+            "per_ten_thousand": 1e4 * count / size,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                         "transformers": transformers.__version__, "numpy": np.__version__}}
+
+
+def results(m):
+    """The table at a run's end, from what metrics.json holds."""
+    ratio = "" if m["ratio"] is None else (f"\nsearch {clock(m['search_seconds'])}, re-training {clock(m['train_seconds'])}"
+                                           f" (ratio {m['ratio']:.2f})")
+    return "\n".join([
+        f"{m['task']}, seed {m['seed']}, {m['metric']} in per cent".ljust(44) + "validation    test    parameters",
+        "  most frequent answer".ljust(44) + f"{'':10}{m['test_most_frequent']:8.2f}",
+        "  the backbone, untouched".ljust(44) + f"{'':10}{m['test_untouched']:8.2f}{0:14,}",
+        "  with the found structure, re-trained".ljust(44) + f"{m['validation']:10.2f}{m['test']:8.2f}{m['parameters']:14,}"
+        f"  ({m['per_ten_thousand']:.2f} of 10,000)"]) + ratio
+
+
+def picture(structure, model):
+    """A structure as text: a row a layer, a column a place, its rank, x without one, . if left out."""
+    kept = {(m["name"], m["kind"]): str(m["rank"] or "x") for m in structure.modules}
+    kinds, cells, columns = kinds_of(structure.space), {}, {kind: [] for kind in kinds_of(structure.space)}
+    for name, role, _ in places(model):
+        stack, *middle, last = name.split(".")
+        row = (stack, int(middle[1]) if middle else "end")
+        label = {"SelfAttention": "attn", "DenseReluDense": "ffn", "layer_norm": "n" + middle[3] if middle else "",
+                 "final_layer_norm": "n0"}.get(last, last.replace("wi_", "wi"))
+        for kind in kinds:
+            if role in KINDS[kind].roles:
+                cells[row, kind, label] = kept.get((name, kind), ".")
+                if label not in columns[kind]:
+                    columns[kind].append(label)
+    heads = {kind: "".join(f"{label:>{max(2, len(label)) + 1}}" for label in columns[kind]) for kind in kinds}
+    widths = {kind: max(len(heads[kind]), len(kind) + 1) for kind in kinds}
+    lines = [" " * 12 + " ".join(f"{kind:>{widths[kind]}}" for kind in kinds),
+             " " * 12 + " ".join(f"{heads[kind]:>{widths[kind]}}" for kind in kinds)]
+    for stack, layer in dict.fromkeys(row for row, *_ in cells):
+        parts = ["".join(f"{cells.get(((stack, layer), kind, label), ''):>{max(2, len(label)) + 1}}"
+                         for label in columns[kind]) for kind in kinds]
+        lines.append(f"{stack} {layer!s:>3} " + " ".join(f"{part:>{widths[kind]}}" for part, kind in zip(parts, kinds)))
+    size = structure.geometry["parameters"]
+    for kind in kinds:
+        counts = [m["parameters"] for m in structure.modules if m["kind"] == kind]
+        lines.append(f"  {kind:<11}{len(counts):>5} modules {sum(counts):>10,} parameters {1e4 * sum(counts) / size:9.2f}")
+    lines.append(f"  {'together':<11}{len(structure.modules):>5} modules {structure.parameters:>10,} parameters "
+                 f"{1e4 * structure.parameters / size:9.2f} of 10,000  (budget {structure.budget:,})")
+    return "\n".join(lines)
+
+
+def main(arguments=None):
+    """The program. Returns the exit code: 0, or 2 after a person's mistake."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        settings = parse(arguments)
+        finished = []
+        for seed in settings.seed:
+            out = settings.out or f"runs/{settings.task}-{settings.space.replace(',', '+')}-{seed}"
+            if settings.out and len(settings.seed) > 1:
+                out = str(Path(out) / f"seed-{seed}")
+            finished.append(run(settings, seed, out))
+        if len(finished) > 1:
+            tests = [m["test"] for m in finished]
+            print(f"{settings.task}: test {finished[0]['metric']} {np.mean(tests):.2f} ± {np.std(tests, ddof=1):.2f} "
+                  f"over {len(tests)} seeds")
+        return 0
+    except UsageError as error:
+        print(f"bipeft.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
