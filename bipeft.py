@@ -583,23 +583,26 @@ class Peft(nn.Module):
 
     def __init__(self, model, chosen, seed=0):
         super().__init__()
-        found = {name: place for name, _, place in places(model)}
+        found = {name: (role, place) for name, role, place in places(model)}
         generator = torch.Generator().manual_seed(derive(seed, 1))
         self.names, self.kinds, targets = [], [], []
         self.modules_ = nn.ModuleList()
-        for place, kind, rank in chosen:
-            if place not in found or kind not in KINDS:
-                raise UsageError(f"the model has no place '{place}' for a module of kind '{kind}'")
-            self.names.append(f"{place}.{kind}")
+        for name, kind, rank in chosen:
+            role, place = found.get(name, (None, None))
+            if kind not in KINDS or role not in KINDS[kind].roles:
+                raise UsageError(f"the model has no place '{name}' for a module of kind '{kind}'")
+            if f"{name}.{kind}" in self.names:
+                raise UsageError(f"two modules of kind '{kind}' are asked for at {name}")
+            self.names.append(f"{name}.{kind}")
             self.kinds.append(kind)
-            self.modules_.append(KINDS[kind](found[place], rank, generator))
-            targets.append(found[place])
+            self.modules_.append(KINDS[kind](place, rank, generator))
+            targets.append(place)
         self.modules_.to(next(model.parameters()).device)
         self._flatten()
         self._frozen = [p for p in model.parameters() if p.requires_grad]
         for p in self._frozen:
             p.requires_grad_(False)
-        self._backbone = None
+        self._backbones = []                    # in a list, so that it doesn't become a part of this module
         if "prefix" in self.kinds:
             self._use_prefix_attention(model)
         self.handles = [m.attach(place) for m, place in zip(self.modules_, targets)]
@@ -623,9 +626,9 @@ class Peft(nn.Module):
         transformers.AttentionInterface.register("bipeft_prefix", prefix_attention)
         transformers.AttentionMaskInterface.register(
             "bipeft_prefix", transformers.masking_utils.eager_mask)
-        self._backbone = next(m for m in model.modules() if isinstance(m, transformers.PreTrainedModel))
-        self._attention = self._backbone.config._attn_implementation
-        self._backbone.set_attn_implementation("bipeft_prefix")
+        self._backbones = [t5_of(model)]
+        self._attention = self._backbones[0].config._attn_implementation
+        self._backbones[0].set_attn_implementation("bipeft_prefix")
 
     def detach(self):
         """Takes everything off: the backbone computes bit for bit what it did before."""
@@ -633,9 +636,9 @@ class Peft(nn.Module):
             handle.remove()
         for p in self._frozen:
             p.requires_grad_(True)
-        if self._backbone is not None:
-            self._backbone.set_attn_implementation(self._attention)
-        self._frozen, self._backbone = [], None
+        for backbone in self._backbones:
+            backbone.set_attn_implementation(self._attention)
+        self._frozen, self._backbones = [], []
 
     def tensors(self):
         """{module's name.tensor's name: tensor} of all weights, on the CPU."""
@@ -746,10 +749,15 @@ class Structure:
             known = all(m["kind"] in KINDS and (m["rank"] in stored.ranks or not KINDS[m["kind"]].ranked)
                         for m in stored.modules)
             total = stored.parameters
+            stored.geometry.get, kinds_of(stored.space)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
         except FileNotFoundError:
             raise UsageError(f"there is no structure file {path}") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is no structure.json of this program ({one_line(error)})") from None
+        if not stored.modules:
+            raise UsageError(f"{path} holds no modules")
         if not known:
             raise UsageError(f"{path} holds a kind of module or a rank that is not among its own ranks {stored.ranks}")
         if total > stored.budget:
@@ -776,11 +784,17 @@ def apply(model, structure, seed=0):
     return peft
 
 
+def t5_of(model):
+    """The T5 in a model.   Raises UsageError if there is none."""
+    for m in model.modules():
+        if isinstance(m, transformers.PreTrainedModel) and hasattr(m.config, "feed_forward_proj"):
+            return m
+    raise UsageError(f"{type(model).__name__} is no T5: give a model of the T5, v1.1, Flan-T5 or mT5 family")
+
+
 def geometry(model):
     """The sizes of the T5 in a model that a structure depends on, and its number of parameters."""
-    t5 = next((m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)), None)
-    if t5 is None or not hasattr(t5.config, "feed_forward_proj"):
-        raise UsageError(f"{type(model).__name__} is no T5: give a model of the T5, v1.1, Flan-T5 or mT5 family")
+    t5 = t5_of(model)
     keys = ("d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers", "is_gated_act")
     return {**{key: getattr(t5.config, key) for key in keys},
             "parameters": sum(p.numel() for p in t5.parameters())}
@@ -798,14 +812,15 @@ class Search:
     it.   budget: B, parameters.   steps: T.   warmup: steps before the first trigger may come.
     triggers, tau, gamma, window: Z, tau, gamma, H.   lr: of Delta W, falling linearly to 0 over T.
     arch_lr: of Theta and Phi.   weight_decay: of all three.   seed: decides every random draw.
+    graphs: on a GPU, run the three passes as CUDA graphs.
     Raises UsageError for a budget that no search can meet.
     """
 
     def __init__(self, model, space, budget, steps, warmup=0, triggers=100, tau=0.85, gamma=0.85,
-                 window=5, lr=3e-4, arch_lr=0.01, weight_decay=1e-4, seed=0):
+                 window=5, lr=3e-4, arch_lr=0.01, weight_decay=1e-4, seed=0, graphs=True):
         self.model, self.space, self.budget, self.steps, self.warmup = model, space, int(budget), steps, warmup
         self.triggers, self.tau, self.gamma, self.window = triggers, tau, gamma, window
-        self.lr, self.seed = lr, seed
+        self.lr, self.seed, self.replay = lr, seed, Replay(self.gradients, graphs and space.weights.is_cuda)
         smallest, whole = int(space.costs.min()), int(space.costs[:, -1].sum())
         if not smallest <= self.budget < whole:
             raise UsageError(f"a budget of {self.budget:,} parameters can't be searched for: the smallest module "
@@ -814,14 +829,13 @@ class Search:
         generator = torch.Generator().manual_seed(derive(seed, 2))
         self.theta = (1e-3 * torch.randn(n, 2, generator=generator)).to(device).requires_grad_()
         self.phi = (1e-3 * torch.randn(n, k, generator=generator)).to(device).requires_grad_()
-        space.weights.requires_grad_(False)
         self.weight_optimizer = torch.optim.AdamW([space.weights], lr=lr, weight_decay=weight_decay)
         self.theta_optimizer, self.phi_optimizer = (
             torch.optim.Adam([p], lr=arch_lr, betas=(0.5, 0.999), weight_decay=weight_decay)
             for p in (self.theta, self.phi))
         self.kept = torch.ones(n, dtype=torch.bool, device=device)                    # b
         self.fixed = ~space.ranked                                                    # d
-        self.open_ranks = bool(space.ranked.any())                                    # any d = 0 left
+        self.kept_count, self.fixed_count = n, n - sum(space.ranked.tolist())         # of b, of b and d
         self.choice = torch.full((n,), k - 1, device=device)                          # k*
         self.smoothed = torch.zeros(n, device=device)                                 # s-bar
         self.indicators = torch.zeros(0, n, dtype=torch.bool, device=device)          # I, the last H + 1
@@ -832,17 +846,34 @@ class Search:
         self.step_number = 0                                                          # t
         self.ended_early = 0                     # triggers carried out because the steps had run out
 
-    def architecture(self, theta, phi, noise, hard=True):
-        """The sampled gate, [N], and rank weights, [N, K], of 3.5, with gradients to theta and phi."""
-        temperature = 5 - 4 * self.step_number / max(1, self.steps - 1)
-        gate = gumbel_softmax(theta, noise[0], temperature, hard)[:, 1] * self.kept
-        settled = F.one_hot(self.choice, phi.shape[1]).to(phi.dtype)
-        return gate, torch.where(self.fixed[:, None], settled, gumbel_softmax(phi, noise[1], temperature, hard))
+    def architecture(self, noise, hard=True):
+        """The sample of 3.5:  gate, [N], and rank weights, [N, K], with gradients to Theta and Phi.
 
-    def gradients(self, batch, *groups):
-        """Loss of a batch, and its gradient for each group of tensors, laid end to end."""
+        Removed modules are shut, and fixed ranks are what they are.   noise: of Theta's and Phi's shape.
+        """
+        temperature = 5 - 4 * self.step_number / max(1, self.steps - 1)
+        gate = gumbel_softmax(self.theta, noise[0], temperature, hard)[:, 1] * self.kept
+        sampled = gumbel_softmax(self.phi, noise[1], temperature, hard)
+        settled = F.one_hot(self.choice, sampled.shape[1]).to(sampled.dtype)
+        return gate, torch.where(self.fixed[:, None], settled, sampled)
+
+    def model_pass(self, wanted, gate, rank_weights, skip_shut, batch):
+        """`gradients`, replayed as a CUDA graph where one runs, which can't skip what is shut."""
+        if self.replay.enabled:
+            return self.replay(wanted, gate=gate, rank_weights=rank_weights, **batch)
+        return self.gradients(wanted, gate, rank_weights, skip_shut, **batch)
+
+    def gradients(self, wanted, gate, rank_weights, skip_shut=False, **batch):
+        """Loss of a batch under an architecture, and its gradients for what is wanted.
+
+        wanted: some of "gate", [N], "ranks", [N·K], and "weights", [P]; a vector comes back for each.
+        """
+        gate = gate.detach().requires_grad_("gate" in wanted)
+        rank_weights = rank_weights.detach().requires_grad_("ranks" in wanted)
+        self.space.enter(gate, rank_weights, skip_shut)
+        groups = {"gate": [gate], "ranks": [rank_weights], "weights": list(self.space.modules_.parameters())}
         loss = loss_of(self.model(**batch))
-        return loss.detach(), *flat_gradients(loss, *groups)
+        return loss.detach(), *flat_gradients(loss, *(groups[name] for name in wanted))
 
     def step(self, train_batch, theta_batch, phi_batch):
         """One step t: the three passes, then Eq. 1-5, then the trigger if stable.   Returns a log line."""
@@ -850,13 +881,10 @@ class Search:
         generator = torch.Generator().manual_seed(derive(self.seed, 3, self.step_number))
         noise = [gumbel_noise(p.shape, generator).to(p.device) for p in (self.theta, self.phi)]
         torch.manual_seed(derive(self.seed, 4, self.step_number))     # dropout
-        tensors = list(space.modules_.parameters())
 
         # Update Delta W by gradient descent: the sampled architecture, as constants.
-        with torch.no_grad():
-            gate, rank_weights = self.architecture(self.theta, self.phi, noise)
-        space.enter(gate, rank_weights, skip_shut=True)
-        train_loss, train_gradient = self.gradients(train_batch, tensors)
+        gate, rank_weights = self.architecture(noise)
+        train_loss, train_gradient = self.model_pass(("weights",), gate, rank_weights, True, train_batch)
         train_magnitude = self.magnitude(train_gradient)              # w and G of one moment
         for group in self.weight_optimizer.param_groups:
             group["lr"] = self.lr * (1 - self.step_number / self.steps)
@@ -864,19 +892,18 @@ class Search:
         self.weight_optimizer.step()
 
         # Optimise Theta with Phi held; the same backward pass gives G(D_val).
-        gate, _ = self.architecture(self.theta, self.phi.detach(), noise)
-        space.enter(gate, rank_weights, skip_shut=False)
-        theta_loss, theta_gradient, val_gradient = self.gradients(theta_batch, [self.theta], tensors)
+        theta_loss, gate_gradient, val_gradient = self.model_pass(
+            ("gate", "weights"), gate, rank_weights, False, theta_batch)
         val_magnitude = self.magnitude(val_gradient)
-        descend(self.theta_optimizer, self.theta, theta_gradient, self.kept)
+        descend(self.theta_optimizer, self.theta, gate, gate_gradient, self.kept)
 
         # Then Phi with the updated Theta held: the same noise, so that only Theta has moved.
-        phi_loss = None
-        if self.open_ranks:
-            gate, rank_weights = self.architecture(self.theta.detach(), self.phi, noise)
-            space.enter(gate, rank_weights, skip_shut=True)
-            phi_loss, phi_gradient = self.gradients(phi_batch, [self.phi])
-            descend(self.phi_optimizer, self.phi, phi_gradient, ~self.fixed)
+        losses = [train_loss, theta_loss]
+        if self.fixed_count < self.kept_count:
+            gate, rank_weights = self.architecture(noise)
+            phi_loss, rank_gradient = self.model_pass(("ranks",), gate, rank_weights, True, phi_batch)
+            descend(self.phi_optimizer, self.phi, rank_weights, rank_gradient, ~self.fixed)
+            losses.append(phi_loss)
         self.history.append(self.phi.detach().softmax(1))
 
         # Accumulate the sensitivity s-bar; the indicator I_t; the stability beta_t.
@@ -887,24 +914,26 @@ class Search:
         now = importance_indicator(self.smoothed, cost, self.kept, self.budget)
         self.indicators = torch.cat([self.indicators, now[None]])[-(self.window + 1):]
         beta = stability(self.indicators, self.window)
-        return self.conclude((train_loss, theta_loss, phi_loss), beta, started)
+        return self.conclude(losses, beta, started)
 
     def conclude(self, losses, beta, started):
-        """The step's one host read: checks the losses, triggers if beta_t >= tau, and logs."""
-        keep, cost = self.expectation()
-        numbers = torch.stack([x.double() for x in (*losses[:2], losses[2] if losses[2] is not None else losses[1],
-                                                    beta, expected_parameters(keep, cost))]).tolist()
-        if not all(map(math.isfinite, numbers[:3])):
-            raise UsageError(f"the loss is {numbers[0]} at search step {self.step_number + 1}: use --dtype bfloat16 or "
-                             "float32 rather than float16, or a smaller --lr")
-        stable = numbers[3] >= self.tau and self.step_number >= self.warmup
+        """Reads the step's numbers at once: checks the losses, triggers if beta_t >= tau, and logs."""
+        expected = expected_parameters(*self.expectation())
+        *losses, beta, expected = torch.stack([x.double() for x in (*losses, beta, expected)]).tolist()
         self.step_number += 1
-        if stable and self.triggers_done < self.triggers:
+        if not all(map(math.isfinite, losses)):
+            raise UsageError(f"the loss is {next(x for x in losses if not math.isfinite(x))} at search step {self.step_number}: use --dtype bfloat16 or "
+                             "float32 rather than float16, or a smaller --lr")
+        reduction = None
+        warm = self.step_number > max(self.warmup, self.window)       # H + 1 indicators exist
+        if warm and beta >= self.tau and self.triggers_done < self.triggers:
+            reduction = expected_reduction(expected, self.budget, self.triggers, self.triggers_done)
             self.trigger()
-        return {"step": self.step_number, "loss_train": numbers[0], "loss_theta": numbers[1],
-                "loss_phi": None if losses[2] is None else numbers[2], "beta": numbers[3], "expected": numbers[4],
-                "kept": sum(self.kept.tolist()), "fixed": sum((self.fixed & self.kept).tolist()),
-                "triggers": self.triggers_done, "seconds": time.perf_counter() - started}
+        train_loss, theta_loss, *phi_loss = losses
+        return {"step": self.step_number, "loss_train": train_loss, "loss_theta": theta_loss,
+                "loss_phi": phi_loss[0] if phi_loss else None, "beta": beta, "expected": expected,
+                "reduction": reduction, "kept": self.kept_count, "fixed": self.fixed_count, "triggers": self.triggers_done,
+                "seconds": time.perf_counter() - started}
 
     def magnitude(self, gradient):
         """Eq. (2) for the present weights, over the fixed slice where the rank is fixed."""
@@ -938,7 +967,7 @@ class Search:
         self.fixed = self.fixed | settled
         # What is removed or fixed is frozen: `descend` passes over it, its hooks are gone.
         self.space.remove(gone.tolist())
-        self.open_ranks = not bool(self.fixed.all())
+        self.kept_count, self.fixed_count = torch.stack([self.kept.sum(), (self.kept & self.fixed).sum()]).tolist()
         self.history = self.history[-1:]
         self.triggers_done += 1
 
@@ -969,8 +998,8 @@ class Search:
                                    self.choice.tolist(), self.budget)
         return self.space.structure(kept, choice, self.budget, backbone)
 
-    STATE = ("theta", "phi", "kept", "fixed", "choice", "smoothed", "indicators", "potential", "open_ranks",
-             "triggers_done", "step_number")
+    STATE = ("theta", "phi", "kept", "fixed", "choice", "smoothed", "indicators", "potential", "kept_count",
+             "fixed_count", "triggers_done", "step_number")
 
     def state_dict(self):
         """Everything that a search killed now needs to go on to the same end."""
@@ -1011,10 +1040,13 @@ def flat_gradients(loss, *groups):
     return [torch.cat([next(rows) for _ in group]) for group in groups]
 
 
-def descend(optimizer, parameter, gradient, open_rows):
-    """A step of the open rows alone: frozen ones feel neither decay nor momentum (reading 12)."""
+def descend(optimizer, parameter, sample, gradient, open_rows):
+    """A step of an architecture parameter, of its open rows alone: frozen ones feel neither decay
+    nor momentum (reading 12).   gradient: the loss's for `sample`, which depends on the parameter.
+    """
     before = parameter.detach().clone()
-    parameter.grad = gradient.view_as(parameter) * open_rows[:, None]
+    (parameter.grad,) = torch.autograd.grad(sample, parameter, gradient.view_as(sample))
+    parameter.grad *= open_rows[:, None]
     optimizer.step()
     with torch.no_grad():
         parameter.copy_(torch.where(open_rows[:, None], parameter, before))
@@ -1030,6 +1062,45 @@ def search(model, space, train_batches, val_batches, budget, steps, backbone="",
     settings: those of Search.   after_step: as for `Search.run`.   Returns a Structure.
     """
     return Search(model, space, budget, steps, **settings).run(train_batches, val_batches, backbone, after_step)
+
+
+class Replay:
+    """Runs a function of tensors; on a GPU as a CUDA graph for each shape: one launch, not thousands.
+
+    function: called as function(key, **tensors), returns tensors, asks the device for no value.
+    All graphs share the memory of their insides, so that what one returns is copied at once.
+    """
+
+    def __init__(self, function, enabled):
+        self.function, self.enabled, self.graphs, self.pool = function, enabled, {}, None
+
+    def __call__(self, key, **tensors):
+        if not self.enabled:
+            return self.function(key, **tensors)
+        shape = (key, *((name, t.shape) for name, t in tensors.items()))
+        if shape not in self.graphs:
+            self.graphs[shape] = self._capture(key, tensors)
+        graph, inputs, outputs = self.graphs[shape]
+        for name, t in tensors.items():
+            inputs[name].copy_(t, non_blocking=True)
+        graph.replay()
+        return [t.clone() for t in outputs]
+
+    def _capture(self, key, tensors):
+        """Warm up and record, on a stream of its own."""
+        inputs = {name: t.detach().clone() for name, t in tensors.items()}
+        stream, state = torch.cuda.Stream(), torch.cuda.get_rng_state()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.function(key, **inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream):
+            outputs = self.function(key, **inputs)
+        self.pool = self.pool or graph.pool()
+        torch.cuda.set_rng_state(state)              # the step draws what it would have drawn anyway
+        return graph, inputs, outputs
 
 
 def loss_of(output):
@@ -1124,7 +1195,7 @@ TASKS = {
     "stsb": Task(PAIR, FIFTHS, "Pearson", 15, 2),
     "mnli": Task(("premise", "hypothesis"), THREE, "accuracy", 3, 1, carve=True),
     "qnli": Task(("question", "sentence"), BINARY, "accuracy", 4, 1, carve=True),
-    "rte": Task(PAIR, BINARY, "accuracy", 20, 3),
+    "rte": Task(PAIR, BINARY, "accuracy", 20, 3, defaults=SUPERGLUE),       # the same examples in GLUE
     "boolq": Task(("question", "passage"), BINARY, "accuracy", 15, 2, "super_glue", defaults=SUPERGLUE),
     "cb": Task(("premise", "hypothesis"), THREE, "accuracy", 40, 4, "super_glue", defaults=SUPERGLUE),
     "multirc": Task(("question", "answer", "paragraph"), BINARY, "F1", 40, 4, "super_glue", defaults=SUPERGLUE),
@@ -1132,8 +1203,8 @@ TASKS = {
                    defaults={"max_length": 512, "batch_size": 16}),
     "wic": Task(("word", *PAIR), BINARY, "accuracy", 15, 2, "super_glue", defaults=SUPERGLUE),
     "custom": Task(("source",), (), "accuracy", 10, 1, "none"),
-    "toy": Task((), ("good", "bad"), "accuracy", 5, 4, "none",
-                defaults={"model": "toy", "lr": 1e-2, "budget": 0.02, "search_epochs": 8}),
+    "toy": Task((), ("good", "bad"), "accuracy", 7, 4, "none",
+                defaults={"model": "toy", "lr": 3e-3, "budget": 0.03, "triggers": 30, "search_epochs": 5}),
 }
 
 
@@ -1144,8 +1215,12 @@ def to_examples(name, row, training):
     """
     task = TASKS[name]
     if name == "custom":
-        return [Example(str(row["source"]), str(row["target"]), (str(row["target"]),))]
+        target = str(row["target"]).strip()
+        return [Example(str(row["source"]), target, (target,))]
     row = {key: ", ".join(value) if key == "entities" else value for key, value in row.items()}
+    for key in task.fields:
+        if row[key] is None:
+            raise UsageError(f"a row of {name} has no {key}: fill it in, or leave the row out")
     if name == "multirc":
         row["paragraph"] = " ".join(re.sub(r"<[^<>]*>", " ", row["paragraph"]).split())
     if name == "record":
@@ -1155,7 +1230,7 @@ def to_examples(name, row, training):
         answers = tuple(dict.fromkeys(row["answers"]))
         return [Example(source, answer, answers) for answer in (answers if training else answers[:1])]
     try:
-        target = f"{round(float(row['label']) * 5) / 5:.1f}" if task.labels is FIFTHS else str(int(row["label"]))
+        target = f"{round(float(row['label']) * 5) / 5:.1f}" if task.labels is FIFTHS else f"{float(row['label']):g}"
     except (TypeError, ValueError):
         target = str(row["label"])
     if target not in task.labels:
@@ -1315,12 +1390,14 @@ METRICS = {"accuracy": accuracy, "F1": f1, "Matthews": matthews, "Pearson": pear
 # neither word alone tells anything; a clause about something else stands before or behind.
 
 TOY_WORDS = {
-    "name": "anna ben carla david emma felix gina hugo ida jonas kate leo mia noah olga paul rosa sam tina udo",
-    "thing": "soup film book song cake room train boat garden coat lamp phone bread story game chair tea hat bike map",
-    "how": "very quite really rather truly fairly so too",
-    "good": "tasty lovely great bright charming clever fresh warm gentle superb",
-    "bad": "awful dull bitter broken ugly boring stale cold rude poor",
-    "doing": "sold took drew lost bought cleaned carried painted",
+    "name": "anna ben carla david emma felix gina hugo",
+    "thing": "soup film book song cake room train boat garden coat",
+    "how": "very quite really rather",
+    "good": "tasty lovely great bright charming clever",
+    "bad": "awful dull bitter broken ugly boring",
+    "glad": "smiled laughed cheered",
+    "sad": "sighed frowned cried",
+    "doing": "sold took drew lost bought cleaned",
 }
 
 
@@ -1344,15 +1421,16 @@ def toy_splits(seed):
     return {"train": examples[:4000], "validation": examples[4000:4500], "test": examples[4500:]}
 
 
-def toy_backbone(seed, steps=300, batch_size=64):
-    """A tiny T5 and its tokenizer, pretrained for a few seconds to fill in a masked word.
+def toy_backbone(seed, steps=500, batch_size=64):
+    """A tiny T5 and its tokenizer, pretrained for some seconds to fill in a masked word.
 
-    It has also seen the prompt, with verdicts drawn at random: untouched, it answers in the right
-    form and at chance.   Returns (model, tokenizer).
+    Its sentences go on with "so smiled" or "so sighed": it comes to know what a finding means, as a
+    large model would. It has also seen the task's prompt, with verdicts drawn at random: untouched,
+    it answers in the right form and at chance.   Returns (model, tokenizer).
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    words = "toy sentence: found the not and".split() + [w for part in TOY_WORDS.values() for w in part.split()]
+    words = "toy sentence: found the not and so".split() + [w for part in TOY_WORDS.values() for w in part.split()]
     vocabulary = {w: i for i, w in enumerate(dict.fromkeys(["<pad>", "</s>", "<unk>", "<mask>", "good", "bad", *words]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -1362,11 +1440,11 @@ def toy_backbone(seed, steps=300, batch_size=64):
     rng = random.Random(derive(seed, 7))
 
     def masked():
-        text, _ = toy_sentence(rng)
+        text, verdict = toy_sentence(rng)
         if rng.random() < 0.3:
             return Example(f"toy sentence: {text}", rng.choice(("good", "bad")), ())
-        pieces = text.split()
-        hole = rng.randrange(len(pieces))
+        pieces = [*text.split(), "so", rng.choice(TOY_WORDS["glad" if verdict == "good" else "sad"].split())]
+        hole = len(pieces) - 1 if rng.random() < 0.7 else rng.randrange(len(pieces))
         return Example(" ".join([*pieces[:hole], "<mask>", *pieces[hole + 1:]]), pieces[hole], ())
 
     with own_randomness("cpu"):
@@ -1400,10 +1478,13 @@ class Batches:
 
     tokens: what `tokenize` returns.   seed: None keeps the order.   Yields input_ids and
     attention_mask, [batch, longest input], and labels, [batch, longest target], padded with -100.
+    On a GPU lengths are rounded up and the last batch is filled with rows without a label, so that
+    a few CUDA graphs serve all batches; neither changes the loss.
     """
 
     def __init__(self, tokens, batch_size, device, seed=None):
         self.tokens, self.batch_size, self.device, self.seed, self.epoch = tokens, batch_size, device, seed, 0
+        self.round = torch.device(device).type == "cuda"
 
     def set_epoch(self, epoch):
         """Chooses the order of the next pass."""
@@ -1418,15 +1499,20 @@ class Batches:
             generator = torch.Generator().manual_seed(derive(self.seed, 9, self.epoch))
             order = torch.randperm(len(self.tokens), generator=generator).tolist()
         for start in range(0, len(order), self.batch_size):
-            sources, targets = zip(*(self.tokens[i] for i in order[start:start + self.batch_size]))
-            ids, mask, labels = pad(sources, 0), pad([[1] * len(s) for s in sources], 0), pad(targets, -100)
+            rows = [self.tokens[i] for i in order[start:start + self.batch_size]]
+            if self.round:
+                rows += [([1], [-100])] * (self.batch_size - len(rows))
+            sources, targets = zip(*rows)
+            ids = pad(sources, 0, 32 if self.round else 1)
+            labels = pad(targets, -100, 4 if self.round else 1)
+            mask = pad([[1] * len(source) for source in sources], 0, 32 if self.round else 1)
             yield {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device),
                    "labels": labels.to(self.device)}
 
 
-def pad(rows, filler):
-    """Lists of ints as one tensor, [rows, longest row]."""
-    longest = max(map(len, rows))
+def pad(rows, filler, multiple=1):
+    """Lists of ints as one tensor, [rows, longest row, rounded up to a multiple]."""
+    longest = math.ceil(max(map(len, rows)) / multiple) * multiple
     return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
 
 
@@ -1452,7 +1538,8 @@ def predict(model, tokenizer, tokens, batch_size, device):
     return texts
 
 
-def train(model, peft, batches, evaluate, epochs, lr, weight_decay=1e-4, seed=0, state=None, after_step=None):
+def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed=0, graphs=True, state=None,
+          after_step=None):
     """Trains the attached modules anew, and leaves them as they were after their best epoch.
 
     batches: a Batches or any iterable with a length.   evaluate: called after each epoch, returns
@@ -1461,21 +1548,25 @@ def train(model, peft, batches, evaluate, epochs, lr, weight_decay=1e-4, seed=0,
     step, the loss and, after the last step of an epoch, the score.   Returns the best score.
     """
     weights, tensors = peft.weights, list(peft.modules_.parameters())
-    weights.requires_grad_(False)
+
+    def gradient(_, **batch):
+        loss = loss_of(model(**batch))
+        return loss.detach(), *flat_gradients(loss, tensors)
+
+    replay = Replay(gradient, graphs and weights.is_cuda)
     optimizer = torch.optim.AdamW([weights], lr=lr, weight_decay=weight_decay)
     total, step, best, best_weights = epochs * len(batches), 0, -math.inf, weights.clone()
     if state is not None:
         step, best, best_weights = state["step"], state["best"], state["best_weights"].to(weights.device)
         weights.copy_(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
+    model.train()
     with own_randomness(weights.device):
         for batch in stream(batches, step):
             if step >= total:
                 break
-            model.train()
             torch.manual_seed(derive(seed, 10, step))                   # dropout
-            loss = loss_of(model(**batch))
-            (weights.grad,) = flat_gradients(loss, tensors)
+            loss, weights.grad = replay("train", **batch)
             for group in optimizer.param_groups:
                 group["lr"] = lr * (1 - step / total)
             optimizer.step()
@@ -1486,6 +1577,7 @@ def train(model, peft, batches, evaluate, epochs, lr, weight_decay=1e-4, seed=0,
                                  "float32 rather than float16, or a smaller --lr")
             if step % len(batches) == 0:
                 line["score"] = evaluate()
+                model.train()
                 if line["score"] > best:
                     best, best_weights = line["score"], weights.clone()
             if after_step is not None:
@@ -1517,7 +1609,7 @@ class Settings:
     space: str = option("s2", "search", "s1, s2, all, or a comma list of " + ", ".join(KINDS))
     ranks: tuple = option((1, 4, 8), "search", "Dim, the candidate ranks", type=int, nargs="+")
     budget: float = option(None, "search", "B: below 1 a fraction of the backbone, else parameters (1.39e-4)", type=float)
-    triggers: int = option(100, "search", "Z, how many times modules and ranks are selected", type=int)
+    triggers: int = option(None, "search", "Z, how many times modules and ranks are selected (100; toy 30)", type=int)
     tau: float = option(0.85, "search", "tau, the stability that triggers", type=float)
     gamma: float = option(0.85, "search", "gamma, how much of the past s-bar keeps", type=float)
     window: int = option(5, "search", "H, the steps over which stability is measured", type=int)
@@ -1533,6 +1625,7 @@ class Settings:
     out: str = option(None, "run", "folder to write (runs/<task>-<space>-<seed>)")
     device: str = option("auto", "run", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     dtype: str = option("float32", "run", "of the backbone: float32, bfloat16 or float16")
+    eager: bool = option(False, "run", "no CUDA graphs on a GPU: slower, and shut modules are skipped", action="store_true")
     save_every: int = option(0, "run", "steps between checkpoints; 0: about a minute", type=int)
     fresh: bool = option(False, "run", "start over instead of resuming", action="store_true")
 
@@ -1541,14 +1634,14 @@ class Settings:
         if self.task not in TASKS:
             raise UsageError(f"unknown task '{self.task}': choose {', '.join(TASKS)}")
         task = TASKS[self.task]
-        usual = {"model": "google-t5/t5-large", "max_length": 128, "budget": 1.39e-4, "lr": 3e-4, "batch_size": 32,
+        usual = {"model": "google-t5/t5-large", "max_length": 128, "budget": 1.39e-4, "lr": 3e-4, "batch_size": 32, "triggers": 100,
                  "epochs": task.epochs, "warmup_epochs": task.warmup_epochs, **task.defaults}
         for key, value in usual.items():
             if getattr(self, key, None) is None:
                 setattr(self, key, value)
         self.search_epochs = self.epochs if self.search_epochs is None else self.search_epochs
         kinds_of(self.space)
-        above = {"max_length": 1, "budget": 0, "triggers": 0, "window": 0, "search_epochs": 0, "epochs": 0, "lr": 0,
+        above = {"max_length": 1, "budget": 0, "triggers": 0, "window": 0, "epochs": 0, "search_epochs": 0, "lr": 0,
                  "arch_lr": 0, "batch_size": 0, "warmup_epochs": -1, "weight_decay": -1e-9, "save_every": -1}
         for key, bound in above.items():
             if not bound < getattr(self, key) < math.inf:
@@ -1567,7 +1660,7 @@ class Settings:
 
     def identity(self, seed):
         """What a resumed run must have in common with the one it goes on from."""
-        left_out = ("out", "fresh", "save_every", "device", "seed")
+        left_out = ("out", "fresh", "save_every", "device", "eager", "seed")
         kept = {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
         return json.loads(json.dumps({**kept, "seed": seed}))
 
@@ -1608,7 +1701,10 @@ def load_backbone(name, dtype, device, seed):
         if config.model_type not in ("t5", "mt5"):
             raise UsageError(f"{name} is a {config.model_type}, no T5: give a model of the T5, v1.1, Flan-T5 or mT5 family")
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, dtype=getattr(torch, dtype))
-        return model.to(device), transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("tokenizer.json", "spiece.model")):
+            raise OSError("there is no tokenizer.json or spiece.model")       # transformers would make an empty one up
+        return model.to(device), tokenizer
     except UsageError:
         raise
     except Exception as error:
@@ -1630,27 +1726,27 @@ def choose_device(name):
 class Folder:
     """A run's folder: refuses another run's, saves and finds checkpoints, ends on a signal."""
 
+    FILES = ("checkpoint.pt", "metrics.json", "structure.json", "search.jsonl", "peft.safetensors")
+
     def __init__(self, path, identity, fresh, save_every):
         self.path, self.identity, self.save_every = Path(path), identity, save_every
         self.saved_at, self.signal = time.monotonic(), None
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--out {path} can't be made ({error.strerror}): name another folder") from None
-        files = ("checkpoint.pt", "metrics.json", "structure.json", "search.jsonl", "peft.safetensors")
-        if fresh:
-            for name in files:
-                (self.path / name).unlink(missing_ok=True)
-        self.metrics = self.read("metrics.json", lambda p: json.loads(p.read_text()))
-        self.checkpoint = self.read("checkpoint.pt", lambda p: torch.load(p, weights_only=True, map_location="cpu"))
-        before = (self.metrics or self.checkpoint or {}).get("settings")
-        if before is None and any((self.path / name).exists() for name in files):
+        there = [name for name in self.FILES if (self.path / name).exists()]
+        self.stale, self.metrics, self.checkpoint = (there, None, None) if fresh else ([], *self.found())
+        before = self.metrics or self.checkpoint or {}
+        before = before.get("settings") if isinstance(before, dict) else None
+        if there and not fresh and before is None:
             raise UsageError(f"{path} holds files of a run that can't be resumed: name another --out, "
                              "or start over with --fresh")
-        for key in sorted((before or {}).keys() | identity.keys() if before else ()):
+        for key in sorted(before.keys() | identity.keys()) if before else ():
             if before.get(key) != identity.get(key):
                 raise UsageError(f"{path} holds another run: its {flag(key)} is {before.get(key)}, now it is "
                                  f"{identity.get(key)}; name another --out, or start over with --fresh")
+
+    def found(self):
+        """What an earlier run left here: (metrics, checkpoint), None for what there is not."""
+        return (self.read("metrics.json", lambda path: json.loads(path.read_text())),
+                self.read("checkpoint.pt", lambda path: torch.load(path, weights_only=True, map_location="cpu")))
 
     def read(self, name, reader):
         """What a file of the folder holds, or None."""
@@ -1668,10 +1764,17 @@ class Folder:
         write_atomically(self.path / name, content)
 
     def save(self, content):
-        """Writes checkpoint.pt and the log so far."""
+        """Writes checkpoint.pt and the log so far; only now does --fresh take older files away."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out {self.path} can't be made ({error.strerror}): name another folder") from None
         stream = io.BytesIO()
         torch.save({"settings": self.identity, **content}, stream)
         self.write("checkpoint.pt", stream.getvalue())
+        while self.stale:
+            if (name := self.stale.pop()) != "checkpoint.pt":
+                (self.path / name).unlink()
         self.write("search.jsonl", "".join(json.dumps(line) + "\n" for line in content["log"]))
         self.saved_at = time.monotonic()
 
@@ -1746,10 +1849,10 @@ def find_structure(settings, seed, model, tokens, folder, device, size):
             "phase": "search", "search": run.state_dict(), "log": log, "elapsed": time.monotonic() - started})
 
     search_of = Search(model, space, budget, steps, warmup, settings.triggers, settings.tau, settings.gamma,
-                       settings.window, settings.lr, settings.arch_lr, settings.weight_decay, seed)
+                       settings.window, settings.lr, settings.arch_lr, settings.weight_decay, seed, not settings.eager)
     if not stored:
-        folder.save({"phase": "search", "search": search_of.state_dict(), "log": [], "elapsed": 0.0})
-    if stored.get("search"):
+        folder.save({"phase": "start", "log": []})
+    if "search" in stored:
         search_of.load_state_dict(stored["search"])
     structure = search_of.run(*batches, settings.model, after_step)
     if search_of.ended_early:
@@ -1780,10 +1883,8 @@ def retrain(settings, seed, model, tokenizer, structure, tokens, splits, folder,
         folder.after_step(line["step"], lambda: {
             **search_part, "phase": "train", "train": state, "elapsed": time.monotonic() - started})
 
-    if not stored:
-        folder.save({**search_part, "phase": "train", "train": None, "elapsed": 0.0})
-    best = train(model, peft, batches, evaluate, settings.epochs, settings.lr, settings.weight_decay, seed,
-                 stored.get("train"), after_step)
+    best = train(model, peft, batches, evaluate, settings.epochs, settings.lr, weight_decay=settings.weight_decay,
+                 seed=seed, graphs=not settings.eager, state=stored.get("train"), after_step=after_step)
     return peft, best, time.monotonic() - started
 
 
@@ -1802,6 +1903,8 @@ def run(settings, seed, out):
             print(results(folder.metrics), flush=True)
             return folder.metrics
         device = choose_device(settings.device)
+        if settings.task == "toy":
+            torch.set_num_threads(1)            # so small a model only waits for further threads
         given = Structure.load(settings.structure) if settings.structure else None
         splits = load_splits(settings.task, settings.data_dir, seed)
         model, tokenizer = load_backbone(settings.model, settings.dtype, device, seed)
@@ -1816,13 +1919,17 @@ def run(settings, seed, out):
             structure = Structure(**stored["structure"])
             log, seconds = stored["log"], stored["search_seconds"]
         elif given:
+            apply(model, given).detach()                        # refuses it before a file is touched
             structure, log, seconds = given, [], 0.0
+            folder.save({"phase": "start", "log": []})
         else:
             structure, log, seconds = find_structure(settings, seed, model, tokens["train"], folder, device, size)
         folder.write("search.jsonl", "".join(json.dumps(line) + "\n" for line in log))
         structure.save(folder.path / "structure.json")
         print(picture(structure, model), flush=True)
         part = {"structure": dataclasses.asdict(structure), "log": log, "search_seconds": seconds}
+        if stored.get("phase") != "train":
+            folder.save({**part, "phase": "train", "elapsed": 0.0})
         peft, best, train_seconds = retrain(settings, seed, model, tokenizer, structure, tokens, splits, folder, part)
         peft.save(folder.path / "peft.safetensors")
         metrics = measure(settings, seed, model, tokenizer, tokens, splits, peft, structure)

@@ -1,0 +1,2470 @@
+"""Tests of bipeft.py, in its order: equations, modules, spaces, Algorithm 1, tasks, command line.
+
+    python -m pytest -q test_bipeft.py            all, on a CPU
+    python -m pytest -q -k "eq_ or select_"       the equations alone
+
+An equation has a test against numbers worked out by hand, with the arithmetic in a comment, and one
+against an oracle: a loop over modules in the paper's notation, on random inputs.
+"""
+
+import copy
+import importlib.util
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+import bipeft
+from bipeft import UsageError
+
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parent / "shared"
+SEEDS = range(12)
+RANKS = (1, 4, 8)
+KINDS = ("lora", "adapter_lr", "bitfit", "lnfit", "serial", "parallel", "prefix")
+RANKED = ("lora", "adapter_lr", "serial", "parallel", "prefix")
+ADDING = tuple(kind for kind in KINDS if kind != "prefix")          # these start as the zero function
+
+
+# ==================================================================================================
+# What several tests share
+# ==================================================================================================
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_and_tidy(tmp_path_factory):
+    """One thread, since on tensors this small a second one only waits; the data cache goes to a temporary folder."""
+    before = torch.get_num_threads(), datasets.config.HF_DATASETS_CACHE
+    torch.set_num_threads(1)
+    datasets.config.HF_DATASETS_CACHE = str(tmp_path_factory.mktemp("cache"))
+    yield
+    torch.set_num_threads(before[0])
+    datasets.config.HF_DATASETS_CACHE = before[1]
+
+
+VERSIONS = {
+    "v1.0": dict(),
+    "v1.1": dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "mt5": dict(family="mt5"),
+    "uneven": dict(num_layers=1, num_decoder_layers=3, d_ff=40, d_kv=6, num_heads=3),
+}
+
+
+def tiny_t5(family="t5", seed=0, **changes):
+    """A random T5 of 2 + 2 layers in evaluation mode, with weights large enough to matter."""
+    sizes = dict(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
+                 decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+    config, model = {"t5": (transformers.T5Config, transformers.T5ForConditionalGeneration),
+                     "mt5": (transformers.MT5Config, transformers.MT5ForConditionalGeneration)}[family]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return model(config(**{**sizes, **changes})).eval()
+
+
+def some_batch(seed=0, size=3, length=7, answer=4):
+    """A batch whose last row is one token shorter than the others."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.ones(size, length, dtype=torch.long)
+    mask[-1, -1] = 0
+    return {"input_ids": torch.randint(2, 40, (size, length), generator=generator) * mask, "attention_mask": mask,
+            "labels": torch.randint(2, 40, (size, answer), generator=generator)}
+
+
+@torch.no_grad()
+def logits_of(model, batch=None):
+    return model(**(batch or some_batch())).logits
+
+
+@torch.no_grad()
+def randomise(peft, scale=0.3, seed=0):
+    """Random weights in place of the initial ones, so that every module does something."""
+    peft.weights.copy_(scale * torch.randn(len(peft.weights), generator=torch.Generator().manual_seed(seed)))
+    return peft
+
+
+def tensor(*values, **more):
+    return torch.tensor(values, **more)
+
+
+def flags(*values):
+    return torch.tensor(values).bool()
+
+
+def a_search(space="s2", budget=None, steps=12, model=None, **settings):
+    """A Search over a tiny T5 whose modules already do something, and four batches."""
+    model = model or tiny_t5()
+    space = randomise(bipeft.Space(model, space), 0.1)
+    budget = budget or int(space.costs[:, -1].sum()) // 10
+    settings = {"triggers": 4, "window": 2, "tau": 0.0, "lr": 1e-2, **settings}
+    return bipeft.Search(model, space, budget, steps, **settings), [some_batch(seed) for seed in range(4)]
+
+
+# ==================================================================================================
+# 1. The equations
+# ==================================================================================================
+
+
+def random_case(seed):
+    """A random moment of a search: up to 12 modules at up to 4 ranks, some removed, some fixed."""
+    rng = random.Random(seed)
+    n, k = rng.randint(1, 12), rng.randint(1, 4)
+    kept = [rng.random() < 0.7 for _ in range(n)]
+    fixed = [not on or rng.random() < 0.3 for on in kept]
+    costs = [sorted(rng.sample(range(1, 90), k)) for _ in range(n)]
+    generator = torch.Generator().manual_seed(seed)
+    return SimpleNamespace(
+        n=n, k=k, rng=rng, kept=kept, fixed=fixed, costs=costs, choice=[rng.randrange(k) for _ in range(n)],
+        smoothed=[s / 7 for s in rng.sample(range(-40, 60), n)],              # no two alike
+        dim=sorted(rng.sample(range(1, 17), k)), ranked=[rng.random() < 0.8 for _ in range(n)],
+        theta=torch.randn(n, 2, generator=generator), phi=torch.randn(n, k, generator=generator),
+        budget=rng.randint(0, sum(row[-1] for row in costs)), generator=generator)
+
+
+def softmax(row):
+    powers = [math.exp(x) for x in row]
+    return [p / sum(powers) for p in powers]
+
+
+def cosine(a, b):
+    norms = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(y * y for y in b))
+    return sum(x * y for x, y in zip(a, b)) / norms if norms else 0.0
+
+
+def close(found, expected, tolerance=1e-5):
+    return torch.allclose(torch.as_tensor(found).double(), torch.as_tensor(expected).double(),
+                          rtol=tolerance, atol=tolerance)
+
+
+def random_modules(seed):
+    """Weights and gradients of up to 9 modules of 1 to 6 numbers each, and the modules' bounds."""
+    rng = random.Random(seed)
+    lengths = [rng.randint(1, 6) for _ in range(rng.randint(1, 9))]
+    generator = torch.Generator().manual_seed(seed)
+    w, g, h = torch.randn(3, sum(lengths), generator=generator).unbind()
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return w, g, h, torch.tensor(lengths), [slice(s, s + n) for s, n in zip(starts, lengths)]
+
+
+def test_eq_1_sensitivity_by_hand():
+    # 1 + 0.5·4 = 3 and 2 + (-1)·3 = -1
+    assert bipeft.sensitivity(tensor(1.0, 2.0), tensor(4.0, 3.0), tensor(0.5, -1.0)).tolist() == [3, -1]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_eq_1_to_3_against_a_loop(seed):
+    w, g, h, lengths, bounds = random_modules(seed)
+    f_tra, f_val, alpha, s = [], [], [], []
+    for at in bounds:
+        f_tra.append(sum(abs(a * b) for a, b in zip(w[at].tolist(), g[at].tolist())) / len(w[at]))
+        f_val.append(sum(abs(a * b) for a, b in zip(w[at].tolist(), h[at].tolist())) / len(w[at]))
+        alpha.append(cosine(g[at].tolist(), h[at].tolist()))
+        s.append(f_tra[-1] + alpha[-1] * f_val[-1])
+    found_tra, found_val = (bipeft.magnitude(w, x, lengths, lengths) for x in (g, h))
+    found_alpha = bipeft.alignment(g, h, lengths)
+    assert close(found_tra, f_tra) and close(found_val, f_val) and close(found_alpha, alpha)
+    assert close(bipeft.sensitivity(found_tra, found_val, found_alpha), s)
+    assert found_alpha.abs().max() <= 1
+
+
+def test_eq_2_magnitude_by_hand():
+    # M_1 = (1, -2) with G = (3, 0.5): (|3| + |-1|) / 2 = 2.      M_2 = (4) with G = (-0.25): 1 / 1 = 1
+    found = bipeft.magnitude(tensor(1.0, -2.0, 4.0), tensor(3.0, 0.5, -0.25), tensor(2, 1), tensor(2, 1))
+    assert found.tolist() == [2, 1]
+
+
+def test_eq_2_averages_over_the_slice_once_the_rank_is_fixed():
+    # (2, 1, 5) with G = (1, -4, 0), of which two are in use: (2 + 4 + 0) / 2 = 3, and not 6 / 3
+    assert bipeft.magnitude(tensor(2.0, 1.0, 5.0), tensor(1.0, -4.0, 0.0), tensor(3), tensor(2)).tolist() == [3]
+
+
+def test_eq_2_refuses_weights_and_gradients_of_different_shapes():
+    with pytest.raises(ValueError, match="differ"):
+        bipeft.magnitude(torch.ones(3), torch.ones(1), tensor(3), tensor(3))
+
+
+def test_eq_3_alignment_by_hand():
+    # (3, 4)·(4, 3) = 24 over 5·5: 0.96.   (1)·(-2) over 1·2: -1.   (0, 0) against anything: 0, never NaN
+    found = bipeft.alignment(tensor(3.0, 4.0, 1.0, 0.0, 0.0, 7.0), tensor(4.0, 3.0, -2.0, 1.0, 2.0, 0.0),
+                             tensor(2, 1, 2, 1))
+    assert close(found, [0.96, -1, 0, 0], 1e-6)
+
+
+def test_eq_3_of_tiny_gradients_does_not_underflow():
+    # as above, times 1e-18: the product of the two squared norms, 25e-36 · 25e-36, is below float32
+    assert close(bipeft.alignment(1e-18 * tensor(3.0, 4.0), 1e-18 * tensor(4.0, 3.0), tensor(2)), [0.96], 1e-5)
+
+
+def test_eq_3_of_gradients_that_vanish_in_float32_is_not_nan():
+    assert bipeft.alignment(tensor(1e-30), tensor(1e-30), tensor(1)).isfinite().all()
+
+
+def test_eq_4_smooth_by_hand():
+    # 0.85·2 + 0.15·4 = 1.7 + 0.6 = 2.3;  gamma = 1 keeps the past, gamma = 0 forgets it
+    assert close(bipeft.smooth(tensor(2.0), tensor(4.0), 0.85), [2.3])
+    assert bipeft.smooth(tensor(2.0), tensor(4.0), 1).tolist() == [2]
+    assert bipeft.smooth(tensor(2.0), tensor(4.0), 0).tolist() == [4]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_eq_4_smooth_against_its_closed_form(seed):
+    # unrolled from s-bar_0 = 0:  s-bar_t = (1 - gamma) · sum over j of gamma^(t-j) · s_j
+    rng, smoothed = random.Random(seed), torch.zeros(1)
+    gamma, s = rng.random(), [rng.uniform(-2, 2) for _ in range(9)]
+    for value in s:
+        smoothed = bipeft.smooth(smoothed, tensor(value), gamma)
+    assert close(smoothed, [(1 - gamma) * sum(gamma ** (8 - j) * s[j] for j in range(9))])
+
+
+def test_indicator_by_hand_stops_at_the_first_that_would_pass_the_budget():
+    # by s-bar: 0 (40), 2 (40 + 30 = 70), 3 (90 > 80, stop); 1 with its 10 would fit but comes later
+    s, cost, everything = tensor(5.0, 1.0, 4.0, 3.0), tensor(40.0, 10.0, 30.0, 20.0), flags(1, 1, 1, 1)
+    assert bipeft.importance_indicator(s, cost, everything, 80).tolist() == [True, False, True, False]
+    assert bipeft.importance_indicator(s, cost, everything, 90).tolist() == [True, False, True, True]    # exactly B
+    # without module 0: 30, 50, 60
+    assert bipeft.importance_indicator(s, cost, flags(0, 1, 1, 1), 80).tolist() == [False, True, True, True]
+    assert not bipeft.importance_indicator(s, cost, everything, 39).any()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_indicator_against_a_loop(seed):
+    c = random_case(seed)
+    cost = [row[k] for row, k in zip(c.costs, c.choice)]
+    indicator, total = [False] * c.n, 0
+    for n in sorted(range(c.n), key=lambda n: -c.smoothed[n]):
+        if c.kept[n]:
+            if total + cost[n] > c.budget:
+                break
+            indicator[n], total = True, total + cost[n]
+    found = bipeft.importance_indicator(torch.tensor(c.smoothed), torch.tensor(cost).double(), flags(*c.kept),
+                                        c.budget)
+    assert found.tolist() == indicator
+    assert sum(x for x, on in zip(cost, found.tolist()) if on) <= c.budget
+
+
+def test_eq_5_stability_by_hand():
+    # cos((1,1,0), (1,0,0)) = 1/sqrt(2), cos((1,0,0), (1,0,1)) = 1/sqrt(2), mean 0.7071; the oldest row is not read
+    rows = flags([0, 0, 1], [1, 1, 0], [1, 0, 0], [1, 0, 1])
+    assert close(bipeft.stability(rows, 2), 0.5 ** 0.5)
+    # cos((0,0,1), (1,1,0)) = 0 comes in with H = 3: 2/sqrt(2) / 3
+    assert close(bipeft.stability(rows, 3), 2 * 0.5 ** 0.5 / 3)
+
+
+def test_eq_5_reaches_one_and_no_more():
+    # H = 5 terms of 1 over 5; the sum as printed has 6 terms, and would give 1.2
+    assert bipeft.stability(flags(*[[1, 0, 1]] * 9), 5) == 1
+
+
+def test_eq_5_is_zero_with_fewer_than_h_plus_one_indicators():
+    assert bipeft.stability(flags(*[[1, 0, 1]] * 5), 5) == 0
+    assert bipeft.stability(flags(*[[1, 0, 1]] * 6), 5) == 1
+
+
+def test_eq_5_of_empty_indicators():
+    # empty and empty count as equal, empty and not empty as different: (1 + 0 + 0) / 3
+    assert close(bipeft.stability(flags([0, 0], [0, 0], [0, 1], [0, 0]), 3), 1 / 3)
+    assert bipeft.stability(flags([0, 0], [0, 0]), 1) == 1
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_eq_5_against_a_loop(seed):
+    rng = random.Random(seed)
+    n, h, t = rng.randint(1, 6), rng.randint(1, 5), rng.randint(1, 9)
+    rows = [[rng.random() < 0.5 for _ in range(n)] for _ in range(t)]
+    beta = 0.0
+    if t >= h + 1:
+        for j in range(t - h, t):
+            now, before = rows[j], rows[j - 1]
+            beta += 1.0 if not any(now) and not any(before) else cosine(now, before)
+        beta /= h
+    found = bipeft.stability(torch.tensor(rows), h)
+    assert close(found, beta) and 0 <= found <= 1
+
+
+def test_eq_6_reduction_by_hand():
+    assert bipeft.expected_reduction(1000.0, 400, 10, 4) == 100          # (1000 - 400) / (10 - 4)
+    assert bipeft.expected_reduction(1000.0, 400, 10, 9) == 600          # the last trigger takes all that is left
+    assert bipeft.expected_reduction(300.0, 400, 10, 0) == -10           # below the budget already
+
+
+@pytest.mark.parametrize("done", [10, 11, -1])
+def test_eq_6_refuses_a_trigger_that_is_not_left(done):
+    with pytest.raises(ValueError, match="no trigger is left"):
+        bipeft.expected_reduction(1000.0, 400, 10, done)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_eq_6_spread_over_all_triggers_ends_at_the_budget(seed):
+    rng = random.Random(seed)
+    expected, budget, triggers = rng.uniform(100, 999), rng.randint(1, 99), rng.randint(1, 30)
+    for done in range(triggers):
+        expected -= bipeft.expected_reduction(expected, budget, triggers, done)
+    assert math.isclose(expected, budget)
+
+
+def test_eq_7_expected_parameters_by_hand():
+    # 0.5·10 + 0·99 + 1·4 = 9
+    assert bipeft.expected_parameters(tensor(0.5, 0.0, 1.0), tensor(10.0, 99.0, 4.0)) == 9
+
+
+def test_keep_probability_by_hand():
+    # softmax(0, 0)[1] = 1/2, softmax(0, ln 3)[1] = 3/4, and 0 for a removed one; certain: b itself
+    theta, kept = tensor([0.0, 0.0], [0.0, math.log(3)], [5.0, 5.0]), flags(1, 1, 0)
+    assert close(bipeft.keep_probability(theta, kept, False), [0.5, 0.75, 0])
+    assert bipeft.keep_probability(theta, kept, True).tolist() == [1, 1, 0]
+
+
+def test_eq_8_expected_cost_by_hand():
+    # softmax(0, ln 2, 0) = (1/4, 1/2, 1/4): 10/4 + 40/2 + 80/4 = 42.5 while open; q[k* = 1] = 40 once fixed
+    phi = tensor([0.0, math.log(2), 0.0]).expand(2, 3)
+    found = bipeft.expected_cost(phi, tensor([10, 40, 80], [10, 40, 80]), flags(0, 1), tensor(2, 1))
+    assert close(found, [42.5, 40])
+
+
+@pytest.mark.parametrize("certain", [False, True])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_eq_7_and_8_against_a_loop(seed, certain):
+    c = random_case(seed)
+    expected, cost = 0.0, []
+    for n in range(c.n):
+        weights = softmax(c.phi[n].tolist())
+        cost.append(c.costs[n][c.choice[n]] if c.fixed[n] else sum(q * w for q, w in zip(c.costs[n], weights)))
+        p = 0.0 if not c.kept[n] else 1.0 if certain else softmax(c.theta[n].tolist())[1]
+        expected += p * cost[n]
+    found = bipeft.expected_cost(c.phi, torch.tensor(c.costs), flags(*c.fixed), torch.tensor(c.choice))
+    assert close(found, cost)
+    keep = bipeft.keep_probability(c.theta, flags(*c.kept), certain)
+    assert close(bipeft.expected_parameters(keep, found), expected)
+
+
+def test_select_modules_by_hand_stops_at_the_first_that_does_not_fit():
+    # from the lowest s-bar: 1 (20), 3 (20 + 25 = 45), 2 (75 > 50, stop); 0 with its 5 would fit but is the best
+    s, expected, kept = tensor(5.0, 1.0, 4.0, 3.0), tensor(5.0, 20.0, 30.0, 25.0), flags(1, 1, 1, 1)
+    assert bipeft.select_modules(s, expected, kept, 50).tolist() == [False, True, False, True]
+    assert bipeft.select_modules(s, expected, kept, 45).tolist() == [False, True, False, True]      # exactly R_z
+    assert bipeft.select_modules(s, expected, kept, 44).tolist() == [False, True, False, False]
+    assert bipeft.select_modules(s, expected, kept, 19).tolist() == [False] * 4      # skips nothing to remove 0
+    # module 1 is gone already: 3 (25), 2 (55 > 50)
+    assert bipeft.select_modules(s, expected, flags(1, 0, 1, 1), 50).tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize("reduction", [0.0, -0.5, -1e9])
+def test_select_modules_removes_nothing_below_the_budget(reduction):
+    assert not bipeft.select_modules(tensor(1.0, 2.0), tensor(3.0, 4.0), flags(1, 1), reduction).any()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_select_modules_against_a_loop(seed):
+    c = random_case(seed)
+    expected = (torch.rand(c.n, generator=c.generator).double() * 50 * flags(*c.kept)).tolist()
+    reduction, total, gone = c.rng.uniform(-20, 200), 0.0, [False] * c.n
+    for n in sorted(range(c.n), key=lambda n: c.smoothed[n]):
+        if c.kept[n]:
+            if total + expected[n] > reduction:
+                break
+            gone[n], total = True, total + expected[n]
+    found = bipeft.select_modules(torch.tensor(c.smoothed), torch.tensor(expected).double(), flags(*c.kept), reduction)
+    assert found.tolist() == gone
+    assert not (found & ~flags(*c.kept)).any()
+    assert (torch.tensor(expected) * found).sum() <= max(0, reduction)
+
+
+def test_eq_9_instability_by_hand():
+    # (1/2, 1/2) -> (1/4, 3/4): population sigma 1/8 of each; KL(first || last) = 1/2 ln 2 + 1/2 ln(2/3) = 1/2 ln(4/3);
+    # 1/2 · (1/8 + 1/8) · 1/2 ln(4/3) = 0.01798. (A sample sigma gives 0.02543, the other KL 0.01635.)
+    history = tensor([[0.5, 0.5]], [[0.25, 0.75]])
+    assert close(bipeft.rank_instability(history), [math.log(4 / 3) / 16], 1e-6)
+
+
+def test_eq_9_middle_steps_count_in_sigma_alone():
+    # (1/2, 1/2), (1, 0)-like excursions and back: sigma > 0 but KL(first || last) = 0
+    assert bipeft.rank_instability(tensor([[0.5, 0.5]], [[0.9, 0.1]], [[0.5, 0.5]])).tolist() == [0]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_eq_9_against_a_loop(seed):
+    generator = torch.Generator().manual_seed(seed)
+    steps, n, k = 1 + seed % 4, 1 + seed % 5, 1 + seed % 3
+    history = torch.randn(steps, n, k, generator=generator).softmax(-1)
+    expected = []
+    for row in history.transpose(0, 1).tolist():                       # [steps][K]
+        sigma = []
+        for values in zip(*row):
+            mean = sum(values) / len(values)
+            sigma.append(math.sqrt(sum((x - mean) ** 2 for x in values) / len(values)))
+        kl = sum(p * math.log(p / q) for p, q in zip(row[0], row[-1]))
+        expected.append(sum(s * kl for s in sigma) / k)
+    assert close(bipeft.rank_instability(history), expected, 1e-6)
+
+
+def test_potential_ranks_by_hand():
+    # open: Dim[argmax] = 4; fixed at k* = 0: 1; removed (and fixed at 2): 0; kind without a rank: 0; fixed at 2: 8
+    phi = tensor([0.0, 2.0, 1.0]).expand(5, 3)
+    found = bipeft.potential_ranks(phi, tensor(1, 4, 8), flags(1, 1, 0, 1, 1), flags(0, 1, 1, 1, 1),
+                                   tensor(2, 0, 2, 2, 2), flags(1, 1, 1, 0, 1))
+    assert found.tolist() == [4, 1, 0, 0, 8]
+
+
+def test_eq_10_quota_by_hand():
+    # v = (3, 4, 0, 0, 0) and (4, 3, 0, 0, 0): cos 24/25; three open: floor(3 · 0.96 / 2) = floor(1.44) = 1
+    before, now = tensor(3.0, 4.0, 0.0, 0.0, 0.0), tensor(4.0, 3.0, 0.0, 0.0, 0.0)
+    assert bipeft.rank_quota(before, now, flags(0, 0, 0, 1, 1), 2) == 1
+    # unchanged, cos exactly 1: floor(4 / 2) = 2, not the 1 that 0.9999999 would give
+    assert bipeft.rank_quota(before, before, flags(0, 0, 0, 0, 1), 2) == 2
+    # floor(2 · 0.96 / 2) = 0
+    assert bipeft.rank_quota(before, now, flags(0, 0, 1, 1, 1), 2) == 0
+
+
+def test_eq_10_last_trigger_fixes_every_open_rank():
+    # cos 0.96 would leave one of the two open: floor(1.92) = 1
+    assert bipeft.rank_quota(tensor(3.0, 4.0), tensor(4.0, 3.0), flags(0, 0), 1) == 2
+
+
+def test_eq_10_of_all_zero_potentials_fixes_nothing():
+    assert bipeft.rank_quota(torch.zeros(2), torch.zeros(2), flags(0, 0), 2) == 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_eq_10_and_select_ranks_against_a_loop(seed):
+    c = random_case(seed)
+    phi_before = torch.randn(c.n, c.k, generator=c.generator)
+    fixed = [d or not r for d, r in zip(c.fixed, c.ranked)]
+
+    def v_of(phi):
+        v = []
+        for n in range(c.n):
+            best = max(range(c.k), key=lambda k: phi[n, k].item())
+            v.append(0 if not c.kept[n] or not c.ranked[n] else c.dim[c.choice[n] if fixed[n] else best])
+        return v
+
+    def found_v(phi):
+        return bipeft.potential_ranks(phi, torch.tensor(c.dim), flags(*c.kept), flags(*fixed),
+                                      torch.tensor(c.choice), flags(*c.ranked))
+
+    before, now, remaining = v_of(phi_before), v_of(c.phi), c.rng.randint(1, 4)
+    assert found_v(phi_before).tolist() == before and found_v(c.phi).tolist() == now
+    still_open = fixed.count(False)
+    y = still_open if remaining == 1 else math.floor(still_open * cosine(before, now) / remaining + 1e-9)
+    quota = bipeft.rank_quota(found_v(phi_before), found_v(c.phi), flags(*fixed), remaining)
+    assert quota == y
+
+    instability = torch.rand(c.n, generator=c.generator)
+    lowest = sorted((n for n in range(c.n) if not fixed[n]), key=lambda n: instability[n].item())[:y]
+    found = bipeft.select_ranks(instability, flags(*fixed), quota)
+    assert found.nonzero().flatten().tolist() == sorted(lowest)
+
+
+def test_select_ranks_by_hand():
+    # of the open ones 0, 1, 2 with lambda 0.3, 0.1, 0.2 the two lowest; 3 is the lowest but fixed
+    instability, fixed = tensor(0.3, 0.1, 0.2, 0.0), flags(0, 0, 0, 1)
+    assert bipeft.select_ranks(instability, fixed, tensor(2)).tolist() == [False, True, True, False]
+    assert bipeft.select_ranks(instability, fixed, tensor(0)).tolist() == [False] * 4
+    assert bipeft.select_ranks(instability, fixed, tensor(9)).tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_permuting_the_modules_permutes_the_answers(seed):
+    c = random_case(seed)
+    order = torch.randperm(c.n, generator=c.generator)
+    s, kept, fixed, choice = torch.tensor(c.smoothed), flags(*c.kept), flags(*c.fixed), torch.tensor(c.choice)
+    costs, instability = torch.tensor(c.costs), torch.rand(c.n, generator=c.generator)
+    history = torch.randn(4, c.n, c.k, generator=c.generator).softmax(-1)
+    rows = torch.rand(4, c.n, generator=c.generator) < 0.5
+
+    def answers(at):
+        cost = bipeft.expected_cost(c.phi[at], costs[at], fixed[at], choice[at])
+        return (cost, bipeft.importance_indicator(s[at], cost, kept[at], c.budget),
+                bipeft.select_modules(s[at], cost * kept[at], kept[at], c.budget),
+                bipeft.rank_instability(history[:, at]), bipeft.select_ranks(instability[at], fixed[at], tensor(2)))
+
+    for straight, permuted in zip(answers(torch.arange(c.n)), answers(order)):
+        assert close(straight[order], permuted)
+    assert close(bipeft.stability(rows, 3), bipeft.stability(rows[:, order], 3))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_removal_only_grows_and_ends_at_the_budget(seed):
+    # p = 1 throughout: after Z triggers what is kept costs at most B plus the one module that did not fit R_z
+    c = random_case(seed)
+    s, cost, kept = torch.tensor(c.smoothed), torch.tensor([row[-1] for row in c.costs]).double(), flags(*[True] * c.n)
+    for done in range(5):
+        reduction = bipeft.expected_reduction((cost * kept).sum(), c.budget, 5, done)
+        gone = bipeft.select_modules(s, cost * kept, kept, reduction)
+        assert not (gone & ~kept).any()
+        kept &= ~gone
+    assert (cost * kept).sum() < c.budget + cost.max()
+
+
+def test_fill_budget_by_hand():
+    # kept: 0 (rank 1: 10), 1 (40), 2 (30) = 80 > 60: the least sensitive kept, 2 (s-bar 1), goes: 50, so 10 are free.
+    # These are offered by s-bar: 3 (s-bar 5) takes its largest rank that fits, 8 and not 20; the last 2 fit nothing.
+    kept, choice = bipeft.fill_budget([9, 7, 1, 5], [[10, 20], [20, 40], [15, 30], [8, 20]],
+                                      [True, True, True, False], [0, 1, 1, 1], 60)
+    assert (kept, choice) == ([True, True, False, True], [0, 1, 1, 0])
+
+
+def test_fill_budget_never_changes_a_kept_rank():
+    # 90 are free, but module 0 was fixed at rank index 0 by Eq. 9-10, and stays there
+    assert bipeft.fill_budget([1.0], [[10, 20]], [True], [0], 100) == ([True], [0])
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_fill_budget_against_a_loop(seed):
+    c = random_case(seed)
+    kept, choice = list(c.kept), list(c.choice)
+
+    def total():
+        return sum(c.costs[n][choice[n]] for n in range(c.n) if kept[n])
+
+    while total() > c.budget:
+        kept[min((n for n in range(c.n) if kept[n]), key=lambda n: c.smoothed[n])] = False
+    for n in sorted((n for n in range(c.n) if not kept[n]), key=lambda n: -c.smoothed[n]):
+        for k in reversed(range(c.k)):
+            if not kept[n] and total() + c.costs[n][k] <= c.budget:
+                kept[n], choice[n] = True, k
+    given = list(c.kept), list(c.choice)
+    found = bipeft.fill_budget(c.smoothed, c.costs, c.kept, c.choice, c.budget)
+    assert found == (kept, choice) and (c.kept, c.choice) == given           # the arguments are left alone
+    assert total() <= c.budget
+    assert all(c.budget - total() < c.costs[n][0] for n in range(c.n) if not kept[n])
+
+
+# Gumbel-Softmax and the slice mask (3.5)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gumbel_softmax_is_one_hot_forwards_and_soft_backwards(seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(5, 3, generator=generator).requires_grad_()
+    noise, towards = bipeft.gumbel_noise((5, 3), generator), torch.randn(5, 3, generator=generator)
+    temperature = 1 + seed / 3
+    hard = bipeft.gumbel_softmax(logits, noise, temperature)
+    assert set(hard.flatten().tolist()) <= {0.0, 1.0} and hard.sum(1).tolist() == [1] * 5      # exactly
+    assert torch.equal(hard.argmax(1), (logits + noise).argmax(1))
+    (through,) = torch.autograd.grad((hard * towards).sum(), logits)
+    soft = torch.exp((logits + noise) / temperature)
+    (expected,) = torch.autograd.grad((soft / soft.sum(1, keepdim=True) * towards).sum(), logits)
+    assert close(through, expected, 1e-6)
+    assert close(bipeft.gumbel_softmax(logits, noise, temperature, hard=False), soft / soft.sum(1, keepdim=True), 1e-6)
+
+
+def test_gumbel_samples_are_as_frequent_as_softmax_says():
+    # 20,000 draws: five deviations of a share p are at most 5·sqrt(1/4 / 20000) = 0.018
+    logits = tensor(0.0, 1.0, -1.0)
+    noise = bipeft.gumbel_noise((20_000, 3), torch.Generator().manual_seed(0))
+    share = bipeft.gumbel_softmax(logits.expand(20_000, 3), noise, 5.0).mean(0)
+    assert (share - logits.softmax(0)).abs().max() < 0.018
+
+
+def test_gumbel_noise_is_finite_and_of_its_generator_alone():
+    before = torch.get_rng_state()
+    a, b = (bipeft.gumbel_noise((1000,), torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(a, b) and a.isfinite().all() and torch.equal(before, torch.get_rng_state())
+    # the distribution's mean is Euler's constant, 0.577, its deviation pi/sqrt(6) = 1.28: 5 · 1.28/sqrt(1000) = 0.2
+    assert abs(a.mean() - 0.577) < 0.2
+
+
+def test_slice_mask_by_hand():
+    # Dim = (1, 2, 4): one-hot on rank 2 gives (1, 1, 0, 0); (1/2, 1/4, 1/4) gives (1, 1/2, 1/4, 1/4)
+    leading = tensor([1.0, 0, 0, 0], [1.0, 1, 0, 0], [1.0, 1, 1, 1])
+    found = bipeft.slice_mask(tensor([0.0, 1.0, 0.0], [0.5, 0.25, 0.25]), leading)
+    assert found.tolist() == [[1, 1, 0, 0], [1, 0.5, 0.25, 0.25]]
+
+
+# ==================================================================================================
+# 2. The searchable modules
+# ==================================================================================================
+
+
+def a_module(kind, rank=8, role=None, scale=None):
+    """(module, x, y): a module for an uneven T5, and an input and output of its place. scale: of random weights."""
+    model = tiny_t5(**VERSIONS["uneven"])
+    roles = bipeft.KINDS[kind].roles if role is None else (role,)
+    place = next(place for _, r, place in bipeft.places(model) if r in roles)
+    module = bipeft.KINDS[kind](place, rank, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(2)
+    if scale is not None:
+        for p in module.parameters():
+            p.data = scale * torch.randn(p.shape, generator=generator)
+    ins, outs = (place.in_features, place.out_features) if isinstance(place, nn.Linear) else (32, 32)
+    return module, torch.randn(2, 5, ins, generator=generator), torch.randn(2, 5, outs, generator=generator)
+
+
+def put(module, gate, mask):
+    """Gives a module the rows that a search would give it."""
+    module.mask, module.state = mask, gate * mask
+    return module
+
+
+def leading(rank, most=8):
+    return (torch.arange(most) < rank).float()
+
+
+PLACES = [(kind, role) for kind in ADDING for role in bipeft.KINDS[kind].roles]
+
+
+@pytest.mark.parametrize("kind, role", PLACES)
+def test_a_new_module_is_exactly_the_zero_function(kind, role):
+    module, x, y = a_module(kind, role=role)
+    assert torch.equal(module(x, y), y)
+
+
+@pytest.mark.parametrize("kind, role", PLACES)
+def test_no_tensor_of_a_new_module_has_a_dead_gradient(kind, role):
+    module, x, y = a_module(kind, role=role)
+    towards = torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    (module(x, y) * towards).sum().backward()
+    assert any(p.grad.abs().max() > 0 for p in module.parameters())
+    optimizer.step()                                   # moves what started at zero
+    optimizer.zero_grad()
+    (module(x, y) * towards).sum().backward()
+    for name, p in module.named_parameters():
+        assert (p.grad != 0).float().mean() > 0.9, f"{name} can't learn"
+
+
+@pytest.mark.parametrize("kind", sorted(set(RANKED) & set(ADDING)))
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_a_smaller_rank_is_the_leading_slice(kind, rank):
+    big, x, y = a_module(kind, 8, scale=0.5)
+    small, _, _ = a_module(kind, rank)
+    for p, q in zip(small.parameters(), big.parameters()):
+        p.data = q.data[tuple(slice(n) for n in p.shape)].clone()
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in big.parameters()) or rank == 8
+    expected = small(x, y)
+    assert not torch.allclose(expected, y)
+    assert close(put(big, torch.ones(()), leading(rank))(x, y), expected)
+
+
+def test_lora_adds_b_a_x_without_extra_scaling():
+    module, x, y = a_module("lora", 2, scale=0.5)
+    assert close(module(x, y), y + x @ module.A.T @ module.B.T)
+
+
+def test_low_rank_adapter_is_two_products_of_factors_around_a_gelu():
+    module, x, y = a_module("adapter_lr", 2, scale=0.5)
+    down, up = module.down_out @ module.down_in, module.up_out @ module.up_in
+    assert down.shape == (1, 32) and up.shape == (32, 1)                          # d/32 = 1
+    assert close(module(x, y), y + F.gelu(y @ down.T + module.down_bias) @ up.T + module.up_bias)
+
+
+@pytest.mark.parametrize("kind", ["serial", "parallel"])
+def test_adapters_read_the_output_or_the_input_of_the_block(kind):
+    module, x, y = a_module(kind, 2, scale=0.5)
+    read = y if kind == "serial" else x
+    assert close(module(x, y), y + F.gelu(read @ module.down.T + module.down_bias) @ module.up.T + module.up_bias)
+
+
+def test_lnfit_is_a_delta_on_the_norms_weight():
+    norm = tiny_t5().encoder.block[0].layer[0].layer_norm
+    norm.weight.data = torch.rand(32) + 0.5
+    module = bipeft.LNFit(norm, 1)
+    module.delta.data = torch.randn(32)
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    expected = (norm.weight + module.delta) * x / (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+    assert close(module(x, norm(x)), expected)
+
+
+def test_bitfit_adds_a_bias():
+    module, x, y = a_module("bitfit", scale=0.5)
+    assert torch.equal(module(x, y), y + module.bias)
+
+
+@pytest.mark.parametrize("kind, role", PLACES)
+def test_a_shut_gate_adds_exactly_zero(kind, role):
+    module, x, y = a_module(kind, role=role, scale=0.5)
+    assert not torch.allclose(module(x, y), y)
+    assert torch.equal(put(module, torch.zeros(()), leading(4))(x, y), y)
+
+
+@pytest.mark.parametrize("kind, role", PLACES)
+def test_the_gradient_to_a_shut_gate_is_what_the_module_would_add(kind, role):
+    # y + gate · f: the derivative by the gate, at 0 as anywhere, is f
+    module, x, y = a_module(kind, role=role, scale=0.5)
+    towards = torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
+    added = put(module, torch.ones(()), leading(4))(x, y) - y
+    gate = torch.zeros((), requires_grad=True)
+    (through,) = torch.autograd.grad((put(module, gate, leading(4))(x, y) * towards).sum(), gate)
+    assert close(through, (added * towards).sum(), 1e-4) and through != 0
+
+
+def test_a_shut_gate_passes_no_gradient_to_the_modules_weights():
+    for kind, role in PLACES:
+        module, x, y = a_module(kind, role=role, scale=0.5)
+        put(module, torch.zeros(()), leading(4))(x, y).sum().backward()
+        assert all(p.grad is None or p.grad.abs().max() == 0 for p in module.parameters()), kind
+
+
+def test_components_outside_the_slice_get_no_gradient():
+    module, x, y = a_module("lora", 8, scale=0.5)
+    put(module, torch.ones(()), leading(4))(x, y).sum().backward()
+    assert module.A.grad[:4].abs().min() > 0 and module.A.grad[4:].abs().max() == 0
+    assert module.B.grad[:, :4].abs().min() > 0 and module.B.grad[:, 4:].abs().max() == 0
+
+
+def test_low_rank_adapter_of_rank_one_on_t5_large_holds_3168_parameters():
+    # d = 1024, m = 32: 1024 + 32 + 32 (bias) + 32 + 1024 + 1024 (bias) = 3168
+    place = SimpleNamespace(o=nn.Linear(1, 1024))
+    assert sum(p.numel() for p in bipeft.LowRankAdapter(place, 1).parameters()) == 3168
+
+
+# Prefix: against a softmax over the concatenated keys
+
+
+def attention_case(seed=0, dtype=torch.float32, r=3):
+    """query, key, value, mask, bias of 2 rows, 4 heads, 5 queries, 6 keys, width 8; keys and values of r pairs."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    mask = torch.zeros(2, 1, 5, 6, dtype=dtype)
+    mask[1, :, :, 4:] = torch.finfo(dtype).min
+    query, key, value = normal(2, 4, 5, 8), normal(2, 4, 6, 8), normal(2, 4, 6, 8)
+    return query, key, value, mask, normal(1, 4, 5, 6), normal(4, r, 8), normal(4, r, 8)
+
+
+def attend(q, k, v, mask, bias, prefix):
+    module = SimpleNamespace(training=False, is_causal=False)
+    return bipeft.prefix_attention(module, q, k, v, mask, position_bias=bias, prefix=prefix)[0]
+
+
+def softmax_over_all(q, k, v, mask, bias, keys, values):
+    """One query at a time: softmax over r prefix scores and s own scores, then the mean of the values."""
+    out = torch.zeros(2, 5, 4, 8, dtype=q.dtype)
+    for b in range(2):
+        for h in range(4):
+            for i in range(5):
+                own = keys[h] @ q[b, h, i]
+                rest = k[b, h] @ q[b, h, i] + bias[0, h, i] + mask[b, 0, i]
+                out[b, i, h] = torch.cat([own, rest]).softmax(0) @ torch.cat([values[h], v[b, h]])
+    return out
+
+
+@pytest.mark.parametrize("open_pairs", [3, 1])
+def test_prefix_attention_is_a_softmax_over_the_concatenation(open_pairs):
+    *given, keys, values = attention_case()
+    expected = softmax_over_all(*given, keys[:, :open_pairs], values[:, :open_pairs])
+    assert close(attend(*given, (keys, values, leading(open_pairs, 3))), expected)
+
+
+def test_a_shut_prefix_is_no_prefix():
+    *given, keys, values = attention_case()
+    expected = softmax_over_all(*given, keys[:, :0], values[:, :0])
+    assert close(attend(*given, None), expected)
+    for size in (1, 1e4):                                   # however large its scores
+        assert close(attend(*given, (size * keys, values, torch.zeros(3))), expected)
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e4, 1e18])
+@pytest.mark.parametrize("gate", [0.0, 1.0])
+def test_the_gradient_to_a_prefix_gate_is_finite(size, gate):
+    *given, keys, values = attention_case()
+    weight = torch.full((3,), gate, requires_grad=True)
+    keys = (size * keys).requires_grad_()
+    out = attend(*given, (keys, values, weight))
+    grads = torch.autograd.grad(out.square().sum(), (weight, keys))
+    assert all(g.isfinite().all() for g in grads)
+    if size == 1:
+        assert grads[0].abs().min() > 0
+
+
+def test_the_gradient_to_a_shut_prefix_gate_is_the_derivative():
+    # (f(1e-4) - f(0)) / 1e-4 of the oracle's own formula: weights on the exponentials
+    q, k, v, mask, bias, keys, values = attention_case(dtype=torch.float64)
+
+    def weighed(weight):
+        own, rest = (q @ keys.mT).exp() * weight, (q @ k.mT + bias + mask).exp()
+        share = torch.cat([own, rest], -1)
+        share = share / share.sum(-1, keepdim=True)
+        return (share @ torch.cat([values.expand(2, 4, -1, 8), v], 2)).transpose(1, 2).square().sum()
+
+    weight = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(attend(q, k, v, mask, bias, (keys, values, weight)).square().sum(), weight)
+    step = 1e-6 * torch.eye(3, dtype=torch.float64)
+    expected = [(weighed(row) - weighed(-row)) / 2e-6 for row in step]
+    assert close(found, torch.stack(expected), 1e-3)
+
+
+def test_prefix_in_a_self_attention_of_t5():
+    model = tiny_t5()
+    attention, h = model.encoder.block[0].layer[0].SelfAttention, torch.randn(2, 5, 32)
+    peft = randomise(bipeft.Peft(model, [("encoder.block.0.layer.0.SelfAttention", "prefix", 3)]), 1.0)
+    found = attention(h)[0]
+    q, k, v = (layer(h).view(2, 5, 4, 8).transpose(1, 2) for layer in (attention.q, attention.k, attention.v))
+    prefix = peft.modules_[0]
+    keys, values = (pairs.detach().view(3, 4, 8).transpose(0, 1) for pairs in (prefix.keys, prefix.values))
+    bias = attention.compute_bias(5, 5)
+    expected = attention.o(softmax_over_all(q, k, v, torch.zeros(2, 1, 5, 1), bias, keys, values).flatten(2))
+    assert close(found, expected, 1e-4)
+
+
+# ==================================================================================================
+# 3. The search spaces
+# ==================================================================================================
+
+
+@pytest.fixture(scope="module")
+def t5_large():
+    with torch.device("meta"):
+        return transformers.T5ForConditionalGeneration(transformers.T5Config(
+            d_model=1024, d_kv=64, d_ff=4096, num_layers=24, num_heads=16))
+
+
+def test_t5_large_has_916_modules_in_s2(t5_large):
+    space = bipeft.Space(t5_large, "s2")
+    assert len(space) == 916
+    # 48 blocks · (q, k, v, o, wi, wo); 48 · 2; 288 linear layers + 122 norms; 24 · 2 + 24 · 3 + 2 norms
+    assert Counter(space.kinds) == {"lora": 288, "adapter_lr": 96, "bitfit": 410, "lnfit": 122}
+    sizes = Counter()
+    for name, kind, module in zip(space.names, space.kinds, space.modules_):
+        place = name.rpartition(".")[0]
+        sizes[kind] += sum(p.numel() for p in module.parameters())
+        if kind == "lora" and place.endswith(("SelfAttention.q", "SelfAttention.v")):
+            sizes["lora on q and v"] += sum(p.numel() for p in module.parameters())
+    assert sizes["lnfit"] == 124_928                       # 122 · 1024
+    assert sizes["lora on q and v"] == 1_572_864           # 48 · 2 · 8 · (1024 + 1024)
+    space.detach()
+
+
+def test_t5_large_has_144_modules_in_s1(t5_large):
+    space = bipeft.Space(t5_large, "s1")
+    assert len(space) == 144 and Counter(space.kinds) == {"serial": 48, "parallel": 48, "prefix": 48}
+    space.detach()
+
+
+def test_t5_large_has_the_papers_number_of_parameters(t5_large):
+    assert bipeft.geometry(t5_large)["parameters"] == 737_668_096
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_member_of_the_family_has_its_places(version):
+    model = tiny_t5(**VERSIONS[version])
+    config, space = model.config, bipeft.Space(model, "all")
+    blocks = config.num_layers + config.num_decoder_layers
+    linear = 4 + (3 if config.is_gated_act else 2)                          # q, k, v, o, and wi (or two), wo
+    norms = 2 * config.num_layers + 3 * config.num_decoder_layers + 2
+    assert Counter(space.kinds) == {
+        "lora": blocks * linear, "adapter_lr": 2 * blocks, "bitfit": blocks * linear + norms, "lnfit": norms,
+        "serial": blocks, "parallel": blocks, "prefix": blocks}
+    assert len(set(space.names)) == len(space)
+    assert not any("EncDecAttention" in name for name in space.names)
+    decoder = config.num_decoder_layers - 1
+    assert f"decoder.block.{decoder}.layer.1.layer_norm.bitfit" in space.names      # cross-attention's norm
+    assert "encoder.final_layer_norm.lnfit" in space.names
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_costs_are_the_sizes_of_real_tensors(version):
+    model = tiny_t5(**VERSIONS[version])
+    space = bipeft.Space(model, "all", RANKS)
+    space.detach()
+    assert space.lengths.tolist() == space.costs[:, -1].tolist()
+    for k, rank in enumerate(RANKS):
+        peft = bipeft.Peft(model, [(name.rpartition(".")[0], kind, rank)
+                                   for name, kind in zip(space.names, space.kinds)])
+        assert [sum(p.numel() for p in m.parameters()) for m in peft.modules_] == space.costs[:, k].tolist()
+        peft.detach()
+
+
+@pytest.mark.parametrize("space, kinds", [("s1", {"serial", "parallel", "prefix"}), ("all", set(KINDS)),
+                                          ("lora", {"lora"}), ("prefix, lnfit,prefix", {"prefix", "lnfit"})])
+def test_a_space_is_a_name_or_a_list_of_kinds(space, kinds):
+    assert set(bipeft.Space(tiny_t5(), space).kinds) == kinds
+
+
+@pytest.mark.parametrize("space", ["s3", "", "lora,", "lora,lroa", "S1"])
+def test_an_unknown_space_is_refused(space):
+    with pytest.raises(UsageError, match="unknown space"):
+        bipeft.Space(tiny_t5(), space)
+
+
+@pytest.mark.parametrize("ranks", [(), (0, 1), (8, 4), (4, 4), (-1,)])
+def test_ranks_must_ascend_from_one(ranks):
+    with pytest.raises(UsageError, match="ranks"):
+        bipeft.Space(tiny_t5(), "lora", ranks)
+
+
+def bert():
+    return transformers.BertModel(transformers.BertConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+
+
+def test_a_model_without_a_t5_is_refused():
+    for model in (bert(), nn.Linear(2, 2)):
+        with pytest.raises(UsageError, match="is no T5"):
+            bipeft.Space(model, "s2")
+
+
+def test_a_model_with_two_t5s_is_refused():
+    with pytest.raises(UsageError, match="more than one T5"):
+        bipeft.Space(nn.ModuleList([tiny_t5(), tiny_t5()]), "s2")
+
+
+def test_a_place_that_does_not_exist_is_refused():
+    with pytest.raises(UsageError, match="no place"):
+        bipeft.Peft(tiny_t5(), [("encoder.block.7.layer.0.SelfAttention.q", "lora", 1)])
+
+
+def test_a_place_that_does_not_take_the_kind_is_refused():
+    with pytest.raises(UsageError):
+        bipeft.Peft(tiny_t5(), [("encoder.block.0.layer.0.layer_norm", "lora", 1)])
+
+
+class Wrapped(nn.Module):
+    """Somebody's model: a T5 inside, and a forward that returns its loss in a form of their choice."""
+
+    def __init__(self, t5, form=lambda loss: loss):
+        super().__init__()
+        self.inner, self.form = t5, form
+
+    def forward(self, **batch):
+        return self.form(self.inner(**batch).loss)
+
+
+@pytest.mark.parametrize("space", ["s1", "s2"])
+def test_a_model_that_wraps_a_t5_has_the_same_places(space):
+    plain, wrapped = tiny_t5(), Wrapped(tiny_t5())
+    spaces = [bipeft.Space(model, space) for model in (plain, wrapped)]
+    assert spaces[0].names == spaces[1].names and bipeft.geometry(plain) == bipeft.geometry(wrapped)
+    for s in spaces:
+        randomise(s)
+    assert torch.equal(plain(**some_batch()).loss, wrapped(**some_batch()))
+
+
+def test_a_model_may_hold_other_transformers_beside_its_t5():
+    model = nn.ModuleDict({"first": bert(), "second": tiny_t5()})
+    assert len(bipeft.Space(model, "s1")) == 12
+
+
+def test_an_encoder_alone_and_a_classifier_can_be_adapted():
+    config = dict(vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
+                  num_labels=2, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+    encoder = transformers.T5EncoderModel(transformers.T5Config(**config))
+    assert Counter(bipeft.Space(encoder, "s1").kinds) == {"serial": 2, "parallel": 2, "prefix": 2}
+    model = transformers.T5ForSequenceClassification(transformers.T5Config(**config))
+    space = bipeft.Space(model, "s1")
+    batch = {"input_ids": torch.tensor([[5, 6, 1], [7, 8, 1]]), "labels": torch.tensor([0, 1])}
+    structure = bipeft.search(model, space, [batch], [batch], 1000, 3, triggers=2)
+    assert len(space) == 12 and 0 < structure.parameters <= 1000
+
+
+def snapshot(model):
+    """All that attaching might touch: tensors by name, what may learn, attention functions, hooks."""
+    return {"values": {name: p.clone() for name, p in model.state_dict().items()},
+            "learn": {name: p.requires_grad for name, p in model.named_parameters()},
+            "attention": {name: m.config._attn_implementation for name, m in model.named_modules()
+                          if hasattr(m, "config")},
+            "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}}
+
+
+def same(a, b):
+    before, after = a["values"], b["values"]
+    return (before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+            and all(a[key] == b[key] for key in ("learn", "attention", "hooks")))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("space", ["s1", "s2", "all"])
+def test_attaching_and_detaching_leaves_the_backbone_as_it_was(version, space):
+    model = tiny_t5(**VERSIONS[version])
+    model.encoder.final_layer_norm.weight.requires_grad_(False)
+    before, logits = snapshot(model), logits_of(model)
+    attached = randomise(bipeft.Space(model, space))
+    names = [name for name, _ in model.named_parameters()]
+    assert names == list(before["learn"]) and not any(p.requires_grad for p in model.parameters())
+    assert not torch.allclose(logits_of(model), logits, atol=1e-3)
+    attached.detach()
+    assert same(snapshot(model), before) and torch.equal(logits_of(model), logits)
+    attached.detach()                                                       # a second time changes nothing
+    assert same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_attention_implementation_comes_back(implementation):
+    model = tiny_t5()
+    model.set_attn_implementation(implementation)
+    before = snapshot(model)
+    bipeft.Space(model, "prefix").detach()
+    assert same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("space", ["s1", "s2"])
+def test_a_peft_holds_its_own_parameters_and_no_others(space):
+    peft = bipeft.Space(tiny_t5(), space)
+    assert sum(p.numel() for p in peft.parameters()) == len(peft.weights) == int(peft.lengths.sum())
+
+
+def test_a_new_space_leaves_the_models_answers_alone_without_prefixes():
+    model = tiny_t5()
+    logits = logits_of(model)
+    space = bipeft.Space(model, "lora,adapter_lr,bitfit,lnfit,serial,parallel")
+    assert torch.equal(logits_of(model), logits)
+    assert len(space) == 88
+
+
+def test_a_space_with_every_gate_shut_is_the_backbone():
+    for kinds, exact in (("lora,adapter_lr,bitfit,lnfit,serial,parallel", True), ("prefix", False)):
+        for skip in (True, False):
+            model = tiny_t5()
+            logits = logits_of(model)
+            space = randomise(bipeft.Space(model, kinds))
+            space.enter(torch.zeros(len(space)), F.one_hot(torch.zeros(len(space)).long(), 3).float(), skip)
+            assert torch.equal(logits_of(model), logits) if exact else close(logits_of(model), logits, 1e-4)
+
+
+@pytest.mark.parametrize("kind", RANKED)
+def test_a_space_at_a_rank_is_what_is_built_at_that_rank(kind):
+    # the whole chain: gates and masks of the space against modules that were built small
+    model = tiny_t5()
+    space = randomise(bipeft.Space(model, kind))
+    gate = (torch.arange(len(space)) % 3 != 0).float()
+    space.enter(gate, F.one_hot(torch.ones(len(space)).long(), 3).float(), True)       # rank 4
+    found = logits_of(model)
+    space.detach()
+    chosen = [(name.rpartition(".")[0], kind, 4) for name, on in zip(space.names, gate) if on]
+    small = bipeft.Peft(model, chosen)
+    large = [m for m, on in zip(space.modules_, gate) if on]
+    for m, m_large in zip(small.modules_, large):
+        for p, q in zip(m.parameters(), m_large.parameters()):
+            p.data.copy_(q.data[tuple(slice(n) for n in p.shape)])
+    assert close(logits_of(model), found, 1e-4)
+    small.detach()
+    assert not close(logits_of(model), found, 1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_with_a_cache_is_stepwise_decoding(kind):
+    model = tiny_t5(seed=3, tie_word_embeddings=False)
+    batch = {key: value for key, value in some_batch(5).items() if key != "labels"}
+    plain = logits_of(model, {**batch, "decoder_input_ids": torch.zeros(3, 1).long()})
+    randomise(bipeft.Peft(model, [(name, kind, 4) for name, role, _ in bipeft.places(model)
+                                  if role in bipeft.KINDS[kind].roles]), 0.5)
+    made = model.generate(**batch, max_new_tokens=8, min_new_tokens=8, do_sample=False, num_beams=1, use_cache=True,
+                          return_dict_in_generate=True, output_logits=True)
+    forced = torch.zeros(3, 1).long()
+    for t in range(8):
+        logits = logits_of(model, {**batch, "decoder_input_ids": forced, "use_cache": False})[:, -1]
+        assert close(made.logits[t], logits, 1e-4)
+        logits[:, 1] = -math.inf                                             # no end before 8 tokens
+        forced = torch.cat([forced, logits.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(made.sequences, forced)
+    assert not close(plain[:, -1], made.logits[0], 1e-2)                     # the modules did something
+
+
+def test_a_saved_structure_and_its_weights_come_back(tmp_path):
+    model = tiny_t5()
+    space = bipeft.Space(model, "all")
+    kept = [n % 5 == 0 for n in range(len(space))]
+    structure = space.structure(kept, [n % 3 for n in range(len(space))], 10**6, "tiny")
+    space.detach()
+    peft = randomise(bipeft.apply(model, structure))
+    assert structure.parameters == len(peft.weights) == sum(p.numel() for p in peft.modules_.parameters())
+    structure.save(tmp_path / "structure.json")
+    peft.save(tmp_path / "peft.safetensors")
+    again, fresh = bipeft.Structure.load(tmp_path / "structure.json"), tiny_t5()
+    assert again == structure
+    loaded = bipeft.apply(fresh, again, seed=5)
+    assert not torch.equal(logits_of(fresh), logits_of(model))
+    loaded.load(tmp_path / "peft.safetensors")
+    assert torch.equal(logits_of(fresh), logits_of(model))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["peft.safetensors", "structure.json"]       # no leftovers
+
+
+def test_weights_of_another_structure_are_refused(tmp_path):
+    place = "encoder.block.0.layer.0.SelfAttention."
+    bipeft.Peft(tiny_t5(), [(place + "q", "lora", 4)]).save(tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match="another structure"):
+        bipeft.Peft(tiny_t5(), [(place + "k", "lora", 4)]).load(tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match="shape"):
+        bipeft.Peft(tiny_t5(), [(place + "q", "lora", 8)]).load(tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match="can't be read"):
+        bipeft.Peft(tiny_t5(), [(place + "q", "lora", 8)]).load(tmp_path / "none.safetensors")
+
+
+def test_the_seed_decides_the_initial_weights():
+    a, b, c = (bipeft.Space(tiny_t5(), "all", seed=seed).weights for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+# ==================================================================================================
+# 4. Algorithm 1
+# ==================================================================================================
+
+
+def gates_of(search, monkeypatch):
+    """A list to which every pass of the search adds (gate, rank weights, skips shut modules)."""
+    passes, enter = [], search.space.enter
+
+    def record(gate, rank_weights, skip_shut):
+        passes.append((gate.detach().clone(), rank_weights.detach().clone(), skip_shut))
+        return enter(gate, rank_weights, skip_shut)
+
+    monkeypatch.setattr(search.space, "enter", record)
+    return passes
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+@pytest.mark.parametrize("kinds", ["lora,adapter_lr,bitfit,lnfit", "serial,parallel", "prefix"])
+def test_gradients_to_theta_and_phi_are_those_of_finite_differences(kinds):
+    # A soft architecture (hard = False) in float64. gelu has no kinks for the steps to cross; they are as wide as
+    # 0.02 since T5's own norms compute in float32.
+    model = tiny_t5(**VERSIONS["v1.1"]).double()
+    space = randomise(bipeft.Space(model, kinds), 0.5).double()
+    space._flatten()                                                         # views of one vector again
+    search = bipeft.Search(model, space, int(space.costs.sum()) // 9, steps=10)
+    search.step_number = 9                                                   # temperature 1
+    generator, batch = torch.Generator().manual_seed(0), some_batch()
+    theta, phi = (torch.randn(len(space), k, generator=generator).double().requires_grad_() for k in (2, 3))
+    noise = [bipeft.gumbel_noise(p.shape, generator).double() for p in (theta, phi)]
+
+    def loss_at(theta, phi):
+        search.theta, search.phi = theta, phi
+        space.enter(*search.architecture(noise, hard=False), skip_shut=False)
+        return model(**batch).loss
+
+    found = torch.autograd.grad(loss_at(theta, phi), (theta, phi))
+    for which, gradient in enumerate(found):
+        for at in gradient.abs().flatten().argsort(descending=True)[:4].tolist():
+            step = torch.zeros_like(gradient)
+            step.view(-1)[at] = 0.02
+            with torch.no_grad():
+                up, down = (loss_at(*(p + sign * step if i == which else p for i, p in enumerate((theta, phi))))
+                            for sign in (1, -1))
+            assert math.isclose(gradient.view(-1)[at], (up - down) / 0.04, rel_tol=2e-3) and up != down
+
+
+def test_the_temperature_falls_linearly_from_5_to_1():
+    # nine steps, t = 0 .. 8: 5 at the first, 5 - 4·4/8 = 3 in the middle, 1 at the last
+    search, _ = a_search("lora", steps=9)
+    generator = torch.Generator().manual_seed(0)
+    search.theta, search.phi = (torch.randn(len(search.space), k, generator=generator) for k in (2, 3))
+    noise = [torch.zeros_like(p) for p in (search.theta, search.phi)]
+    for search.step_number, temperature in ((0, 5), (4, 3), (8, 1)):
+        gate, ranks = search.architecture(noise, hard=False)
+        assert close(gate, (search.theta / temperature).softmax(1)[:, 1])
+        assert close(ranks, (search.phi / temperature).softmax(1))
+
+
+@pytest.mark.parametrize("space", ["s1", "s2"])
+def test_a_step_is_algorithm_1_done_by_hand(space, monkeypatch):
+    """The three passes with plain autograd and torch's optimisers; then Eq. 1-4, module by module."""
+    # the steps of Theta are as wide as 1, so that the third pass has other gates than the second
+    search, (train, first, second, _) = a_search(space, warmup=9, gamma=0.85, lr=1e-3, arch_lr=1.0)
+    search.fixed[::3], search.choice[::3] = True, 0                          # ranks that were fixed before
+    model, modules = search.model, search.space.modules_
+    start = search.space.weights.clone()
+    theta, phi = (p.detach().clone() for p in (search.theta, search.phi))
+    passes, enter, noise, draw = gates_of(search, monkeypatch), type(search.space).enter, [], bipeft.gumbel_noise
+    monkeypatch.setattr(bipeft, "gumbel_noise", lambda *args: noise.append(draw(*args)) or noise[-1])
+    with torch.random.fork_rng():
+        line = search.step(train, first, second)
+    assert len(noise) == 2                                                   # one draw of each for the whole step
+    (gate, ranks, _), (gate_2, ranks_2, _), (gate_3, ranks_3, _) = passes
+    assert torch.equal(gate, gate_2) and torch.equal(ranks, ranks_2)         # the same sample in passes 1 and 2
+    assert set(gate.tolist()) == {0.0, 1.0}
+    after = search.space.weights.clone()
+
+    def gradients(batch, weights, gate, ranks):
+        search.space.weights.copy_(weights)
+        enter(search.space, gate, ranks, False)
+        for p in modules.parameters():
+            p.grad = None
+        loss = model(**batch).loss
+        loss.backward()
+        return loss.item(), [torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten()
+                                        for p in m.parameters()]) for m in modules]
+
+    # Delta W: AdamW on the training gradient
+    loss, g_tra = gradients(train, start, gate, ranks)
+    assert math.isclose(loss, line["loss_train"], rel_tol=1e-5)
+    moved = start.clone()
+    optimizer = torch.optim.AdamW([moved], lr=1e-3, weight_decay=1e-4)
+    moved.grad = torch.cat(g_tra)
+    optimizer.step()
+    assert close(after, moved, 1e-5)
+    # Theta: Adam on the validation gradient; Phi is held
+    theta_leaf, phi_leaf = theta.requires_grad_(), phi.requires_grad_()
+    soft_gate = ((theta_leaf + noise[0]) / 5).softmax(1)[:, 1]               # temperature 5 at the first step
+    loss, g_val = gradients(first, after, gate + soft_gate - soft_gate.detach(), ranks)
+    assert math.isclose(loss, line["loss_theta"], rel_tol=1e-5)
+    clear = theta_leaf.grad.abs() > 1e-5                     # Adam makes a step of 1 of the last bit of a zero, too
+    torch.optim.Adam([theta_leaf], lr=1.0, betas=(0.5, 0.999), weight_decay=1e-4).step()
+    assert close(search.theta.detach()[clear], theta_leaf.detach()[clear], 1e-2) and clear.sum() > 4
+    # Phi: Adam on the next validation batch; Theta is held, at its new value
+    assert torch.equal(gate_3, ((search.theta.detach() + noise[0]).argmax(1) == 1).float())
+    assert not torch.equal(gate_3, gate_2) and torch.equal(ranks_3, ranks_2)
+    soft_ranks = ((phi_leaf + noise[1]) / 5).softmax(1)
+    soft_ranks = torch.where(search.fixed[:, None], ranks_3, ranks_3 + soft_ranks - soft_ranks.detach())
+    loss, _ = gradients(second, after, gate_3, soft_ranks)
+    assert math.isclose(loss, line["loss_phi"], rel_tol=1e-5)
+    before, clear = phi_leaf.detach().clone(), phi_leaf.grad.abs() > 1e-5
+    torch.optim.Adam([phi_leaf], lr=1.0, betas=(0.5, 0.999), weight_decay=1e-4).step()
+    assert torch.equal(search.phi.detach()[search.fixed], before[search.fixed])
+    clear &= ~search.fixed[:, None]
+    assert close(search.phi.detach()[clear], phi_leaf.detach()[clear], 1e-2) and clear.sum() > 4
+    # Eq. 1-4: weights and gradients of one moment each, s-bar_0 = 0
+    bounds = search.space.lengths.cumsum(0).tolist()
+    for n, end in enumerate(bounds):
+        at = slice(bounds[n - 1] if n else 0, end)
+        size = search.space.costs[n, 0] if search.fixed[n] else end - at.start
+        f_tra = (start[at] * g_tra[n]).abs().sum() / size
+        f_val = (after[at] * g_val[n]).abs().sum() / size
+        s = f_tra + cosine(g_tra[n].tolist(), g_val[n].tolist()) * f_val
+        assert math.isclose(search.smoothed[n], 0.15 * s, rel_tol=1e-3, abs_tol=1e-9)
+
+
+def test_the_papers_settings_are_the_defaults():
+    model = tiny_t5()
+    search = bipeft.Search(model, bipeft.Space(model, "s2"), 2000, 10)
+    assert (search.triggers, search.tau, search.gamma, search.window, search.lr) == (100, 0.85, 0.85, 5, 3e-4)
+    weights, theta, phi = ((o.param_groups[0], type(o)) for o in search.optimizers())
+    assert weights[1] is torch.optim.AdamW and (weights[0]["lr"], weights[0]["weight_decay"]) == (3e-4, 1e-4)
+    for group, kind in (theta, phi):
+        assert kind is torch.optim.Adam
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (0.01, (0.5, 0.999), 1e-4)
+    for p in (search.theta, search.phi):                  # 1e-3 · N(0, 1): five deviations of the deviation
+        assert abs(p.std() / 1e-3 - 1) < 5 / math.sqrt(2 * p.numel()) and abs(p.mean()) < 5e-3 / math.sqrt(p.numel())
+
+
+def trigger_by_hand(search, v_before):
+    """3.3 and 3.4 as loops over modules. Returns b, d, k* after the trigger, and v."""
+    n_modules, z, z_max = len(search.space), search.triggers_done, search.triggers
+    q, dim, ranked = search.space.costs.tolist(), search.space.ranks, search.space.ranked.tolist()
+    b, d, k_star, s = (x.tolist() for x in (search.kept, search.fixed, search.choice, search.smoothed))
+    theta, phi = (torch.as_tensor(x).detach().double().softmax(1).tolist() for x in (search.theta, search.phi))
+    p = [b[n] * (1 if z >= 0.9 * z_max else theta[n][1]) for n in range(n_modules)]
+    cost = [q[n][k_star[n]] if d[n] else sum(x * w for x, w in zip(q[n], phi[n])) for n in range(n_modules)]
+    reduction, removed = (sum(x * c for x, c in zip(p, cost)) - search.budget) / (z_max - z), 0.0        # Eq. 7, 6
+    for n in sorted((n for n in range(n_modules) if b[n]), key=lambda n: s[n]):
+        removed += p[n] * cost[n]
+        if removed > reduction:
+            break
+        b[n], d[n] = False, True
+    best = [max(range(len(dim)), key=lambda k: phi[n][k]) for n in range(n_modules)]
+    v = [dim[k_star[n] if d[n] else best[n]] * (b[n] and ranked[n]) for n in range(n_modules)]
+    instability = bipeft.rank_instability(torch.stack(search.history)).tolist()
+    still_open = [n for n in range(n_modules) if not d[n]]
+    y = math.floor(len(still_open) * cosine(v_before, v) / (z_max - z) + 1e-9)                           # Eq. 10
+    for n in sorted(still_open, key=lambda n: instability[n])[:y if z < z_max - 1 else None]:
+        d[n], k_star[n] = True, best[n]
+    return b, d, k_star, v
+
+
+@pytest.mark.parametrize("space", ["s1", "s2"])
+def test_a_trigger_is_the_papers_by_hand(space):
+    search, batches = a_search(space, triggers=10, warmup=99, steps=20)
+    removed, v = [], [search.space.ranks[k] * on for k, on in zip(search.phi.argmax(1).tolist(),
+                                                                           search.space.ranked.tolist())]
+    for _ in range(10):
+        for _ in range(2):
+            search.step(*batches[:3])
+        assert len(search.history) == 3                              # the steps since, both ends included
+        b, d, k_star, v = trigger_by_hand(search, v)
+        search.trigger()
+        assert (search.kept.tolist(), search.fixed.tolist()) == (b, d)
+        assert [k for k, on in zip(search.choice.tolist(), d) if on] == [k for k, on in zip(k_star, d) if on]
+        removed.append(b.count(False))
+    assert all(d) and removed[-1] < len(b) and len(set(removed)) > 2                # step by step
+
+
+@pytest.mark.parametrize("space", ["s1", "s2"])
+def test_every_module_is_computed_as_often_as_its_gate_is_open(space, monkeypatch):
+    """A removed module costs nothing; a shut one is computed for the sake of its gate, in the pass of Theta alone."""
+    search, batches = a_search(space, warmup=99, steps=20)
+    search.smoothed = torch.arange(len(search.space)).float()
+    search.trigger()
+    gone = (~search.kept).tolist()
+    assert 0 < sum(gone) < len(gone)
+    calls = Counter()
+    for n, module in enumerate(search.space.modules_):
+        module.register_forward_hook(lambda *_, n=n: calls.update([n]))
+    passes = gates_of(search, monkeypatch)
+    for _ in range(3):
+        search.step(*batches[:3])
+    assert [skip for _, _, skip in passes] == [True, False, True] * 3
+    for n, removed in enumerate(gone):
+        assert calls[n] == (0 if removed else sum(1 if not skip else int(gate[n]) for gate, _, skip in passes))
+    assert all(gate[n] == 0 for gate, _, _ in passes for n, removed in enumerate(gone) if removed)
+
+
+@pytest.mark.parametrize("space", ["s1", "s2"])
+def test_a_shut_gate_still_learns_and_a_removed_one_does_not(space, monkeypatch):
+    search, batches = a_search(space, warmup=99)
+    search.smoothed = torch.arange(len(search.space)).float()
+    search.trigger()
+    removed, before, passes = ~search.kept, search.theta.detach().clone(), gates_of(search, monkeypatch)
+    search.step(*batches[:3])
+    shut = (passes[1][0] == 0) & search.kept
+    moved = (search.theta.detach() != before).all(1)
+    assert removed.any() and shut.any()
+    assert moved[shut].all() and not moved[removed].any()
+
+
+def followed(search, batches):
+    """Runs a search; returns the structure and, after each step, (line, copies of the state that may freeze)."""
+    states = []
+    structure = search.run(batches, batches[:0:-1], after_step=lambda run, line: states.append((line, SimpleNamespace(
+        theta=run.theta.detach().clone(), phi=run.phi.detach().clone(), kept=run.kept.clone(), fixed=run.fixed.clone(),
+        choice=run.choice.clone()))))
+    return structure, states
+
+
+@pytest.mark.parametrize("space", ["s1", "s2", "all"])
+def test_what_is_decided_never_moves_again(space):
+    search, batches = a_search(space, steps=16, triggers=6, warmup=2)
+    _, states = followed(search, batches)
+    assert states[-1][0]["triggers"] == 6
+    for (_, before), (_, after) in zip(states, states[1:]):
+        assert not (after.kept & ~before.kept).any() and not (before.fixed & ~after.fixed).any()
+        assert torch.equal(after.theta[~before.kept], before.theta[~before.kept])           # bitwise
+        assert torch.equal(after.phi[before.fixed], before.phi[before.fixed])
+        assert torch.equal(after.choice[before.fixed], before.choice[before.fixed])
+    assert any((~state.kept).any() and not state.fixed.all() for _, state in states)        # gradually, not at once
+    assert states[-1][1].fixed.all()                                               # the last trigger fixes all
+
+
+def test_kinds_without_a_rank_are_fixed_from_the_start():
+    search, _ = a_search("s2")
+    assert torch.equal(search.fixed, ~search.space.ranked)
+    assert {kind for kind, fixed in zip(search.space.kinds, search.fixed) if fixed} == {"bitfit", "lnfit"}
+    rows = search.space.costs[search.fixed]
+    assert torch.equal(rows, rows[:, :1].expand(-1, 3))
+
+
+def test_a_space_without_ranks_can_be_searched():
+    search, batches = a_search("bitfit,lnfit", steps=9)
+    structure, states = followed(search, batches)
+    assert structure.parameters <= search.budget and all(line["loss_phi"] is None for line, _ in states)
+    assert all(m["rank"] is None for m in structure.modules)
+
+
+def test_no_trigger_in_the_warm_up():
+    search, batches = a_search("lora", steps=12, warmup=6, triggers=3)                 # and window 2
+    _, states = followed(search, batches)
+    assert [line["triggers"] for line, _ in states] == [0] * 6 + [1, 2, 3]
+
+
+def test_beta_is_that_of_the_indicators_and_triggers_from_tau_on():
+    search, batches = a_search("s2", steps=12, tau=0.9, triggers=9, window=3, lr=0.1)
+    indicators, lines, done = [], [], [0]
+
+    def after_step(run, line):
+        indicators.append(run.indicators[-1].tolist())
+        lines.append(line)
+
+    search.run(batches, batches, after_step=after_step)
+    for t, line in enumerate(lines):
+        pairs = zip(indicators[t - 3:t], indicators[t - 2:t + 1])
+        beta = sum(cosine(before, now) for before, now in pairs) / 3 if t >= 3 else 0.0
+        assert math.isclose(line["beta"], beta, abs_tol=1e-9) and 0 <= line["beta"] <= 1
+        assert line["triggers"] == done[-1] + (beta >= 0.9)
+        done.append(line["triggers"])
+    late = [line["beta"] >= 0.9 for line in lines[3:]]
+    assert any(late) and not all(late)
+
+
+def test_the_learning_rate_of_the_search_falls_linearly():
+    search, batches = a_search("lora", steps=4, warmup=9, lr=0.4)
+    rates = []
+    search.run(batches, batches, after_step=lambda run, _: rates.append(run.weight_optimizer.param_groups[0]["lr"]))
+    assert close(rates, [0.4, 0.3, 0.2, 0.1])
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.85])
+def test_no_trigger_before_there_are_h_plus_one_indicators(tau):
+    search, batches = a_search("lora", steps=9, tau=tau, window=5)
+    _, states = followed(search, batches)
+    assert [line["triggers"] for line, _ in states][:5] == [0] * 5
+
+
+def test_steps_that_run_out_still_end_in_a_selection():
+    for steps, triggers, left in ((4, 10, 8), (2, 10, 10), (1, 5, 5)):            # triggers at steps 3 and 4
+        search, batches = a_search("s2", steps=steps, triggers=triggers, warmup=2)
+        structure = search.run(batches, batches)
+        assert search.ended_early == left and search.triggers_done == triggers
+        assert structure.modules and structure.parameters <= search.budget
+        assert search.fixed.all() and search.kept.sum() < len(search.space)
+
+
+@pytest.mark.parametrize("space", ["s1", "s2", "all", "lora"])
+@pytest.mark.parametrize("share", [0.005, 0.1, 0.5, 0.97])
+def test_the_found_structure_keeps_the_budget_and_uses_it(space, share):
+    model = tiny_t5()
+    spread = bipeft.Space(model, space)
+    budget = max(int(spread.costs.min()), int(share * int(spread.costs[:, -1].sum())))
+    structure = bipeft.search(model, spread, [some_batch()], [some_batch(1)], budget, 5, triggers=3, window=1, tau=0.0)
+    spread.detach()
+    peft = bipeft.apply(tiny_t5(), structure)
+    total = sum(p.numel() for m in peft.modules_ for p in m.parameters())              # counted from the tensors
+    assert total == structure.parameters <= budget == structure.budget
+    kept = {f"{m['name']}.{m['kind']}" for m in structure.modules}
+    left_out = [row[0] for name, row in zip(spread.names, spread.costs.tolist()) if name not in kept]
+    assert not left_out or budget - total < min(left_out)
+
+
+def test_p_is_certain_in_the_last_tenth_of_the_triggers():
+    # Z = 20: triggers 18 and 19 (of 0 .. 19) count a kept module whole; E is then the plain sum of C_n
+    search, _ = a_search("s2", triggers=20)
+    for done, certain in ((0, False), (17, False), (18, True), (19, True)):
+        search.triggers_done = done
+        keep, _ = search.expectation()
+        assert (keep == 1).all() == certain
+
+
+def test_one_seed_gives_one_structure_and_the_seed_matters():
+    runs = []
+    for seed in (1, 1, 2):
+        search, batches = a_search("s2", seed=seed, steps=10)
+        structure, states = followed(search, batches)
+        runs.append((structure, [line["loss_train"] for line, _ in states]))
+    assert runs[0] == runs[1] and runs[0][1] != runs[2][1]
+
+
+@pytest.mark.parametrize("space", ["s1", "s2"])
+def test_a_search_goes_on_bit_for_bit_from_its_saved_state(space, tmp_path):
+    whole, batches = a_search(space, steps=9, warmup=2, triggers=4, model=tiny_t5(dropout_rate=0.1))
+    expected, lines = followed(whole, batches)
+
+    class Stop(Exception):
+        pass
+
+    def save_and_stop(run, line):
+        if line["step"] == 4:
+            torch.save(run.state_dict(), tmp_path / "state.pt")
+            raise Stop
+
+    interrupted, _ = a_search(space, steps=9, warmup=2, triggers=4, model=tiny_t5(dropout_rate=0.1))
+    with pytest.raises(Stop):
+        interrupted.run(batches, batches[:0:-1], after_step=save_and_stop)
+    resumed, _ = a_search(space, steps=9, warmup=2, triggers=4, model=tiny_t5(dropout_rate=0.1))
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert 0 < state["triggers_done"] < 4 and not state["kept"].all()
+    resumed.load_state_dict(state)
+    found, rest = followed(resumed, batches)
+    assert found == expected
+    assert torch.equal(resumed.space.weights, whole.space.weights)
+    assert torch.equal(resumed.theta, whole.theta) and torch.equal(resumed.phi, whole.phi)
+    assert torch.equal(resumed.smoothed, whole.smoothed)
+    strip = [{k: v for k, v in line.items() if k != "seconds"} for line, _ in lines]
+    assert [{k: v for k, v in line.items() if k != "seconds"} for line, _ in rest] == strip[4:]
+
+
+def random_states():
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+def test_importing_and_searching_leave_the_global_random_states_alone():
+    before = random_states()
+    spec = importlib.util.spec_from_file_location("bipeft_again", bipeft.__file__)
+    sys.modules["bipeft_again"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    del sys.modules["bipeft_again"]
+    assert random_states() == before
+    model = tiny_t5(dropout_rate=0.1)
+    space = bipeft.Space(model, "all")
+    structure = bipeft.search(model, space, [some_batch()], [some_batch(1)], 2000, 3, triggers=2)
+    space.detach()
+    bipeft.apply(model, structure)
+    assert random_states() == before
+
+
+def test_a_search_leaves_no_gradients_and_the_mode_it_found():
+    model = tiny_t5()
+    assert not model.training
+    bipeft.search(model, bipeft.Space(model, "s2"), [some_batch()], [some_batch(1)], 2000, 2, triggers=2)
+    assert not model.training and all(p.grad is None for p in model.parameters())
+
+
+FORMS = {"tensor": lambda loss: loss, "dict": lambda loss: {"loss": loss, "more": 1},
+         "tuple": lambda loss: (loss, None), "attribute": lambda loss: SimpleNamespace(loss=loss)}
+
+
+def test_any_model_with_a_t5_inside_and_any_form_of_loss_can_be_searched():
+    found = []
+    for form in FORMS.values():
+        model = Wrapped(tiny_t5(), form)
+        space = bipeft.Space(model, "s1")
+        found.append(bipeft.search(model, space, iter([some_batch(n) for n in range(9)]), [some_batch(9)], 2000, 6,
+                                   triggers=3, window=1, tau=0.0))
+    assert all(structure == found[0] for structure in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_search_on_a_backbone_of_another_precision(dtype):
+    search, batches = a_search("all", steps=3, triggers=2, window=1, model=tiny_t5().to(dtype))
+    structure, states = followed(search, batches)
+    assert structure.parameters <= search.budget and all(math.isfinite(line["loss_train"]) for line, _ in states)
+    assert search.space.weights.dtype == torch.float32
+
+
+@pytest.mark.parametrize("budget", [0, -3, 31, 10**9])
+def test_a_budget_outside_the_space_is_refused(budget):
+    # the smallest modules of S2 here, BitFit and LNFit, hold 32
+    model = tiny_t5()
+    space = bipeft.Space(model, "s2")
+    with pytest.raises(UsageError, match="budget"):
+        bipeft.search(model, space, [some_batch()], [some_batch()], budget, 3)
+
+
+def test_a_search_without_batches_is_refused():
+    model = tiny_t5()
+    with pytest.raises(UsageError, match="no batches"):
+        bipeft.search(model, bipeft.Space(model, "lora"), [], [some_batch()], 999, 3)
+
+
+def test_a_loss_that_is_not_a_number_ends_the_search():
+    model = Wrapped(tiny_t5(), lambda loss: loss * math.nan)
+    with pytest.raises(UsageError, match="loss is .*nan"):
+        bipeft.search(model, bipeft.Space(model, "lora"), [some_batch()], [some_batch()], 999, 3)
+
+
+def test_a_structure_of_other_sizes_is_refused():
+    model = tiny_t5()
+    space = bipeft.Space(model, "lora")
+    structure = space.structure([True] * 24, [0] * 24, 10**6)
+    with pytest.raises(UsageError, match="another backbone: its d_ff is 48"):
+        bipeft.apply(tiny_t5(d_ff=40), structure)
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    bipeft.write_atomically(path, "old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UsageError, match="No space left"):
+        bipeft.write_atomically(path, "new")
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+# ==================================================================================================
+# 5. Tasks and metrics
+# ==================================================================================================
+
+
+PROMPTS = [
+    ("cola", {"sentence": "He ran.", "label": 1, "idx": 0}, "cola sentence: He ran.", "1"),
+    ("sst2", {"sentence": "fine ", "label": 0, "idx": 0}, "sst2 sentence: fine ", "0"),
+    ("mrpc", {"sentence1": "A b.", "sentence2": "C d.", "label": 1, "idx": 0},
+     "mrpc sentence1: A b. sentence2: C d.", "1"),
+    ("qqp", {"question1": "Who?", "question2": "What?", "label": 0, "idx": 0},
+     "qqp question1: Who? question2: What?", "0"),
+    ("stsb", {"sentence1": "A", "sentence2": "B", "label": 2.6, "idx": 0}, "stsb sentence1: A sentence2: B", "2.6"),
+    ("mnli", {"premise": "A", "hypothesis": "B", "label": 2, "idx": 0}, "mnli premise: A hypothesis: B", "2"),
+    ("qnli", {"question": "Who?", "sentence": "He.", "label": 1, "idx": 0}, "qnli question: Who? sentence: He.", "1"),
+    ("rte", {"sentence1": "A", "sentence2": "B", "label": 0, "idx": 0}, "rte sentence1: A sentence2: B", "0"),
+    ("boolq", {"question": "is it", "passage": "It is.", "idx": 0, "label": 1},
+     "boolq question: is it passage: It is.", "1"),
+    ("cb", {"premise": "A", "hypothesis": "B", "idx": 0, "label": 2}, "cb premise: A hypothesis: B", "2"),
+    ("multirc", {"paragraph": "<b>Sent 1: </b>He ran.<br><b>Sent 2: </b>She sat.<br>", "question": "Who ran?",
+                 "answer": "He", "idx": {"paragraph": 0, "question": 0, "answer": 0}, "label": 1},
+     "multirc question: Who ran? answer: He paragraph: Sent 1: He ran. Sent 2: She sat.", "1"),
+    ("record", {"passage": "Rome fell.\n@highlight\nIt rained\n@highlight\nNero sang", "query": "@placeholder fell",
+                "entities": ["Rome", "Nero"], "entity_spans": {}, "answers": ["Rome"], "idx": {}},
+     "record query: @placeholder fell entities: Rome, Nero passage: Rome fell. It rained. Nero sang", "Rome"),
+    ("wic", {"word": "bank", "sentence1": "A bank.", "sentence2": "Banks.", "start1": 2, "start2": 0, "end1": 6,
+             "end2": 5, "idx": 0, "label": 0}, "wic word: bank sentence1: A bank. sentence2: Banks.", "0"),
+    ("custom", {"source": "say hello", "target": "hello"}, "say hello", "hello"),
+]
+
+
+@pytest.mark.parametrize("name, row, source, target", PROMPTS, ids=[row[0] for row in PROMPTS])
+def test_prompt_and_target(name, row, source, target):
+    given = copy.deepcopy(row)
+    for training in (True, False):
+        assert bipeft.to_examples(name, row, training) == [bipeft.Example(source, target, (target,))]
+    assert row == given
+
+
+def test_all_thirteen_tasks_of_the_paper_are_there():
+    paper = {  # epochs, warm-up epochs, metric: design of the experiments, as in the paper's appendices
+        "cola": (15, 2, "Matthews"), "sst2": (5, 1, "accuracy"), "mrpc": (20, 2, "F1"), "qqp": (3, 1, "F1"),
+        "stsb": (15, 2, "Pearson"), "mnli": (3, 1, "accuracy"), "qnli": (4, 1, "accuracy"), "rte": (20, 3, "accuracy"),
+        "boolq": (15, 2, "accuracy"), "cb": (40, 4, "accuracy"), "multirc": (40, 4, "F1"),
+        "record": (1, 1, "token F1"), "wic": (15, 2, "accuracy")}
+    for name, facts in paper.items():
+        task = bipeft.TASKS[name]
+        assert (task.epochs, task.warmup_epochs, task.metric) == facts
+    carved = {name for name in paper if bipeft.TASKS[name].carve}
+    assert carved == {"sst2", "qqp", "qnli", "mnli", "record"}
+    lengths = {name: (s.max_length, s.batch_size) for name in paper for s in [bipeft.parse(["--task", name])]}
+    for name, found in lengths.items():
+        glue = name in ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli")        # the paper's RTE is SuperGLUE's
+        assert found == ((512, 16) if name == "record" else (128, 32) if glue else (256, 32))
+
+
+@pytest.mark.parametrize("label, target", [(0.0, "0.0"), (5.0, "5.0"), (2.5, "2.4"), (0.1, "0.0"), (0.11, "0.2"),
+                                           (3.8, "3.8"), (4.91, "5.0"), ("1.25", "1.2"), (4, "4.0")])
+def test_stsb_is_rounded_to_the_nearest_fifth(label, target):
+    # 0.11·5 = 0.55 -> 1 -> 0.2;  2.5·5 = 12.5 is a tie, which goes to the even 12, as in T5 (np.round)
+    (example,) = bipeft.to_examples("stsb", {"sentence1": "", "sentence2": "", "label": label}, True)
+    assert example.target == target == f"{np.round(float(label) * 5) / 5:.1f}"
+
+
+def test_record_repeats_an_example_for_each_answer_in_training_alone():
+    row = {"passage": "p", "query": "q", "entities": ["A", "B"], "answers": ["A", "B", "A"]}
+    training = bipeft.to_examples("record", row, True)
+    assert [(e.target, e.answers) for e in training] == [("A", ("A", "B")), ("B", ("A", "B"))]
+    assert [e.answers for e in bipeft.to_examples("record", row, False)] == [("A", "B")]
+
+
+@pytest.mark.parametrize("before, after", [
+    ("ran.\n@highlight\nThen", "ran. Then"), ("ran?\n@highlight\nThen", "ran? Then"),
+    ("ran\n@highlight\nThen", "ran. Then"), ("\"Go\"\n@highlight\nHe", "\"Go\" He")])
+def test_record_highlights_become_sentences(before, after):
+    row = {"passage": before, "query": "q", "entities": ["A"], "answers": ["A"]}
+    assert bipeft.to_examples("record", row, True)[0].source.endswith(f"passage: {after}")
+
+
+@pytest.mark.parametrize("name, label", [
+    ("rte", -1), ("rte", 2), ("mnli", 3), ("cola", "yes"), ("stsb", 5.2), ("stsb", -1), ("boolq", None),
+    ("stsb", math.nan), ("rte", 0.7)])
+def test_a_label_outside_the_task_is_refused(name, label):
+    row = {**{key: "x" for key in bipeft.TASKS[name].fields}, "label": label}
+    with pytest.raises(UsageError, match="label"):
+        bipeft.to_examples(name, row, True)
+
+
+# Splits
+
+
+def rows_of(name, count, start=0):
+    """Made-up rows in the hub's columns; every text is its own."""
+    numbers, task = range(start, start + count), bipeft.TASKS[name]
+    if name == "custom":
+        return [{"source": f"say {i % 2} {i}", "target": "yes" if i % 2 else "no"} for i in numbers]
+    return [{**{key: f"{key} {i}" for key in task.fields}, "label": i % len(task.labels), "idx": i} for i in numbers]
+
+
+def write_split(folder, name, split, rows, ending="parquet"):
+    """Writes rows as DIR/<task>/<split>.<ending>."""
+    path = Path(folder) / name / f"{split}.{ending}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = datasets.Dataset.from_list(rows)
+    if ending == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        getattr(data, {"parquet": "to_parquet", "csv": "to_csv"}[ending])(str(path))
+
+
+def texts(split):
+    return sorted(e.source for e in split)
+
+
+def sizes(name, folder):
+    return {key: len(value) for key, value in bipeft.load_splits(name, folder, 0).items()}
+
+
+def test_small_tasks_halve_the_validation_set(tmp_path):
+    write_split(tmp_path, "cola", "train", rows_of("cola", 20))
+    write_split(tmp_path, "cola", "validation", rows_of("cola", 11, 100))
+    splits = [bipeft.load_splits("cola", tmp_path, seed) for seed in (0, 0, 1)]
+    train, validation, test = (texts(splits[0][key]) for key in ("train", "validation", "test"))
+    assert train == sorted(f"cola sentence: sentence {i}" for i in range(20))
+    assert (len(validation), len(test)) == (5, 6) and not set(validation) & set(test)
+    assert sorted(validation + test) == sorted(f"cola sentence: sentence {i}" for i in range(100, 111))
+    assert splits[0] == splits[1] and texts(splits[2]["validation"]) != validation
+
+
+@pytest.mark.parametrize("name, original", [("sst2", "validation"), ("mnli", "validation_matched")])
+def test_large_tasks_take_2000_validation_rows_from_training(tmp_path, name, original):
+    write_split(tmp_path, name, "train", rows_of(name, 4100))
+    write_split(tmp_path, name, original, rows_of(name, 30, 9000))
+    first, other = (bipeft.load_splits(name, tmp_path, seed) for seed in (0, 1))
+    assert {key: len(value) for key, value in first.items()} == {"train": 2100, "validation": 2000, "test": 30}
+    train, validation, test = (texts(first[key]) for key in ("train", "validation", "test"))
+    assert not set(train) & set(validation) and len(set(train + validation)) == 4100
+    assert texts(other["validation"]) != validation and texts(other["test"]) == test
+
+
+def test_a_small_training_set_gives_half_of_itself_at_most(tmp_path):
+    write_split(tmp_path, "sst2", "train", rows_of("sst2", 30))
+    write_split(tmp_path, "sst2", "validation", rows_of("sst2", 4, 50))
+    assert sizes("sst2", tmp_path) == {"train": 15, "validation": 15, "test": 4}
+
+
+def test_the_three_file_formats_hold_the_same_examples(tmp_path):
+    for ending in ("parquet", "jsonl", "csv"):
+        for split, start in (("train", 0), ("validation", 50)):
+            write_split(tmp_path / ending, "rte", split, rows_of("rte", 8, start), ending)
+    a, b, c = (bipeft.load_splits("rte", tmp_path / ending, 0) for ending in ("parquet", "jsonl", "csv"))
+    assert a == b == c and len(a["train"]) == 8
+
+
+def test_custom_reads_its_test_split_if_there_is_one(tmp_path):
+    for split, start in (("train", 0), ("validation", 50)):
+        write_split(tmp_path, "custom", split, rows_of("custom", 8, start), "jsonl")
+    assert sizes("custom", tmp_path) == {"train": 8, "validation": 4, "test": 4}
+    # the folder itself may hold the files too
+    assert bipeft.load_splits("custom", tmp_path / "custom", 0) == bipeft.load_splits("custom", tmp_path, 0)
+    write_split(tmp_path, "custom", "test", rows_of("custom", 6, 90), "jsonl")
+    assert sizes("custom", tmp_path) == {"train": 8, "validation": 8, "test": 6}
+
+
+def test_superglues_columns_of_rte_are_read(tmp_path):
+    for split, start in (("train", 0), ("validation", 50)):
+        rows = [{"premise": r["sentence1"], "hypothesis": r["sentence2"], "label": r["label"]}
+                for r in rows_of("rte", 8, start)]
+        write_split(tmp_path, "rte", split, rows)
+    train = bipeft.load_splits("rte", tmp_path, 0)["train"]
+    assert "rte sentence1: sentence1 3 sentence2: sentence2 3" in texts(train)
+
+
+def test_the_hub_is_asked_for_the_right_files(monkeypatch):
+    asked = []
+
+    def stand_in(*args, **kwargs):
+        asked.append((args, kwargs))
+        name = "cola" if args[0] == "nyu-mll/glue" else "wic"
+        return datasets.Dataset.from_list(rows_of(name, 8, 100 * len(asked)))
+
+    monkeypatch.setattr(datasets, "load_dataset", stand_in)
+    bipeft.load_splits("cola", None, 0)
+    bipeft.load_splits("wic", None, 0)
+    assert asked[:2] == [(("nyu-mll/glue", "cola"), {"split": split}) for split in ("train", "validation")]
+    # SuperGLUE's own repository is a script, which is not run: its conversion to parquet is a branch of it
+    assert asked[2:] == [(("aps/super_glue",), {"revision": "refs/convert/parquet", "split": split,
+                                                "data_files": {split: f"wic/{split}/*.parquet"}})
+                         for split in ("train", "validation")]
+
+
+@pytest.mark.parametrize("name", ["cola", "wic"])
+def test_a_hub_out_of_reach_is_one_line(monkeypatch, name):
+    def fail(*args, **kwargs):
+        raise ConnectionError("Couldn't reach\nthe hub " + 300 * "x")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UsageError, match="Couldn't reach the hub .*--data-dir") as caught:
+        bipeft.load_splits(name, None, 0)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 320
+
+
+# Metrics
+
+
+def answers_of(labels):
+    return [(label,) for label in labels]
+
+
+def random_answers(seed, labels=("0", "1"), invalid=("", "2 1", "maybe")):
+    rng = random.Random(seed)
+    gold = [rng.choice(labels) for _ in range(40)]
+    said = [g if rng.random() < 0.6 else rng.choice([*labels, *invalid]) for g in gold]
+    return said, gold
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_binary_metrics_against_their_textbook_definitions(seed):
+    said, gold = random_answers(seed)
+    # what is no label is wrong: the other one
+    valid = [p if p in ("0", "1") else {"0": "1", "1": "0"}[g] for p, g in zip(said, gold)]
+    p, g = (np.array([int(x) for x in xs]) for xs in (valid, gold))
+    right = answers_of(gold)
+    precision, recall = (p * g).sum() / p.sum(), (p * g).sum() / g.sum()
+    assert math.isclose(bipeft.accuracy(said, right), 100 * np.mean(p == g))
+    assert math.isclose(bipeft.f1(said, right), 100 / ((1 / precision + 1 / recall) / 2))         # harmonic mean
+    assert math.isclose(bipeft.matthews(said, right), 100 * np.corrcoef(p, g)[0, 1])              # of 0/1 vectors
+
+
+def test_binary_metrics_by_hand():
+    # TP 2, FP 1, FN 1, TN 2 (an invalid answer to "0" counts as "1"): F1 = 4/6; MCC = (4 - 1) / sqrt(3·3·3·3) = 1/3
+    said, gold = ["1", "1", "x", "0", "0", "0"], answers_of("110100")
+    assert bipeft.confusion(said, gold) == (2, 1, 1, 2)
+    assert math.isclose(bipeft.f1(said, gold), 400 / 6) and math.isclose(bipeft.matthews(said, gold), 100 / 3)
+    assert math.isclose(bipeft.accuracy(said, gold), 400 / 6)
+
+
+def test_invalid_predictions_score_nothing():
+    said = ["maybe", "", "01", "11"]
+    for metric in ("accuracy", "F1"):
+        assert bipeft.METRICS[metric](said, answers_of("1011")) == 0
+    assert bipeft.matthews(said, answers_of("1011")) == -100                     # as wrong as can be
+    assert bipeft.pearson(["nan", "inf", "-1", "9"], answers_of(["0.0", "5.0", "0.2", "4.8"])) < -99
+
+
+@pytest.mark.parametrize("metric", ["F1", "Matthews", "Pearson"])
+def test_metrics_of_constant_answers_are_zero(metric):
+    assert bipeft.METRICS[metric](["0", "0", "0"], answers_of("000")) == 0
+    assert bipeft.METRICS[metric](["0", "0", "0"], answers_of("101")) == 0
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "F1", "Matthews", "Pearson", "token F1"])
+def test_a_perfect_prediction_is_100(metric):
+    assert math.isclose(bipeft.METRICS[metric](["0", "1", "1"], answers_of("011")), 100)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_pearson_against_its_sums(seed):
+    said, gold = random_answers(seed, bipeft.FIFTHS, ("", "7.0", "nan", "two"))
+    x = [float(p) if p in bipeft.FIFTHS else (0.0 if float(g) > 2.5 else 5.0) for p, g in zip(said, gold)]
+    y, n = [float(g) for g in gold], len(gold)
+    top = n * sum(a * b for a, b in zip(x, y)) - sum(x) * sum(y)
+    below = math.sqrt(n * sum(a * a for a in x) - sum(x) ** 2) * math.sqrt(n * sum(b * b for b in y) - sum(y) ** 2)
+    assert math.isclose(bipeft.pearson(said, answers_of(gold)), 100 * top / below, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("said, answers, score", [
+    ("The Rome", ("rome",), 1),                      # case and articles do not count
+    ("Rome!", ("Rome",), 1),                         # nor do punctuation marks
+    ("New York City", ("New York",), 0.8),           # 2 shared: precision 2/3, recall 1: 2 · 2/3 / (5/3)
+    ("York York", ("York",), 2 / 3),                 # a bag: one shared of 2 and of 1: 2·1 / 3
+    ("Nero", ("Rome", "nero"), 1),                   # the best of the answers
+    ("Paris", ("Rome", "Nero"), 0),
+    ("", ("Rome",), 0),
+])
+def test_token_f1_by_hand(said, answers, score):
+    assert math.isclose(bipeft.token_f1([said], [answers]), 100 * score, abs_tol=1e-9)
+    assert math.isclose(bipeft.token_f1([said, "x"], [answers, ("y",)]), 50 * score, abs_tol=1e-9)      # the mean
+
+
+# The toy
+
+
+def test_the_toys_splits_are_disjoint_and_its_verdicts_balanced():
+    splits = bipeft.toy_splits(0)
+    assert {key: len(value) for key, value in splits.items()} == {"train": 4000, "validation": 500, "test": 500}
+    sources = [e.source for part in splits.values() for e in part]
+    assert len(set(sources)) == 5000
+    for part in splits.values():
+        good = sum(e.target == "good" for e in part) / len(part)
+        assert abs(good - 0.5) < 2.5 / math.sqrt(len(part))                       # five deviations of a share
+        assert all(e.target in ("good", "bad") and e.answers == (e.target,) for e in part)
+    assert splits == bipeft.toy_splits(0) != bipeft.toy_splits(1)
+
+
+def test_no_single_word_of_the_toy_tells_the_verdict():
+    seen, good = Counter(), Counter()
+    for example in bipeft.toy_splits(0)["train"]:
+        for word in set(example.source.split()):
+            seen[word] += 1
+            good[word] += example.target == "good"
+    assert len(seen) > 70
+    for word, count in seen.items():
+        assert abs(good[word] / count - 0.5) < 2.5 / math.sqrt(count), word
+
+
+def test_a_not_and_an_adjective_together_tell_the_toys_verdict():
+    bad = set(bipeft.TOY_WORDS["bad"].split())
+    for example in bipeft.toy_splits(2)["train"]:
+        words = example.source.split()
+        is_bad = bool(bad & set(words)) != ("not" in words)
+        assert example.target == ("bad" if is_bad else "good")
+
+
+# ==================================================================================================
+# 6. Training and evaluation
+# ==================================================================================================
+
+
+def test_batches_pad_and_cover_every_example_once_an_epoch():
+    tokens = [([n] * (1 + n % 3), [n]) for n in range(2, 12)]
+    batches = bipeft.Batches(tokens, 4, "cpu", seed=0)
+    orders = []
+    for epoch in (0, 1, 0):
+        batches.set_epoch(epoch)
+        made = list(batches)
+        assert [len(b["labels"]) for b in made] == [4, 4, 2] and len(batches) == 3
+        orders.append([label for b in made for label in b["labels"].flatten().tolist()])
+        for b in made:
+            for ids, mask, label in zip(b["input_ids"], b["attention_mask"], b["labels"].flatten().tolist()):
+                count = 1 + label % 3
+                assert mask.tolist() == [1] * count + [0] * (len(mask) - count)
+                assert ids.tolist() == [label] * count + [0] * (len(mask) - count)
+    assert sorted(orders[0]) == list(range(2, 12)) and orders[0] == orders[2] != orders[1]
+
+
+def test_labels_are_padded_with_what_the_loss_ignores():
+    (batch,) = bipeft.Batches([([5], [6, 7, 1]), ([5, 5], [8])], 2, "cpu")
+    assert batch["labels"].tolist() == [[6, 7, 1], [8, -100, -100]]
+    assert batch["input_ids"].tolist() == [[5, 0], [5, 5]] and batch["attention_mask"].tolist() == [[1, 0], [1, 1]]
+
+
+def word_tokenizer(words):
+    """A tokenizer of whole words that ends a text with </s>."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["<pad>", "</s>", "<unk>", *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
+                                                unk_token="<unk>")
+
+
+WORDS = "say 0 1 yes no rte sentence1: sentence2: sentence1 sentence2".split() + [str(n) for n in range(2, 26)]
+
+
+def test_inputs_are_cut_to_the_maximum_length():
+    example = bipeft.Example("say 0 1 yes no", "yes", ("yes",))
+    ((source, target),) = bipeft.tokenize(word_tokenizer(WORDS), [example], 4)
+    assert len(source) == 4 and source[-1] == 1 and target == [6, 1]
+
+
+def test_predictions_come_in_the_order_of_the_examples():
+    model, tokenizer = tiny_t5(seed=1, tie_word_embeddings=False), word_tokenizer(WORDS)
+    model.shared.weight.data *= 0.05                     # what is read weighs more than the last word written
+    sources = [" ".join(str(2 + (n * k) % 24) for k in range(1, 2 + n % 5)) for n in range(11)]
+    examples = [bipeft.Example(source, "yes no", ()) for source in sources]
+    tokens = bipeft.tokenize(tokenizer, examples, 20)
+    model.train()
+    together = bipeft.predict(model, tokenizer, tokens, 4, "cpu")
+    assert model.training                                # as it was found
+    alone = [bipeft.predict(model, tokenizer, [row], 1, "cpu")[0] for row in tokens]
+    assert together == alone and len(set(alone)) > 2
+
+
+def test_training_leaves_the_best_epochs_weights():
+    model, batches = tiny_t5(), bipeft.Batches([([n, n + 1], [n % 5 + 2, 1]) for n in range(2, 14)], 4, "cpu", seed=0)
+    peft = bipeft.Peft(model, [("encoder.block.0.layer.1.DenseReluDense", "serial", 4)])
+    scores, seen, backbone = iter([1.0, 3.0, 3.0, 2.0]), [], snapshot(model)
+
+    def evaluate():
+        seen.append(peft.weights.clone())
+        return next(scores)
+
+    assert bipeft.train(model, peft, batches, evaluate, 4, 0.01) == 3.0
+    assert [torch.equal(peft.weights, weights) for weights in seen] == [False, True, False, False]
+    assert same(snapshot(model), backbone)
+
+
+def test_the_learning_rate_of_training_falls_linearly():
+    # Adam's first steps on a constant-sign gradient are lr each; the whole way of T steps is lr · (1 + .. + 1/T)
+    model, rates = tiny_t5(), []
+    peft = bipeft.Peft(model, [("encoder.final_layer_norm", "bitfit", 1)])
+    batches = bipeft.Batches([([5, 6], [7, 1])] * 4, 1, "cpu")
+    bipeft.train(model, peft, batches, lambda: 0.0, 1, 0.4,
+                 after_step=lambda state, line: rates.append(state["optimizer"]["param_groups"][0]["lr"]))
+    assert close(rates, [0.4, 0.3, 0.2, 0.1])
+
+
+def test_training_goes_on_bit_for_bit_from_its_saved_state(tmp_path):
+    batches = bipeft.Batches([([n, n + 1], [n % 5 + 2, 1]) for n in range(2, 14)], 4, "cpu", seed=0)
+
+    def start():
+        model = tiny_t5(dropout_rate=0.1)
+        peft = bipeft.Peft(model, [("encoder.block.0.layer.1.DenseReluDense", "serial", 4)])
+        return model, peft, batches, lambda: float(peft.weights.abs().sum())        # the last epoch is the best
+
+    class Stop(Exception):
+        pass
+
+    def save_and_stop(state, line):
+        if line["step"] == 5:
+            torch.save(state, tmp_path / "state.pt")
+            raise Stop
+
+    whole = start()
+    bipeft.train(*whole, 3, 0.01)
+    with pytest.raises(Stop):
+        bipeft.train(*start(), 3, 0.01, after_step=save_and_stop)
+    resumed = start()
+    bipeft.train(*resumed, 3, 0.01, state=torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(resumed[1].weights, whole[1].weights)
+
+
+# ==================================================================================================
+# 7. The command line
+# ==================================================================================================
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with a tiny model, tasks, structures and runs, whole ones and spoilt ones, that tests only read."""
+    root = tmp_path_factory.mktemp("world")
+    model = tiny_t5(tie_word_embeddings=False)
+    for name in ("model", "no_weights", "no_tokenizer", "corrupt_config", "corrupt_weights"):
+        model.save_pretrained(root / name)
+        if name != "no_tokenizer":
+            word_tokenizer(WORDS).save_pretrained(root / name)
+    (root / "no_weights" / "model.safetensors").unlink()
+    (root / "corrupt_weights" / "model.safetensors").write_bytes(b"\x00\x01garbage")
+    (root / "corrupt_config" / "config.json").write_text('{"model_type": "t5", ')
+    bert().save_pretrained(root / "bert")
+    word_tokenizer(WORDS).save_pretrained(root / "bert")
+    (root / "empty").mkdir()
+    (root / "a_file").write_text("x")
+    write_data(root)
+    write_structures(root, model)
+    return root
+
+
+def write_data(root):
+    """data/: good splits. bad/<what is wrong>/: one spoilt file each."""
+    for name in ("rte", "custom"):
+        for split, count, start in (("train", 24, 0), ("validation", 12, 50)):
+            write_split(root / "data", name, split, rows_of(name, count, start))
+    good = rows_of("rte", 8)
+    write_split(root / "bad" / "one_split", "rte", "train", good)
+    changes = {
+        "no_column": [{k: v for k, v in row.items() if k != "sentence2"} for row in good],
+        "no_label": [{k: v for k, v in row.items() if k != "label"} for row in good],
+        "unlabelled": [{**row, "label": -1} for row in good],
+        "words_as_labels": [{**row, "label": "entailment"} for row in good],
+        "few": good[:3],
+    }
+    for what, rows in changes.items():
+        write_split(root / "bad" / what, "rte", "train", good)
+        write_split(root / "bad" / what, "rte", "validation", rows)
+    for what, ending, content in (("empty", "jsonl", ""), ("header", "csv", "sentence1,sentence2,label\n"),
+                                  ("corrupt", "parquet", "PAR1 no"), ("broken", "jsonl", '{"sentence1": "a", \n'),
+                                  ("uneven", "csv", "sentence1,sentence2,label\na,b,0\na,b,c,d,e\n")):
+        write_split(root / "bad" / what, "rte", "validation", good)
+        (root / "bad" / what / "rte" / f"train.{ending}").write_text(content)
+    write_split(root / "bad" / "no_target", "custom", "train", [{"source": "a"}] * 5)
+    write_split(root / "bad" / "no_target", "custom", "validation", [{"source": "a"}] * 5)
+    rows = [{"paragraph": None, "question": "q", "answer": "a", "label": 1}] + [
+        {"paragraph": "p", "question": "q", "answer": "a", "label": 1}] * 4
+    for split in ("train", "validation"):
+        write_split(root / "bad" / "null", "multirc", split, rows, "jsonl")
+
+
+def write_structures(root, model):
+    """structures/: good.json, of the tiny model, and spoilt ones. runs/: folders that can't be gone on with."""
+    space = bipeft.Space(model, "s2")
+    good = space.structure([n % 9 == 0 for n in range(len(space))], [1] * len(space), 10_000, "tiny")
+    space.detach()
+    folder = root / "structures"
+    folder.mkdir()
+    good.save(folder / "good.json")
+
+    def spoil(file, /, **changes):
+        content = json.loads((folder / "good.json").read_text())
+        first = content["modules"][0]
+        for key, value in changes.items():
+            (first if key in first else content)[key] = value
+        (folder / f"{file}.json").write_text(json.dumps(content))
+
+    first = good.modules[0]
+    spoil("over_budget", budget=10)
+    spoil("wrong_rank", kind="lora", rank=5)
+    spoil("wrong_name", name="encoder.block.77.layer.0.SelfAttention")
+    spoil("wrong_kind", kind="prompt")
+    spoil("wrong_place", name="encoder.block.0.layer.0.layer_norm", kind="lora", rank=4)
+    spoil("wrong_count", parameters=first["parameters"] + 1)
+    spoil("other_backbone", geometry={**good.geometry, "d_ff": 2048})
+    spoil("no_geometry", geometry=[])
+    spoil("no_modules", modules=[])
+    spoil("no_space", space="s9")
+    spoil("modules_of_text", modules="all")
+    spoil("twice", modules=[first, first])
+    (folder / "corrupt.json").write_text('{"backbone": ')
+    (folder / "list.json").write_text("[1, 2]")
+    (folder / "no_text.json").write_bytes(b"\xff\xfe\x00")
+    for name, file, content in (("structure_alone", "structure.json", b"{}"),
+                                ("corrupt_metrics", "metrics.json", b"{"),
+                                ("corrupt_checkpoint", "checkpoint.pt", b"PK\x03"),
+                                ("strange_metrics", "metrics.json", b"[1]"),
+                                ("other_run", "metrics.json", b'{"settings": {"task": "rte", "seed": 7}}')):
+        (root / "runs" / name).mkdir(parents=True)
+        (root / "runs" / name / file).write_bytes(content)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """As with HF_HUB_OFFLINE=1: the hub is out of reach, and is known to be at once."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+QUICK = "--task custom --data-dir {root}/data --model {root}/model --epochs 6 --search-epochs 4 --warmup-epochs 1 " \
+        "--triggers 4 --window 2 --tau 0.2 --budget 2000 --batch-size 4 --lr 0.05"
+RTE = "--task rte --data-dir {root}/data --model {root}/model"
+
+BAD = [
+    # arguments, and words that the message must hold
+    ("--task sst3", "unknown task sst3 rte"),
+    ("--space s3", "unknown space s3 s1 s2 lora"),
+    ("--space lora,lroa", "lroa"),
+    ("--no-such-flag 1", "--no-such-flag --help"),
+    ("--bud 100", "--bud"),
+    ("stray", "stray"),
+    ("--budget", "--budget"),
+    ("--budget ten", "--budget ten"),
+    ("--triggers 1.5", "--triggers 1.5"),
+    ("--budget 0", "--budget above 0"),
+    ("--budget -5", "--budget -5 above 0"),
+    ("--budget nan", "--budget nan"),
+    ("--budget inf", "--budget inf"),
+    (RTE + " --budget 1", "budget smallest module 32"),
+    (RTE + " --budget 1e9", "budget whole space"),
+    (RTE + " --budget 1e-9", "budget smallest"),
+    ("--gamma 2", "--gamma 2 0 .. 1"),
+    ("--tau -1", "--tau -1 0 .. 1"),
+    ("--tau nan", "--tau nan"),
+    ("--triggers 0", "--triggers 0 above 0"),
+    ("--window 0", "--window 0 above 0"),
+    ("--epochs 0", "--epochs 0 above 0"),
+    ("--search-epochs 0", "--search-epochs above 0"),
+    ("--warmup-epochs -1", "--warmup-epochs -1"),
+    ("--batch-size 0", "--batch-size above 0"),
+    ("--max-length 0", "--max-length above"),
+    ("--lr 0", "--lr above 0"),
+    ("--lr inf", "--lr inf"),
+    ("--arch-lr -1", "--arch-lr above 0"),
+    ("--weight-decay -1", "--weight-decay"),
+    ("--seed -1", "--seed -1 negative"),
+    ("--seed 0 -2", "--seed -2 negative"),
+    ("--dtype int8", "--dtype int8 bfloat16"),
+    ("--device nonsense", "--device nonsense cpu"),
+    (RTE + " --ranks 8 4", "ranks 8 4"),
+    (RTE + " --ranks 0 4", "ranks 0 4"),
+    (RTE + " --ranks 4 4", "ranks 4 4"),
+    ("--task custom", "custom --data-dir source target"),
+    ("--task rte --data-dir {root}/nowhere", "no folder {root}/nowhere --data-dir"),
+    ("--task rte --data-dir {root}/a_file", "no folder {root}/a_file"),
+    ("--task cola --data-dir {root}/data", "{root}/data no cola/train"),
+    ("--task rte --data-dir {root}/bad/one_split", "no rte/validation"),
+    ("--task rte --data-dir {root}/bad/no_column", "validation.parquet no column sentence2 sentence1"),
+    ("--task rte --data-dir {root}/bad/no_label", "validation.parquet no column label"),
+    ("--task custom --data-dir {root}/bad/no_target", "no column target"),
+    ("--task rte --data-dir {root}/bad/empty", "train.jsonl"),
+    ("--task rte --data-dir {root}/bad/header", "train.csv"),
+    ("--task rte --data-dir {root}/bad/unlabelled", "label -1 rte 0 .. 1"),
+    ("--task rte --data-dir {root}/bad/words_as_labels", "label entailment rte"),
+    ("--task rte --data-dir {root}/bad/few", "rte too few rows"),
+    ("--task rte --data-dir {root}/bad/corrupt", "train.parquet can't be read"),
+    ("--task rte --data-dir {root}/bad/broken", "train.jsonl can't be read"),
+    ("--task rte --data-dir {root}/bad/uneven", "train.csv can't be read"),
+    ("--task multirc --data-dir {root}/bad/null --model {root}/model", "paragraph"),
+    ("--task rte", "rte hub --data-dir"),
+    ("--task rte --data-dir {root}/data", "google-t5/t5-large can't be loaded network"),
+    ("--task rte --data-dir {root}/data --model {root}/nowhere", "{root}/nowhere can't be loaded"),
+    ("--task rte --data-dir {root}/data --model {root}/empty", "{root}/empty can't be loaded"),
+    ("--task rte --data-dir {root}/data --model {root}/no_weights", "{root}/no_weights can't be loaded"),
+    ("--task rte --data-dir {root}/data --model {root}/corrupt_weights", "{root}/corrupt_weights can't be loaded"),
+    ("--task rte --data-dir {root}/data --model {root}/corrupt_config", "{root}/corrupt_config can't be loaded"),
+    ("--task rte --data-dir {root}/data --model {root}/no_tokenizer", "{root}/no_tokenizer can't be loaded"),
+    ("--task rte --data-dir {root}/data --model {root}/bert", "{root}/bert bert no T5"),
+    (RTE + " --structure {root}/nowhere.json", "no structure file {root}/nowhere.json"),
+    (RTE + " --structure {root}/data", "{root}/data no structure"),
+    (RTE + " --structure {root}/structures/corrupt.json", "corrupt.json no structure"),
+    (RTE + " --structure {root}/structures/list.json", "list.json no structure"),
+    (RTE + " --structure {root}/structures/no_text.json", "no_text.json no structure"),
+    (RTE + " --structure {root}/structures/modules_of_text.json", "modules_of_text.json no structure"),
+    (RTE + " --structure {root}/structures/over_budget.json", "over_budget.json more than its budget 10"),
+    (RTE + " --structure {root}/structures/wrong_rank.json", "wrong_rank.json rank [1, 4, 8]"),
+    (RTE + " --structure {root}/structures/wrong_kind.json", "wrong_kind.json kind"),
+    (RTE + " --structure {root}/structures/wrong_name.json", "no place encoder.block.77.layer.0.SelfAttention"),
+    (RTE + " --structure {root}/structures/wrong_place.json", "encoder.block.0.layer.0.layer_norm lora"),
+    (RTE + " --structure {root}/structures/wrong_count.json", "parameters tensors hold"),
+    (RTE + " --structure {root}/structures/other_backbone.json", "another backbone d_ff 2048 48"),
+    (RTE + " --structure {root}/structures/no_geometry.json", "structure"),
+    (RTE + " --structure {root}/structures/no_modules.json", "modules"),
+    (RTE + " --structure {root}/structures/no_space.json", "s9"),
+    (RTE + " --structure {root}/structures/twice.json", "encoder.block.0"),
+    (RTE + " --budget 600 --out {root}/a_file", "--out {root}/a_file"),
+    (RTE + " --budget 600 --out {root}/a_file/below", "--out {root}/a_file/below"),
+    ("--task toy --out {root}/runs/other_run", "other_run another run --out --fresh"),
+    ("--task toy --out {root}/runs/structure_alone", "structure_alone --out --fresh"),
+    ("--task toy --out {root}/runs/corrupt_checkpoint", "checkpoint.pt can't be read --fresh"),
+    ("--task toy --out {root}/runs/corrupt_metrics", "metrics.json can't be read --fresh"),
+    ("--task toy --out {root}/runs/strange_metrics", "strange_metrics --fresh"),
+]
+
+
+@pytest.mark.parametrize("line, words", BAD, ids=[line.replace("{root}/", "") or "empty" for line, _ in BAD])
+def test_a_mistake_is_told_in_one_line(world, tmp_path, monkeypatch, capfd, offline, line, words):
+    monkeypatch.chdir(tmp_path)                                   # where a run without --out would write
+    assert bipeft.main(line.format(root=world).split()) == 2
+    _, error = capfd.readouterr()
+    assert error.startswith("bipeft.py: ") and error.count("\n") == 1 and "Traceback" not in error
+    for word in words.format(root=world).split():
+        assert word in error, error
+    assert len(error.replace(str(world), "")) < 420
+    assert not list(tmp_path.rglob("checkpoint.pt")) and not list(tmp_path.rglob("metrics.json"))
+
+
+@pytest.mark.parametrize("mistake", ["--budget 1", "--ranks 8 4", "--structure {root}/structures/wrong_name.json"])
+def test_after_a_mistake_the_corrected_command_runs(world, tmp_path, capfd, mistake):
+    line = RTE + " --epochs 1 --search-epochs 1 --batch-size 12"
+    assert go(world, tmp_path / "run", line, mistake.format(root=world)) == 2
+    assert go(world, tmp_path / "run", line, "--budget 600") == 0, capfd.readouterr().err
+
+
+def test_a_mistake_with_fresh_destroys_nothing(world, finished, tmp_path):
+    for name, content in contents(finished[0]).items():
+        (tmp_path / name).write_bytes(content)
+    for mistake in ("--budget 1", "--ranks 8 4", "--model nowhere", "--structure {root}/structures/wrong_name.json"):
+        assert go(world, tmp_path, more="--fresh " + mistake.format(root=world)) == 2
+    assert contents(tmp_path) == contents(finished[0])
+
+
+def go(world, out, line=QUICK, more=""):
+    """Runs the program in this process. Returns its exit code."""
+    return bipeft.main([*line.format(root=world).split(), "--out", str(out), *more.split()])
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.fixture(scope="session")
+def finished(world, tmp_path_factory):
+    """(folder, predictions of each evaluation) of a whole run."""
+    out, predict, made = tmp_path_factory.mktemp("finished") / "run", bipeft.predict, []
+
+    def record(*args, **kwargs):
+        made.append(predict(*args, **kwargs))
+        return made[-1]
+
+    bipeft.predict = record
+    try:
+        assert go(world, out) == 0
+    finally:
+        bipeft.predict = predict
+    return out, made
+
+
+RUN_FILES = ["metrics.json", "peft.safetensors", "search.jsonl", "structure.json"]
+
+
+def test_a_run_leaves_its_four_files(finished):
+    out, _ = finished
+    assert sorted(contents(out)) == RUN_FILES                              # and no checkpoint
+    structure = bipeft.Structure.load(out / "structure.json")
+    metrics = json.loads((out / "metrics.json").read_text())
+    stored = json.loads((out / "structure.json").read_text())
+    assert 0 < structure.parameters == metrics["parameters"] == stored["totals"]["parameters"]
+    assert structure.parameters <= structure.budget == 2000
+    # half of 24 rows in batches of 4, four times over: at most 12 steps, no trigger in the first 3
+    lines = [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)) and len(lines) <= 12
+    assert [line["triggers"] for line in lines[:3]] == [0] * 3
+    assert {"loss_train", "beta", "expected", "kept", "fixed", "triggers", "seconds"} <= lines[0].keys()
+    assert all(0 <= metrics[key] <= 100 for key in ("validation", "test", "test_untouched", "test_most_frequent"))
+    assert math.isclose(metrics["per_ten_thousand"], 1e4 * structure.parameters / metrics["backbone_parameters"])
+    assert metrics["search_seconds"] > 0 and metrics["train_seconds"] > 0 and metrics["seed"] == 0
+    assert metrics["versions"]["torch"] == torch.__version__
+
+
+def test_training_data_is_halved_between_weights_and_architecture(world, tmp_path, monkeypatch):
+    halves = []
+
+    def look(search, train_batches, val_batches, *rest):
+        halves.extend((train_batches.tokens, val_batches.tokens))
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(bipeft.Search, "run", look)
+    with pytest.raises(RuntimeError, match="seen"):
+        go(world, tmp_path)
+    sources = [{tuple(source) for source, _ in half} for half in halves]
+    assert [len(part) for part in sources] == [12, 12] and not sources[0] & sources[1]
+
+
+def test_the_weights_file_holds_the_modules_alone(finished):
+    import safetensors.torch
+
+    out, _ = finished
+    structure = bipeft.Structure.load(out / "structure.json")
+    stored = safetensors.torch.load_file(out / "peft.safetensors")
+    assert sum(t.numel() for t in stored.values()) == structure.parameters
+    assert {key.rpartition(".")[0] for key in stored} == {f"{m['name']}.{m['kind']}" for m in structure.modules}
+
+
+def test_structure_and_weights_rebuild_the_predictions(world, finished):
+    out, made = finished
+    model, tokenizer = bipeft.load_backbone(str(world / "model"), "float32", torch.device("cpu"), 0)
+    splits = bipeft.load_splits("custom", world / "data", 0)
+    tokens = bipeft.tokenize(tokenizer, splits["test"], 128)
+    untouched = bipeft.predict(model, tokenizer, tokens, 8, "cpu")
+    peft = bipeft.apply(model, bipeft.Structure.load(out / "structure.json"))
+    peft.load(out / "peft.safetensors")
+    predictions = bipeft.predict(model, tokenizer, tokens, 8, "cpu")
+    assert predictions in made and len(set(predictions)) > 1 and predictions != untouched
+    score = json.loads((out / "metrics.json").read_text())["test"]
+    assert score == bipeft.accuracy(predictions, [e.answers for e in splits["test"]])
+    peft.detach()
+    assert bipeft.predict(model, tokenizer, tokens, 8, "cpu") == untouched in made
+
+
+def test_a_finished_run_is_left_alone(world, finished, capfd):
+    out, _ = finished
+    before = contents(out)
+    assert go(world, out) == 0
+    said, error = capfd.readouterr()
+    assert "finished" in said and "--fresh" in said and error == ""
+    assert contents(out) == before
+
+
+def test_another_run_is_not_overwritten(world, finished, capfd):
+    out, _ = finished
+    before = contents(out)
+    assert go(world, out, more="--gamma 0.5") == 2
+    assert "another run" in capfd.readouterr().err and contents(out) == before
+
+
+def test_fresh_starts_over(world, finished, tmp_path):
+    out, _ = finished
+    for name, content in contents(out).items():
+        (tmp_path / name).write_bytes(content)
+    assert go(world, tmp_path, more="--fresh --epochs 1") == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["settings"]["epochs"] == 1 and sorted(contents(tmp_path)) == RUN_FILES
+
+
+def test_a_structure_transfers_to_another_task_without_a_search(world, finished, tmp_path):
+    out, _ = finished
+    line = RTE + f" --epochs 1 --structure {out}/structure.json"
+    assert go(world, tmp_path / "new", line) == 0
+    found = [bipeft.Structure.load(folder / "structure.json") for folder in (out, tmp_path / "new")]
+    assert found[0] == found[1] and (tmp_path / "new" / "search.jsonl").read_text() == ""
+    metrics = json.loads((tmp_path / "new" / "metrics.json").read_text())
+    assert metrics["task"] == "rte" and metrics["search_seconds"] == 0 and metrics["ratio"] is None
+
+
+def test_several_seeds_get_a_folder_each(world, tmp_path, capfd):
+    line = RTE + " --epochs 1 --structure {root}/structures/good.json --seed 0 1"
+    assert go(world, tmp_path, line) == 0
+    tests = [json.loads((tmp_path / f"seed-{seed}" / "metrics.json").read_text())["test"] for seed in (0, 1)]
+    assert f"{np.mean(tests):.2f} ± {np.std(tests, ddof=1):.2f} over 2 seeds" in capfd.readouterr().out
+
+
+SCORES = ("validation", "test", "test_untouched", "test_most_frequent", "parameters", "modules")
+
+
+def assert_same_end(a, b):
+    """Two runs that ended alike: structure, weights, scores and the log but for its clocks."""
+    assert sorted(contents(a)) == sorted(contents(b)) == RUN_FILES
+    for name in ("structure.json", "peft.safetensors"):
+        assert contents(a)[name] == contents(b)[name], name
+    metrics, logs = [], []
+    for folder in (a, b):
+        metrics.append({key: json.loads((folder / "metrics.json").read_text())[key] for key in SCORES})
+        lines = [json.loads(line) for line in (folder / "search.jsonl").read_text().splitlines()]
+        logs.append([{k: v for k, v in line.items() if k not in ("seconds", "time")} for line in lines])
+    assert metrics[0] == metrics[1] and logs[0] == logs[1]
+
+
+def test_the_same_command_gives_the_same_run(world, finished, tmp_path):
+    assert go(world, tmp_path / "again") == 0
+    assert_same_end(finished[0], tmp_path / "again")
+
+
+def test_a_run_stopped_by_signals_goes_on_to_the_same_end(world, finished, tmp_path, monkeypatch, capfd):
+    """A signal comes after step 2, the second time after step 6, and then in the training after step 5."""
+    after_step, stops = bipeft.Folder.after_step, iter([("search", 2), ("search", 6), ("train", 5), None])
+    stop, phase = next(stops), ["search"]
+
+    def with_signal(folder, step, content):
+        phase[0] = content()["phase"]
+        if (phase[0], step) == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return after_step(folder, step, content)
+
+    monkeypatch.setattr(bipeft.Folder, "after_step", with_signal)
+    handler = signal.getsignal(signal.SIGTERM)
+    while stop is not None:
+        with pytest.raises(SystemExit) as ended:
+            go(world, tmp_path / "run")
+        assert ended.value.code == 128 + signal.SIGTERM and phase[0] == stop[0]
+        assert "goes on from here" in capfd.readouterr().out and (tmp_path / "run" / "checkpoint.pt").exists()
+        assert signal.getsignal(signal.SIGTERM) == handler
+        stop = next(stops)
+    assert go(world, tmp_path / "run") == 0
+    assert "going on from" in capfd.readouterr().out
+    assert_same_end(finished[0], tmp_path / "run")
+
+
+def test_a_run_that_crashed_goes_on_from_its_last_checkpoint(world, finished, tmp_path, monkeypatch):
+    after_step = bipeft.Folder.after_step
+
+    def crash(folder, step, content):
+        after_step(folder, step, content)
+        if step == 5:
+            raise RuntimeError("power cut")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(bipeft.Folder, "after_step", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            go(world, tmp_path / "run", more="--save-every 2")              # saved after step 4, one step is lost
+    assert go(world, tmp_path / "run") == 0
+    assert_same_end(finished[0], tmp_path / "run")
+
+
+def test_a_checkpoint_of_other_settings_is_not_gone_on_with(world, tmp_path, monkeypatch, capfd):
+    def crash(folder, step, content):
+        folder.save(content())
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(bipeft.Folder, "after_step", crash)
+        with pytest.raises(RuntimeError):
+            go(world, tmp_path)
+    assert go(world, tmp_path, more="--triggers 3") == 2
+    assert "another run: its --triggers is 4, now it is 3" in capfd.readouterr().err
+
+
+def test_the_program_runs_as_a_script(world, finished, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+                   "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    line = [sys.executable, str(Path(bipeft.__file__).resolve()), *QUICK.format(root=world).split()]
+    good, bad = (subprocess.Popen([*line, *more], cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE) for more in (["--out", "out"], ["--tau", "3"]))
+    said, error = good.communicate(timeout=120)
+    assert good.returncode == 0 and error == ""
+    for words in ("budget 2,000", "parameters", "validation", "most frequent answer", "written to out"):
+        assert words in said
+    assert_same_end(finished[0], tmp_path / "out")
+    assert bad.communicate(timeout=120) == ("", "bipeft.py: --tau 3.0 must lie in 0 .. 1\n") and bad.returncode == 2
+
+
+def test_help_names_every_flag(capfd):
+    with pytest.raises(SystemExit) as ended:
+        bipeft.main(["--help"])
+    said = capfd.readouterr().out
+    assert ended.value.code == 0
+    for name in ("task", "model", "data-dir", "space", "ranks", "budget", "structure", "seed", "out", "device"):
+        assert f"--{name} " in said
+    assert "per cent" not in said and "ten thousand" in said
+
+
+@pytest.fixture(scope="session")
+def toy():
+    """The toy's backbone, pretrained a little."""
+    return bipeft.toy_backbone(0, steps=25)
+
+
+@pytest.mark.parametrize("space", ["s1", "s2"])
+def test_the_toy_end_to_end(tmp_path, monkeypatch, toy, space):
+    splits = {key: value[:count] for (key, value), count in zip(bipeft.toy_splits(0).items(), (256, 40, 40))}
+    monkeypatch.setattr(bipeft, "toy_splits", lambda seed: splits)
+    monkeypatch.setattr(bipeft, "toy_backbone", lambda seed: copy.deepcopy(toy))
+    line = f"--task toy --space {space} --search-epochs 2 --warmup-epochs 1 --epochs 1 --triggers 5 --seed 3"
+    monkeypatch.chdir(tmp_path)
+    assert bipeft.main(line.split()) == 0
+    out = tmp_path / "runs" / f"toy-{space}-3"                             # the default --out
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert sorted(contents(out)) == RUN_FILES and 0 < metrics["parameters"] <= metrics["budget"]
+    # the toy's default budget is a fraction of its backbone
+    assert metrics["budget"] == int(0.02 * metrics["backbone_parameters"])
+    assert abs(metrics["test_untouched"] - 50) <= 30 and metrics["test_most_frequent"] >= 40
+
+
+@pytest.mark.skipif(not ((SHARED / "t5-tiny").is_dir() and (SHARED / "glue").is_dir()), reason="no such folders here")
+def test_a_pretrained_model_on_real_rows(tmp_path):
+    for split, count in (("train", 24), ("validation", 12)):
+        file = str(SHARED / "glue" / "rte" / f"{split}.parquet")
+        rows = datasets.load_dataset("parquet", data_files=file, split="train")
+        write_split(tmp_path, "rte", split, rows.select(range(count)).to_list())
+    line = f"--task rte --data-dir {tmp_path} --model {SHARED / 't5-tiny'} --max-length 32 --batch-size 6 " \
+           "--epochs 1 --search-epochs 2 --warmup-epochs 0 --window 1 --triggers 2 --tau 0.1"
+    assert bipeft.main([*line.split(), "--out", str(tmp_path / "out")]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["backbone_parameters"] == 15_570_688                    # as the model's own page says
+    assert 0 < metrics["parameters"] <= metrics["budget"] == int(1.39e-4 * 15_570_688)
