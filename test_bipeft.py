@@ -1852,7 +1852,7 @@ def test_no_single_word_of_the_toy_tells_the_verdict():
         for word in set(example.source.split()):
             seen[word] += 1
             good[word] += example.target == "good"
-    assert len(seen) > 70
+    assert len(seen) > 40
     for word, count in seen.items():
         assert abs(good[word] / count - 0.5) < 2.5 / math.sqrt(count), word
 
@@ -2452,7 +2452,7 @@ def test_the_toy_end_to_end(tmp_path, monkeypatch, toy, space):
     metrics = json.loads((out / "metrics.json").read_text())
     assert sorted(contents(out)) == RUN_FILES and 0 < metrics["parameters"] <= metrics["budget"]
     # the toy's default budget is a fraction of its backbone
-    assert metrics["budget"] == int(0.02 * metrics["backbone_parameters"])
+    assert metrics["budget"] == int(0.03 * metrics["backbone_parameters"])
     assert abs(metrics["test_untouched"] - 50) <= 30 and metrics["test_most_frequent"] >= 40
 
 
@@ -2468,3 +2468,14 @@ def test_a_pretrained_model_on_real_rows(tmp_path):
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["backbone_parameters"] == 15_570_688                    # as the model's own page says
     assert 0 < metrics["parameters"] <= metrics["budget"] == int(1.39e-4 * 15_570_688)
+
+
+def test_the_search_finds_better_than_random_structures():
+    """The short form of docs/experiments/teacher_student.py: a teacher's labels, under half its size."""
+    sys.path.insert(0, str(HERE / "docs" / "experiments"))
+    try:
+        from teacher_student import compare
+    finally:
+        sys.path.pop(0)
+    losses = compare(seed=3)
+    assert losses["bipeft"] < sorted(losses["random"])[2] < losses["bare"]          # the median of five
