@@ -46,6 +46,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import string
 import sys
@@ -67,7 +68,8 @@ class UsageError(ValueError):
 
 
 # ==================================================================================================
-# 1. The equations (3.2 - 3.5). Tensors in, tensors out: no model, no state, no host reads.
+# 1. The equations (3.2 - 3.5). Tensors in, tensors out: no model, no state, no host reads. The last
+#    function fills up the budget, once, on the host.
 # ==================================================================================================
 
 
@@ -573,6 +575,14 @@ def kinds_of(space):
     return tuple(dict.fromkeys(kinds))
 
 
+def check_ranks(ranks):
+    """Candidate ranks as a tuple.   Raises UsageError if they do not ascend from 1 or more."""
+    ranks = tuple(ranks)
+    if not ranks or ranks[0] < 1 or any(a >= b for a, b in zip(ranks, ranks[1:])):
+        raise UsageError(f"ranks {ranks} must be whole numbers from 1 up, each larger than the one before")
+    return ranks
+
+
 class Peft(nn.Module):
     """PEFT modules attached to a frozen backbone by hooks: its own tensors stay as they are.
 
@@ -673,9 +683,7 @@ class Space(Peft):
     """
 
     def __init__(self, model, space="s2", ranks=(1, 4, 8), seed=0):
-        ranks = tuple(ranks)
-        if not ranks or ranks[0] < 1 or any(a >= b for a, b in zip(ranks, ranks[1:])):
-            raise UsageError(f"ranks {ranks} must be whole numbers from 1 up, each larger than the one before")
+        ranks = check_ranks(ranks)
         kinds = kinds_of(space)
         spots = [(name, kind, place) for name, role, place in places(model)
                  for kind in kinds if role in KINDS[kind].roles]
@@ -702,6 +710,11 @@ class Space(Peft):
         active = gate.tolist() if skip_shut else [1.0] * len(self)
         for m, m_state, m_mask, on in zip(self.modules_, state.unbind(), mask.unbind(), active):
             m.state, m.mask, m.active = m_state, m_mask, on != 0
+
+    def leave(self):
+        """Ends the last architecture: every attached module is whole, at the largest rank."""
+        for m in self.modules_:
+            m.state, m.mask, m.active = None, None, True
 
     def remove(self, gone):
         """Takes modules off the backbone for good.   gone: N bools."""
@@ -746,10 +759,12 @@ class Structure:
         try:
             stored = json.loads(Path(path).read_text())
             stored = cls(**{f.name: stored[f.name] for f in dataclasses.fields(cls)})
-            known = all(m["kind"] in KINDS and (m["rank"] in stored.ranks or not KINDS[m["kind"]].ranked)
-                        for m in stored.modules)
-            total = stored.parameters
-            stored.geometry.get, kinds_of(stored.space)
+            known = all(isinstance(m["name"], str) and m["kind"] in KINDS
+                        and (m["rank"] in stored.ranks or not KINDS[m["kind"]].ranked) for m in stored.modules)
+            over = stored.parameters > stored.budget
+            if not isinstance(stored.geometry, dict):
+                raise TypeError("geometry is no object")
+            kinds_of(stored.space)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
         except FileNotFoundError:
@@ -760,8 +775,9 @@ class Structure:
             raise UsageError(f"{path} holds no modules")
         if not known:
             raise UsageError(f"{path} holds a kind of module or a rank that is not among its own ranks {stored.ranks}")
-        if total > stored.budget:
-            raise UsageError(f"{path} holds {total:,} parameters, more than its budget of {stored.budget:,}")
+        if over:
+            raise UsageError(f"{path} holds {stored.parameters:,} parameters, more than its budget "
+                             f"of {stored.budget:,}")
         return stored
 
 
@@ -812,12 +828,13 @@ class Search:
     it.   budget: B, parameters.   steps: T.   warmup: steps before the first trigger may come.
     triggers, tau, gamma, window: Z, tau, gamma, H.   lr: of Delta W, falling linearly to 0 over T.
     arch_lr: of Theta and Phi.   weight_decay: of all three.   seed: decides every random draw.
-    graphs: on a GPU, run the three passes as CUDA graphs.
+    graphs: on a GPU, run the three passes as CUDA graphs, which the model's forward must allow: it
+    asks the device for no value, and its batches are tensors on the device, of few shapes.
     Raises UsageError for a budget that no search can meet.
     """
 
     def __init__(self, model, space, budget, steps, warmup=0, triggers=100, tau=0.85, gamma=0.85,
-                 window=5, lr=3e-4, arch_lr=0.01, weight_decay=1e-4, seed=0, graphs=True):
+                 window=5, lr=3e-4, arch_lr=0.01, weight_decay=1e-4, seed=0, graphs=False):
         self.model, self.space, self.budget, self.steps, self.warmup = model, space, int(budget), steps, warmup
         self.triggers, self.tau, self.gamma, self.window = triggers, tau, gamma, window
         self.lr, self.seed, self.replay = lr, seed, Replay(self.gradients, graphs and space.weights.is_cuda)
@@ -842,6 +859,7 @@ class Search:
         self.history = [self.phi.detach().softmax(1)]                                 # since the last trigger
         self.potential = potential_ranks(self.phi.detach(), space.dim, self.kept, self.fixed,
                                          self.choice, space.ranked)                   # v
+        self.recorded_with = n                   # modules that the present CUDA graphs may hold
         self.triggers_done = 0                                                        # z
         self.step_number = 0                                                          # t
         self.ended_early = 0                     # triggers carried out because the steps had run out
@@ -914,26 +932,19 @@ class Search:
         now = importance_indicator(self.smoothed, cost, self.kept, self.budget)
         self.indicators = torch.cat([self.indicators, now[None]])[-(self.window + 1):]
         beta = stability(self.indicators, self.window)
-        return self.conclude(losses, beta, started)
 
-    def conclude(self, losses, beta, started):
-        """Reads the step's numbers at once: checks the losses, triggers if beta_t >= tau, and logs."""
+        # If beta_t >= tau, select. The numbers come to the host at once.
         expected = expected_parameters(*self.expectation())
         *losses, beta, expected = torch.stack([x.double() for x in (*losses, beta, expected)]).tolist()
         self.step_number += 1
-        if not all(map(math.isfinite, losses)):
-            raise UsageError(f"the loss is {next(x for x in losses if not math.isfinite(x))} at search step {self.step_number}: use --dtype bfloat16 or "
-                             "float32 rather than float16, or a smaller --lr")
-        reduction = None
+        check_losses(losses, f"search step {self.step_number}")
         warm = self.step_number > max(self.warmup, self.window)       # H + 1 indicators exist
-        if warm and beta >= self.tau and self.triggers_done < self.triggers:
-            reduction = expected_reduction(expected, self.budget, self.triggers, self.triggers_done)
-            self.trigger()
-        train_loss, theta_loss, *phi_loss = losses
-        return {"step": self.step_number, "loss_train": train_loss, "loss_theta": theta_loss,
-                "loss_phi": phi_loss[0] if phi_loss else None, "beta": beta, "expected": expected,
-                "reduction": reduction, "kept": self.kept_count, "fixed": self.fixed_count, "triggers": self.triggers_done,
-                "seconds": time.perf_counter() - started}
+        stable = warm and beta >= self.tau and self.triggers_done < self.triggers
+        reduction = self.trigger() if stable else None
+        return {"step": self.step_number, "loss_train": losses[0], "loss_theta": losses[1],
+                "loss_phi": losses[2] if losses[2:] else None, "beta": beta, "expected": expected,
+                "reduction": reduction, "kept": self.kept_count, "fixed": self.fixed_count,
+                "triggers": self.triggers_done, "seconds": time.perf_counter() - started}
 
     def magnitude(self, gradient):
         """Eq. (2) for the present weights, over the fixed slice where the rank is fixed."""
@@ -948,7 +959,7 @@ class Search:
                 expected_cost(self.phi.detach(), self.space.costs, self.fixed, self.choice))
 
     def trigger(self):
-        """The body of Algorithm 1's `if beta_t >= tau`."""
+        """The body of Algorithm 1's `if beta_t >= tau`.   Returns R_z, in parameters."""
         phi, remaining = self.phi.detach(), self.triggers - self.triggers_done
         keep, cost = self.expectation()
         # Estimate E_t; calculate R_z; remove from the least sensitive up; update b.
@@ -970,6 +981,10 @@ class Search:
         self.kept_count, self.fixed_count = torch.stack([self.kept.sum(), (self.kept & self.fixed).sum()]).tolist()
         self.history = self.history[-1:]
         self.triggers_done += 1
+        if self.kept_count < self.recorded_with / 2:      # graphs still compute what is gone: record anew
+            self.replay.forget()
+            self.recorded_with = self.kept_count
+        return reduction.item()
 
     def run(self, train_batches, val_batches, backbone="", after_step=None):
         """The loop of Algorithm 1, from where the state is to the end.
@@ -987,6 +1002,8 @@ class Search:
                 if after_step is not None:
                     after_step(self, line)
         self.model.train(was_training)
+        self.replay.forget()
+        self.space.leave()
         return self.finish(backbone)
 
     def finish(self, backbone=""):
@@ -1064,6 +1081,14 @@ def search(model, space, train_batches, val_batches, budget, steps, backbone="",
     return Search(model, space, budget, steps, **settings).run(train_batches, val_batches, backbone, after_step)
 
 
+def check_losses(losses, where):
+    """Raises UsageError if a loss is NaN or infinite.   where: the step, in words."""
+    for loss in losses:
+        if not math.isfinite(loss):
+            raise UsageError(f"the loss is {loss} at {where}: use --dtype bfloat16 or float32 rather than float16, "
+                             "or a smaller --lr")
+
+
 class Replay:
     """Runs a function of tensors; on a GPU as a CUDA graph for each shape: one launch, not thousands.
 
@@ -1077,14 +1102,19 @@ class Replay:
     def __call__(self, key, **tensors):
         if not self.enabled:
             return self.function(key, **tensors)
-        shape = (key, *((name, t.shape) for name, t in tensors.items()))
+        shape = (key, *((name, t.shape, t.dtype) for name, t in tensors.items()))
         if shape not in self.graphs:
             self.graphs[shape] = self._capture(key, tensors)
         graph, inputs, outputs = self.graphs[shape]
-        for name, t in tensors.items():
-            inputs[name].copy_(t, non_blocking=True)
-        graph.replay()
-        return [t.clone() for t in outputs]
+        with torch.no_grad():
+            for name, t in tensors.items():
+                inputs[name].copy_(t, non_blocking=True)
+            graph.replay()
+            return [t.clone() for t in outputs]
+
+    def forget(self):
+        """Drops all graphs and their memory; what is called next is recorded anew."""
+        self.graphs, self.pool = {}, None
 
     def _capture(self, key, tensors):
         """Warm up and record, on a stream of its own."""
@@ -1140,13 +1170,14 @@ def own_randomness(device):
 def write_atomically(path, content):
     """Writes text or bytes so that a reader, or a crash, finds the old file or the new one."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.new")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UsageError(f"{path} can't be written ({error.strerror}); free or name another folder with --out") from None
+        raise UsageError(f"{path} can't be written ({error.strerror}); free or name another folder with --out"
+                         ) from None
 
 
 def one_line(error):
@@ -1214,15 +1245,15 @@ def to_examples(name, row, training):
     Raises UsageError for a label outside the task.
     """
     task = TASKS[name]
+    for key in (*task.fields, {"custom": "target", "record": "answers"}.get(name, "label")):
+        if row[key] is None or row[key] == []:
+            raise UsageError(f"a row of {name} has no {key}: fill it in, or leave the row out")
     if name == "custom":
         target = str(row["target"]).strip()
         return [Example(str(row["source"]), target, (target,))]
     row = {key: ", ".join(value) if key == "entities" else value for key, value in row.items()}
-    for key in task.fields:
-        if row[key] is None:
-            raise UsageError(f"a row of {name} has no {key}: fill it in, or leave the row out")
     if name == "multirc":
-        row["paragraph"] = " ".join(re.sub(r"<[^<>]*>", " ", row["paragraph"]).split())
+        row["paragraph"] = " ".join(re.sub(r"</?[a-zA-Z][^<>]*>", " ", str(row["paragraph"])).split())
     if name == "record":
         row["passage"] = re.sub(r"([.?!\"'])?\n@highlight\n", lambda mark: (mark[1] or ".") + " ", row["passage"])
     source = " ".join([name, *(f"{key}: {row[key]}" for key in task.fields)])
@@ -1231,7 +1262,7 @@ def to_examples(name, row, training):
         return [Example(source, answer, answers) for answer in (answers if training else answers[:1])]
     try:
         target = f"{round(float(row['label']) * 5) / 5:.1f}" if task.labels is FIFTHS else f"{float(row['label']):g}"
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         target = str(row["label"])
     if target not in task.labels:
         raise UsageError(f"the label {row['label']!r} is none of {name}'s ({task.labels[0]} .. {task.labels[-1]}): "
@@ -1431,7 +1462,8 @@ def toy_backbone(seed, steps=500, batch_size=64):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = "toy sentence: found the not and so".split() + [w for part in TOY_WORDS.values() for w in part.split()]
-    vocabulary = {w: i for i, w in enumerate(dict.fromkeys(["<pad>", "</s>", "<unk>", "<mask>", "good", "bad", *words]))}
+    special = ["<pad>", "</s>", "<unk>", "<mask>", "good", "bad"]
+    vocabulary = {w: i for i, w in enumerate(dict.fromkeys(special + words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -1538,7 +1570,7 @@ def predict(model, tokenizer, tokens, batch_size, device):
     return texts
 
 
-def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed=0, graphs=True, state=None,
+def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed=0, graphs=False, state=None,
           after_step=None):
     """Trains the attached modules anew, and leaves them as they were after their best epoch.
 
@@ -1572,9 +1604,7 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
             optimizer.step()
             step += 1
             line = {"step": step, "steps": total, "loss": loss.item()}
-            if not math.isfinite(line["loss"]):
-                raise UsageError(f"the loss is {line['loss']} at training step {step}: use --dtype bfloat16 or "
-                                 "float32 rather than float16, or a smaller --lr")
+            check_losses([line["loss"]], f"training step {step}")
             if step % len(batches) == 0:
                 line["score"] = evaluate()
                 model.train()
@@ -1608,7 +1638,7 @@ class Settings:
     max_length: int = option(None, "task", "input tokens (GLUE 128, SuperGLUE 256, ReCoRD 512)", type=int)
     space: str = option("s2", "search", "s1, s2, all, or a comma list of " + ", ".join(KINDS))
     ranks: tuple = option((1, 4, 8), "search", "Dim, the candidate ranks", type=int, nargs="+")
-    budget: float = option(None, "search", "B: below 1 a fraction of the backbone, else parameters (1.39e-4)", type=float)
+    budget: float = option(None, "search", "B: below 1 a fraction of the backbone, else a count (1.39e-4)", type=float)
     triggers: int = option(None, "search", "Z, how many times modules and ranks are selected (100; toy 30)", type=int)
     tau: float = option(0.85, "search", "tau, the stability that triggers", type=float)
     gamma: float = option(0.85, "search", "gamma, how much of the past s-bar keeps", type=float)
@@ -1625,7 +1655,7 @@ class Settings:
     out: str = option(None, "run", "folder to write (runs/<task>-<space>-<seed>)")
     device: str = option("auto", "run", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     dtype: str = option("float32", "run", "of the backbone: float32, bfloat16 or float16")
-    eager: bool = option(False, "run", "no CUDA graphs on a GPU: slower, and shut modules are skipped", action="store_true")
+    eager: bool = option(False, "run", "no CUDA graphs on a GPU; shut modules are skipped", action="store_true")
     save_every: int = option(0, "run", "steps between checkpoints; 0: about a minute", type=int)
     fresh: bool = option(False, "run", "start over instead of resuming", action="store_true")
 
@@ -1634,23 +1664,26 @@ class Settings:
         if self.task not in TASKS:
             raise UsageError(f"unknown task '{self.task}': choose {', '.join(TASKS)}")
         task = TASKS[self.task]
-        usual = {"model": "google-t5/t5-large", "max_length": 128, "budget": 1.39e-4, "lr": 3e-4, "batch_size": 32, "triggers": 100,
-                 "epochs": task.epochs, "warmup_epochs": task.warmup_epochs, **task.defaults}
+        usual = {"model": "google-t5/t5-large", "max_length": 128, "budget": 1.39e-4, "lr": 3e-4, "batch_size": 32,
+                 "triggers": 100, "epochs": task.epochs, "warmup_epochs": task.warmup_epochs, **task.defaults}
         for key, value in usual.items():
             if getattr(self, key, None) is None:
                 setattr(self, key, value)
         self.search_epochs = self.epochs if self.search_epochs is None else self.search_epochs
         kinds_of(self.space)
-        above = {"max_length": 1, "budget": 0, "triggers": 0, "window": 0, "epochs": 0, "search_epochs": 0, "lr": 0,
-                 "arch_lr": 0, "batch_size": 0, "warmup_epochs": -1, "weight_decay": -1e-9, "save_every": -1}
-        for key, bound in above.items():
-            if not bound < getattr(self, key) < math.inf:
-                raise UsageError(f"{flag(key)} {getattr(self, key)} must be above {max(bound, 0) if bound > -1 else bound}")
+        for key in ("max_length", "budget", "triggers", "window", "epochs", "search_epochs", "lr", "arch_lr",
+                    "batch_size"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise UsageError(f"{flag(key)} {getattr(self, key)} must be a number above 0")
+        for key in ("warmup_epochs", "weight_decay", "save_every"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise UsageError(f"{flag(key)} {getattr(self, key)} must be a number, 0 or above")
+        check_ranks(self.ranks)
         for key in ("tau", "gamma"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UsageError(f"{flag(key)} {getattr(self, key)} must lie in 0 .. 1")
-        if min(self.seed) < 0:
-            raise UsageError(f"--seed {min(self.seed)} must not be negative")
+        if min(self.seed) < 0 or len(set(self.seed)) < len(self.seed):
+            raise UsageError(f"--seed {' '.join(map(str, self.seed))} must be different numbers, none negative")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise UsageError(f"--dtype {self.dtype} must be float32, bfloat16 or float16")
         if self.task == "custom" and self.data_dir is None:
@@ -1699,10 +1732,12 @@ def load_backbone(name, dtype, device, seed):
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         if config.model_type not in ("t5", "mt5"):
-            raise UsageError(f"{name} is a {config.model_type}, no T5: give a model of the T5, v1.1, Flan-T5 or mT5 family")
+            raise UsageError(f"{name} is a {config.model_type}, no T5: give a model of the T5, v1.1, Flan-T5 or mT5 "
+                             "family")
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, dtype=getattr(torch, dtype))
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("tokenizer.json", "spiece.model")):
+        files = (Path(name) / file for file in ("tokenizer.json", "spiece.model"))
+        if Path(name).is_dir() and not any(file.is_file() for file in files):
             raise OSError("there is no tokenizer.json or spiece.model")       # transformers would make an empty one up
         return model.to(device), tokenizer
     except UsageError:
@@ -1718,6 +1753,8 @@ def choose_device(name):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=name)
+        if torch.device(name).type == "cuda":
+            torch.cuda.set_device(name)            # graphs and random states are those of the current device
         return torch.device(name)
     except Exception as error:
         raise UsageError(f"--device {name} can't be used ({one_line(error)}): try cpu") from None
@@ -1731,10 +1768,15 @@ class Folder:
     def __init__(self, path, identity, fresh, save_every):
         self.path, self.identity, self.save_every = Path(path), identity, save_every
         self.saved_at, self.signal = time.monotonic(), None
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"--out {path} is a file: name a folder")
         there = [name for name in self.FILES if (self.path / name).exists()]
         self.stale, self.metrics, self.checkpoint = (there, None, None) if fresh else ([], *self.found())
-        before = self.metrics or self.checkpoint or {}
+        if self.checkpoint:                        # killed before its end could be tidied up, or started over
+            self.metrics = None
+        before = self.checkpoint or self.metrics
         before = before.get("settings") if isinstance(before, dict) else None
+        before = before if isinstance(before, dict) else None
         if there and not fresh and before is None:
             raise UsageError(f"{path} holds files of a run that can't be resumed: name another --out, "
                              "or start over with --fresh")
@@ -1764,17 +1806,17 @@ class Folder:
         write_atomically(self.path / name, content)
 
     def save(self, content):
-        """Writes checkpoint.pt and the log so far; only now does --fresh take older files away."""
+        """Writes checkpoint.pt and the log so far. Only here does --fresh take older files away."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"--out {self.path} can't be made ({error.strerror}): name another folder") from None
+        for name in self.stale:
+            (self.path / name).unlink(missing_ok=True)
+        self.stale = []
         stream = io.BytesIO()
         torch.save({"settings": self.identity, **content}, stream)
         self.write("checkpoint.pt", stream.getvalue())
-        while self.stale:
-            if (name := self.stale.pop()) != "checkpoint.pt":
-                (self.path / name).unlink()
         self.write("search.jsonl", "".join(json.dumps(line) + "\n" for line in content["log"]))
         self.saved_at = time.monotonic()
 
@@ -1784,19 +1826,23 @@ class Folder:
         if due or self.signal:
             self.save(content())
         if self.signal:
-            print(f"\nstopped by signal {self.signal} after step {step}: the same command goes on from here", flush=True)
+            print(f"\nstopped by signal {self.signal} after step {step}: the same command, without --fresh, goes on "
+                  "from here", flush=True)
             raise SystemExit(128 + self.signal)
 
     def __enter__(self):
         def note(number, frame):
             self.signal = number
-            signal.signal(number, self.before[number])          # a second one ends it at once
+            signal.signal(number, self.before[number])
+            print("\nstopping after this step; once more ends it at once", file=sys.stderr)
         self.before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, kind, *rest):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.signal and kind is None:           # it came when the run had only its end left
+            raise SystemExit(128 + self.signal)
 
 
 class Progress:
@@ -1811,7 +1857,7 @@ class Progress:
         if keep or now - self.shown_at > (0.2 if self.terminal else 10):
             self.shown_at = now
             if self.terminal:
-                print("\r\033[K" + text[:99], end="\n" if keep else "", flush=True)
+                print("\r\033[K" + text[:shutil.get_terminal_size().columns - 1], end="\n" if keep else "", flush=True)
             else:
                 print(text, flush=True)
 
@@ -1835,15 +1881,16 @@ def find_structure(settings, seed, model, tokens, folder, device, size):
     started = time.monotonic() - stored.get("elapsed", 0)
     print(f"search: {len(space)} modules of {', '.join(kinds_of(settings.space))}, {space.costs[:, -1].sum():,} "
           f"parameters at rank {settings.ranks[-1]}\nbudget {budget:,} ({1e4 * budget / size:.2f} of 10,000), "
-          f"at most {steps} steps, triggers from step {warmup + 1} on", flush=True)
+          f"at most {steps} steps, triggers from step {max(warmup, settings.window) + 1} on", flush=True)
 
     def after_step(run, line):
         log.append({**line, "time": round(time.monotonic() - started, 3)})
         done = line["triggers"] / max(1, line["step"] - warmup)                    # triggers a step
         left = min(steps - line["step"], (settings.triggers - line["triggers"]) / done if done > 0 else math.inf)
+        left *= (time.monotonic() - started) / line["step"]                        # in seconds
         progress.show(f"search {line['step']}/{steps}  loss {line['loss_train']:.3f}  beta {line['beta']:.2f}  "
                       f"E {line['expected']:,.0f}/{budget:,}  kept {line['kept']}  triggers "
-                      f"{line['triggers']}/{settings.triggers}  left {clock(left * (time.monotonic() - started) / line['step'])}",
+                      f"{line['triggers']}/{settings.triggers}  left {clock(left)}",
                       keep=line["step"] == steps or line["triggers"] == settings.triggers)
         folder.after_step(line["step"], lambda: {
             "phase": "search", "search": run.state_dict(), "log": log, "elapsed": time.monotonic() - started})
@@ -1856,8 +1903,8 @@ def find_structure(settings, seed, model, tokens, folder, device, size):
         search_of.load_state_dict(stored["search"])
     structure = search_of.run(*batches, settings.model, after_step)
     if search_of.ended_early:
-        print(f"the steps ended before trigger {settings.triggers}: the last {search_of.ended_early} selections were made "
-              "at once; more --search-epochs or fewer --triggers would spread them", flush=True)
+        print(f"the steps ended before trigger {settings.triggers}: the last {search_of.ended_early} selections were "
+              "made at once; more --search-epochs or fewer --triggers would spread them", flush=True)
     space.detach()
     return structure, log, time.monotonic() - started
 
@@ -1924,7 +1971,6 @@ def run(settings, seed, out):
             folder.save({"phase": "start", "log": []})
         else:
             structure, log, seconds = find_structure(settings, seed, model, tokens["train"], folder, device, size)
-        folder.write("search.jsonl", "".join(json.dumps(line) + "\n" for line in log))
         structure.save(folder.path / "structure.json")
         print(picture(structure, model), flush=True)
         part = {"structure": dataclasses.asdict(structure), "log": log, "search_seconds": seconds}
@@ -1962,18 +2008,21 @@ def measure(settings, seed, model, tokenizer, tokens, splits, peft, structure):
 
 def results(m):
     """The table at a run's end, from what metrics.json holds."""
-    ratio = "" if m["ratio"] is None else (f"\nsearch {clock(m['search_seconds'])}, re-training {clock(m['train_seconds'])}"
-                                           f" (ratio {m['ratio']:.2f})")
+    times = "" if m["ratio"] is None else (f"\nsearch {clock(m['search_seconds'])}, re-training "
+                                           f"{clock(m['train_seconds'])} (ratio {m['ratio']:.2f})")
     return "\n".join([
         f"{m['task']}, seed {m['seed']}, {m['metric']} in per cent".ljust(44) + "validation    test    parameters",
-        "  most frequent answer".ljust(44) + f"{'':10}{m['test_most_frequent']:8.2f}",
-        "  the backbone, untouched".ljust(44) + f"{'':10}{m['test_untouched']:8.2f}{0:14,}",
-        "  with the found structure, re-trained".ljust(44) + f"{m['validation']:10.2f}{m['test']:8.2f}{m['parameters']:14,}"
-        f"  ({m['per_ten_thousand']:.2f} of 10,000)"]) + ratio
+        "  most frequent answer".ljust(54) + f"{m['test_most_frequent']:8.2f}",
+        "  the backbone, untouched".ljust(54) + f"{m['test_untouched']:8.2f}{0:14,}",
+        "  with the found structure, re-trained".ljust(44) + f"{m['validation']:10.2f}{m['test']:8.2f}"
+        f"{m['parameters']:14,}  ({m['per_ten_thousand']:.2f} of 10,000)"]) + times
 
 
 def picture(structure, model):
-    """A structure as text: a row a layer, a column a place, its rank, x without one, . if left out."""
+    """A structure as text: a row a layer, a column a place, its rank, x without one, . if left out.
+
+    n0, n1, n2 are the layer norms before a layer's first, second and third block.
+    """
     kept = {(m["name"], m["kind"]): str(m["rank"] or "x") for m in structure.modules}
     kinds, cells, columns = kinds_of(structure.space), {}, {kind: [] for kind in kinds_of(structure.space)}
     for name, role, _ in places(model):
@@ -1994,10 +2043,12 @@ def picture(structure, model):
         parts = ["".join(f"{cells.get(((stack, layer), kind, label), ''):>{max(2, len(label)) + 1}}"
                          for label in columns[kind]) for kind in kinds]
         lines.append(f"{stack} {layer!s:>3} " + " ".join(f"{part:>{widths[kind]}}" for part, kind in zip(parts, kinds)))
+    lines.append("  a number: the rank kept there; x: kept, without a rank; .: left out; n: a layer norm")
     size = structure.geometry["parameters"]
     for kind in kinds:
         counts = [m["parameters"] for m in structure.modules if m["kind"] == kind]
-        lines.append(f"  {kind:<11}{len(counts):>5} modules {sum(counts):>10,} parameters {1e4 * sum(counts) / size:9.2f}")
+        lines.append(f"  {kind:<11}{len(counts):>5} modules {sum(counts):>10,} parameters "
+                     f"{1e4 * sum(counts) / size:9.2f} of 10,000")
     lines.append(f"  {'together':<11}{len(structure.modules):>5} modules {structure.parameters:>10,} parameters "
                  f"{1e4 * structure.parameters / size:9.2f} of 10,000  (budget {structure.budget:,})")
     return "\n".join(lines)
@@ -2011,7 +2062,10 @@ def main(arguments=None):
         settings = parse(arguments)
         finished = []
         for seed in settings.seed:
-            out = settings.out or f"runs/{settings.task}-{settings.space.replace(',', '+')}-{seed}"
+            kind = settings.space.replace(",", "+")
+            if settings.structure:                     # named after the folder that the structure is from
+                kind = f"from-{Path(settings.structure).resolve().parent.name}"
+            out = settings.out or f"runs/{settings.task}-{kind}-{seed}"
             if settings.out and len(settings.seed) > 1:
                 out = str(Path(out) / f"seed-{seed}")
             finished.append(run(settings, seed, out))
@@ -2023,6 +2077,11 @@ def main(arguments=None):
     except UsageError as error:
         print(f"bipeft.py: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError:
+        print("bipeft.py: the GPU's memory is full: use a smaller --batch-size, or --dtype bfloat16", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
