@@ -2482,3 +2482,41 @@ def test_the_search_finds_better_than_random_structures():
         sys.path.pop(0)
     losses = compare(seed=3)
     assert losses["bipeft"] < sorted(losses["random"])[2] < losses["bare"]          # the median of five
+
+
+# What a run's folder and the space look like when something has ended
+
+
+def test_after_a_search_no_sampled_architecture_is_left_in_the_modules():
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=32, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0))
+    batches = list(bipeft.Batches([([5, 6, 1], [7, 1]), ([8, 9, 1], [7, 1])], 1, "cpu"))
+    space = bipeft.Space(model, "s2")
+    bipeft.search(model, space, batches, batches, 300, 4, triggers=2)
+    assert all(m.state is None and m.mask is None and m.active for m in space.modules_)
+    space.detach()
+
+
+def test_a_checkpoint_beside_metrics_is_gone_on_from(tmp_path):
+    """Both are there if a run was killed while it tidied up, or while --fresh started over."""
+    folder = bipeft.Folder(tmp_path, {"seed": 0}, False, 0)
+    folder.save({"phase": "start", "log": []})
+    folder.write("metrics.json", json.dumps({"settings": {"seed": 0}}))
+    again = bipeft.Folder(tmp_path, {"seed": 0}, False, 0)
+    assert again.metrics is None and again.checkpoint["phase"] == "start"
+
+
+def test_fresh_takes_old_scores_away_before_it_writes_anything(tmp_path, monkeypatch):
+    (tmp_path / "metrics.json").write_text(json.dumps({"settings": {"seed": 1}}))
+    folder = bipeft.Folder(tmp_path, {"seed": 0}, True, 0)
+    assert (tmp_path / "metrics.json").exists()                     # not before there is something to save
+    monkeypatch.setattr(bipeft, "write_atomically", lambda path, content: contents_at_write.append(contents(tmp_path)))
+    contents_at_write = []
+    folder.save({"phase": "start", "log": []})
+    assert "metrics.json" not in contents_at_write[0]
+
+
+def test_a_signal_during_the_end_of_a_run_ends_the_program_after_it(tmp_path):
+    with pytest.raises(SystemExit) as stopped, bipeft.Folder(tmp_path, {"seed": 0}, False, 0):
+        os.kill(os.getpid(), signal.SIGTERM)                        # no step follows that could notice it
+    assert stopped.value.code == 128 + signal.SIGTERM
