@@ -302,12 +302,12 @@ def fill_budget(smoothed, costs, kept, choice, budget):
 
 
 class Searchable(nn.Module):
-    """A PEFT module at one place of the backbone.
+    """A PEFT module at one place of the backbone, written as in its paper: without gate and ranks.
 
-    A pass of the search gives it two rows: `mask`, [R], which rank components are in use, and
-    `state` = gate · mask, [R]. Since every rank uses the first component, state[0] is the gate.
-    Everything that a module adds is scaled by `state`, so that a shut gate adds exactly zero and yet
-    has a gradient. Outside of a search both are None: the whole module, at the rank it was built with.
+    A search acts on its weights. Before a pass, `Space.enter` multiplies the rows of the tensors
+    named in `scaled` by the module's gate, by its rank mask, [R], or by its state = gate · mask, [R],
+    of which each component multiplies the row of one rank component. So a shut gate adds exactly
+    zero, and yet has a gradient; and thousands of products are one, over all weights end to end.
 
     place: the backbone's module that it attaches to.   rank: r, what it is built with.
     generator: the source of its random initial weights.
@@ -315,7 +315,7 @@ class Searchable(nn.Module):
 
     roles = ()            # the kinds of place, named in `places`, that take this module
     ranked = True         # False: there is nothing to choose a rank of
-    state = mask = None
+    scaled = {}           # tensor's name: "gate", "mask" or "state"; the others stay as they are
     active = True         # False skips it: what a shut gate adds is zero, so why compute it
 
     def tensor(self, *shape, init=None, generator=None):
@@ -326,14 +326,6 @@ class Searchable(nn.Module):
         elif init is not None:
             value.normal_(0, init, generator=generator)
         return nn.Parameter(value)
-
-    def sliced(self, h):
-        """h: [..., R], rank components.   Returns them times gate · mask."""
-        return h if self.state is None else h * self.state.to(h.dtype)
-
-    def gated(self, w):
-        """w: a tensor without a rank axis.   Returns it times the gate."""
-        return w if self.state is None else w * self.state[0]
 
     def attach(self, place):
         """Hooks the module to its place; returns the handle whose remove() undoes that."""
@@ -351,16 +343,16 @@ class LoRA(Searchable):
     """Hu et al. 2022:  y + B A x, on a linear layer. No extra scaling (alpha/r = 1)."""
 
     roles = ("linear",)
+    scaled = {"B": "state"}
 
     def __init__(self, place, rank, generator=None):
         super().__init__()
         self.A = self.tensor(rank, place.in_features, init="kaiming", generator=generator)   # R^(r×in)
-        self.B = self.tensor(place.out_features, rank)                                       # R^(out×r)
+        self.B = self.tensor(rank, place.out_features)                    # R^(r×out), a row a component
 
     def forward(self, x, y):
         """x: [..., in], the layer's input.   y: [..., out], its output.   Returns the new y."""
-        h = self.sliced(F.linear(x, self.A.to(x.dtype)))                                     # [..., r]
-        return y + F.linear(h, self.B.to(x.dtype)).to(y.dtype)
+        return y + F.linear(x, self.A.to(x.dtype)) @ self.B.to(x.dtype)
 
 
 class LowRankAdapter(Searchable):
@@ -371,6 +363,8 @@ class LowRankAdapter(Searchable):
     """
 
     roles = ("attention", "ffn")
+    # The gate acts once, at the end: at down_in, too, a shut gate would have no gradient.
+    scaled = {"down_in": "mask", "up_out": "state", "up_bias": "gate"}
 
     def __init__(self, place, rank, generator=None):
         super().__init__()
@@ -380,38 +374,37 @@ class LowRankAdapter(Searchable):
         self.down_out = self.tensor(m, rank, init="kaiming", generator=generator)     # R^(m×r)
         self.down_bias = self.tensor(m)                                               # R^m
         self.up_in = self.tensor(rank, m, init="kaiming", generator=generator)        # R^(r×m)
-        self.up_out = self.tensor(d, rank)                                            # R^(d×r)
+        self.up_out = self.tensor(rank, d)                                            # R^(r×d)
         self.up_bias = self.tensor(d)                                                 # R^d
 
     def forward(self, x, y):
         """y: [..., d], the block's output, which is also the adapter's input.   Returns the new y."""
         dtype = y.dtype
         h = F.linear(y, self.down_in.to(dtype))                                       # [..., r]
-        # The gate acts once, at the end: applied here too, a shut gate would have no gradient.
-        h = h if self.mask is None else h * self.mask.to(dtype)
         h = F.gelu(F.linear(h, self.down_out.to(dtype), self.down_bias.to(dtype)))    # [..., m]
-        h = self.sliced(F.linear(h, self.up_in.to(dtype)))                            # [..., r]
-        return y + F.linear(h, self.up_out.to(dtype), self.gated(self.up_bias).to(dtype))
+        h = F.linear(h, self.up_in.to(dtype))                                         # [..., r]
+        return y + F.linear(h, self.up_out.to(dtype).T, self.up_bias.to(dtype))
 
 
 class SerialAdapter(Searchable):
     """Houlsby et al. 2019:  y + U gelu(D y), bottleneck r, on a feed-forward block's output y."""
 
     roles = ("ffn",)
+    scaled = {"up": "state", "up_bias": "gate"}
 
     def __init__(self, place, rank, generator=None):
         super().__init__()
         d = width(place)
         self.down = self.tensor(rank, d, init="kaiming", generator=generator)         # R^(r×d)
         self.down_bias = self.tensor(rank)                                            # R^r
-        self.up = self.tensor(d, rank)                                                # R^(d×r)
+        self.up = self.tensor(rank, d)                                                # R^(r×d)
         self.up_bias = self.tensor(d)                                                 # R^d
 
     def bottleneck(self, h):
         """h: [..., d].   Returns U gelu(D h), [..., d]."""
         dtype = h.dtype
-        h = self.sliced(F.gelu(F.linear(h, self.down.to(dtype), self.down_bias.to(dtype))))
-        return F.linear(h, self.up.to(dtype), self.gated(self.up_bias).to(dtype))
+        h = F.gelu(F.linear(h, self.down.to(dtype), self.down_bias.to(dtype)))
+        return F.linear(h, self.up.to(dtype).T, self.up_bias.to(dtype))
 
     def forward(self, x, y):
         """y: [..., d], the block's output.   Returns the new y."""
@@ -431,6 +424,7 @@ class BitFit(Searchable):
 
     roles = ("linear", "norm")
     ranked = False
+    scaled = {"bias": "gate"}
 
     def __init__(self, place, rank, generator=None):
         super().__init__()
@@ -438,7 +432,7 @@ class BitFit(Searchable):
 
     def forward(self, x, y):
         """y: [..., out], the place's output.   Returns the new y."""
-        return y + self.gated(self.bias).to(y.dtype)
+        return y + self.bias.to(y.dtype)
 
 
 class LNFit(Searchable):
@@ -446,6 +440,7 @@ class LNFit(Searchable):
 
     roles = ("norm",)
     ranked = False
+    scaled = {"delta": "gate"}
 
     def __init__(self, place, rank, generator=None):
         super().__init__()
@@ -454,13 +449,18 @@ class LNFit(Searchable):
 
     def forward(self, x, y):
         """x, y: [..., d], the norm's input and output.   Returns the new y."""
-        return y + F.rms_norm(x.float(), self.delta.shape, self.gated(self.delta), self.epsilon).to(y.dtype)
+        return y + F.rms_norm(x, self.delta.shape, self.delta.to(x.dtype), self.epsilon).to(y.dtype)
 
 
 class Prefix(Searchable):
-    """Li & Liang 2021:  r key/value pairs of its own before those of a self-attention."""
+    """Li & Liang 2021:  r key/value pairs of its own before those of a self-attention.
+
+    Scaling a key or a value would not take a pair out of the softmax; so `state`, [R], goes with
+    the pairs into `prefix_attention`. None, outside of a search: every pair counts fully.
+    """
 
     roles = ("attention",)
+    state = None
 
     def __init__(self, place, rank, generator=None):
         super().__init__()
@@ -607,7 +607,9 @@ class Peft(nn.Module):
             self.kinds.append(kind)
             self.modules_.append(KINDS[kind](place, rank, generator))
             targets.append(place)
-        self.modules_.to(next(model.parameters()).device)
+        example = next(model.parameters())
+        self.dtype = example.dtype                                  # that the modules compute in
+        self.modules_.to(example.device)
         self._flatten()
         self._frozen = [p for p in model.parameters() if p.requires_grad]
         for p in self._frozen:
@@ -621,15 +623,19 @@ class Peft(nn.Module):
         return len(self.names)
 
     def _flatten(self):
-        """Moves every tensor into one vector, so that a step over all of them is one operation."""
-        parts, start = list(self.modules_.parameters()), 0
-        flat = torch.cat([p.detach().flatten() for p in parts])
-        for p in parts:
-            p.data = flat[start:start + p.numel()].view_as(p)
-            start += p.numel()
-        self.weights = flat
+        """Lays every tensor end to end in one vector, so that a step over all of them is one operation."""
+        named = [(f"{name}.{key}", p) for name, m in zip(self.names, self.modules_) for key, p in m.named_parameters()]
+        self.tensor_names, self.tensors = [name for name, _ in named], [p for _, p in named]
+        self.sizes = [p.numel() for p in self.tensors]
+        self.weights = torch.cat([p.detach().flatten() for p in self.tensors])
         self.lengths = torch.tensor([sum(p.numel() for p in m.parameters()) for m in self.modules_],
-                                    device=flat.device)
+                                    device=self.weights.device)
+        self.use(self.weights)
+
+    def use(self, flat):
+        """Has the modules compute with other weights.   flat: [P], of any dtype."""
+        for p, part in zip(self.tensors, flat.split(self.sizes)):
+            p.data = part.view(p.shape)
 
     def _use_prefix_attention(self, model):
         """transformers' public registry of attention functions is where a prefix comes in."""
@@ -650,14 +656,15 @@ class Peft(nn.Module):
             backbone.set_attn_implementation(self._attention)
         self._frozen, self._backbones = [], []
 
-    def tensors(self):
-        """{module's name.tensor's name: tensor} of all weights, on the CPU."""
-        return {f"{name}.{key}": p.detach().cpu().contiguous()
-                for name, m in zip(self.names, self.modules_) for key, p in m.named_parameters()}
+    def named_weights(self):
+        """{module's name.tensor's name: tensor}, parts of `weights`."""
+        return {name: part.view(p.shape)
+                for name, p, part in zip(self.tensor_names, self.tensors, self.weights.split(self.sizes))}
 
     def save(self, path):
         """Writes the trained weights alone, atomically, as safetensors."""
-        write_atomically(path, safetensors.torch.save(self.tensors()))
+        tensors = {name: t.cpu().clone() for name, t in self.named_weights().items()}
+        write_atomically(path, safetensors.torch.save(tensors))
 
     def load(self, path):
         """Reads what `save` wrote. Raises UsageError if the file is not of this structure."""
@@ -665,13 +672,13 @@ class Peft(nn.Module):
             stored = safetensors.torch.load_file(path)
         except Exception as error:
             raise UsageError(f"{path} can't be read as safetensors ({one_line(error)})") from None
-        own = {f"{name}.{key}": p for name, m in zip(self.names, self.modules_) for key, p in m.named_parameters()}
+        own = self.named_weights()
         for key in sorted(own.keys() ^ stored.keys()):
             raise UsageError(f"{path} is of another structure: {key} is only in one of the two")
-        for key, p in own.items():
-            if stored[key].shape != p.shape:
-                raise UsageError(f"{path}: {key} has shape {tuple(stored[key].shape)}, expected {tuple(p.shape)}")
-            p.data.copy_(stored[key])
+        for key, t in own.items():
+            if stored[key].shape != t.shape:
+                raise UsageError(f"{path}: {key} has shape {tuple(stored[key].shape)}, expected {tuple(t.shape)}")
+            t.copy_(stored[key])
 
 
 class Space(Peft):
@@ -698,23 +705,53 @@ class Space(Peft):
             costs = [[sum(p.numel() for p in KINDS[kind](place, rank).parameters()) for rank in ranks]
                      for _, kind, place in spots]
         self.register_buffer("costs", torch.tensor(costs, device=device))
+        self._number_rows()
 
-    def enter(self, gate, rank_weights, skip_shut):
-        """Puts an architecture into the modules for the passes that follow.
+    def _number_rows(self):
+        """Which factor multiplies which row of the weights: see `enter`."""
+        count, top = len(self), self.ranks[-1]
+        rows, lengths, self.by_rank = [], [], []
+        for n, m in enumerate(self.modules_):
+            for key, p in m.named_parameters():
+                how = m.scaled.get(key)
+                self.by_rank.append(how in ("mask", "state"))
+                start = {None: 0, "gate": 1 + n, "mask": 1 + count + n * top, "state": 1 + count * (1 + top) + n * top}
+                own = top if self.by_rank[-1] else 1
+                rows += range(start[how], start[how] + own)
+                lengths += [p.numel() // own] * own
+        device = self.weights.device
+        self.factor_of_row = torch.tensor(rows, device=device)                             # [rows]
+        self.row_lengths = torch.tensor(lengths, device=device)                            # [rows]
+        self.row_of = torch.arange(len(rows), dtype=torch.int32, device=device).repeat_interleave(
+            self.row_lengths, output_size=sum(lengths))                                    # [P]
+
+    def enter(self, gate, rank_weights, skip_shut=False):
+        """Puts an architecture into the modules: scales their weights for the pass that follows.
 
         gate: [N], 0 or 1 (or soft).   rank_weights: [N, K], rows summing to 1.   Both may carry
         gradients.   skip_shut: a module whose gate is 0 computes nothing.
+        Returns the factor of every row of the weights, [rows], and state, [N, R], functions of both.
         """
         mask = slice_mask(rank_weights, self.leading)                          # [N, R]
-        state = gate[:, None] * mask                                         # [N, R]
+        state = gate[:, None] * mask                                           # [N, R]
+        factors = torch.cat([gate.new_ones(1), gate, mask.flatten(), state.flatten()])[self.factor_of_row]
+        self.use((self.weights * self.per_number(factors)).to(self.dtype))
+        self.seen = state.detach().requires_grad_()                            # by prefixes
         active = gate.tolist() if skip_shut else [1.0] * len(self)
-        for m, m_state, m_mask, on in zip(self.modules_, state.unbind(), mask.unbind(), active):
-            m.state, m.mask, m.active = m_state, m_mask, on != 0
+        for m, m_state, on in zip(self.modules_, self.seen.unbind(), active):
+            m.state, m.active = m_state, on != 0
+        return factors, state
+
+    def per_number(self, factors):
+        """The factor of every single weight.   factors: [rows].   Returns [P], without gradient."""
+        return factors.detach().index_select(0, self.row_of)
 
     def leave(self):
         """Ends the last architecture: every attached module is whole, at the largest rank."""
+        self.use(self.weights)
+        self.modules_.requires_grad_(True)
         for m in self.modules_:
-            m.state, m.mask, m.active = None, None, True
+            m.state, m.active = None, True
 
     def remove(self, gone):
         """Takes modules off the backbone for good.   gone: N bools."""
@@ -884,14 +921,20 @@ class Search:
     def gradients(self, wanted, gate, rank_weights, skip_shut=False, **batch):
         """Loss of a batch under an architecture, and its gradients for what is wanted.
 
-        wanted: some of "gate", [N], "ranks", [N·K], and "weights", [P]; a vector comes back for each.
+        wanted: some of "gate", [N], "ranks", [N, K], and "weights", [P]; a tensor comes back for each.
         """
-        gate = gate.detach().requires_grad_("gate" in wanted)
-        rank_weights = rank_weights.detach().requires_grad_("ranks" in wanted)
-        self.space.enter(gate, rank_weights, skip_shut)
-        groups = {"gate": [gate], "ranks": [rank_weights], "weights": list(self.space.modules_.parameters())}
+        space = self.space
+        gate, rank_weights = gate.detach().requires_grad_(), rank_weights.detach().requires_grad_()
+        factors, state = space.enter(gate, rank_weights, skip_shut)
+        for p, by_rank in zip(space.tensors, space.by_rank):       # the pass for Phi needs few of them
+            p.requires_grad_(by_rank or wanted != ("ranks",))
         loss = loss_of(self.model(**batch))
-        return loss.detach(), *flat_gradients(loss, *(groups[name] for name in wanted))
+        scaled, of_state = flat_gradients(loss, space.tensors, [space.seen])
+        # The network has seen w · factor: the chain rule, once for w and once for the factor.
+        by_row = segment_sum(scaled * space.weights, space.row_lengths)
+        through = torch.autograd.grad((factors, state), (gate, rank_weights), (by_row, of_state.view_as(state)))
+        found = {"weights": scaled * space.per_number(factors), "gate": through[0], "ranks": through[1]}
+        return loss.detach(), *(found[name] for name in wanted)
 
     def step(self, train_batch, theta_batch, phi_batch):
         """One step t: the three passes, then Eq. 1-5, then the trigger if stable.   Returns a log line."""
@@ -1043,18 +1086,20 @@ class Search:
 
 
 def flat_gradients(loss, *groups):
-    """The gradient of a loss for each group of tensors, laid end to end, zeros where there is none.
+    """The gradient of a loss for each group of tensors, laid end to end in float32, zeros where there is none.
 
     Nothing is accumulated anywhere, so no gradient can leak from one pass into the next.
     """
-    tensors = [p for group in groups for p in group]
-    if loss.requires_grad:
-        found = torch.autograd.grad(loss, tensors, allow_unused=True)
-    else:                                        # every gate is shut: nothing depends on anything
-        found = [None] * len(tensors)
-    zero = torch.zeros((), device=loss.device, dtype=tensors[0].dtype)
-    rows = iter([zero.expand(p.numel()) if g is None else g.flatten() for p, g in zip(tensors, found)])
-    return [torch.cat([next(rows) for _ in group]) for group in groups]
+    wanted = [p for group in groups for p in group if p.requires_grad]
+    found = {}
+    if loss.requires_grad:                       # else every gate is shut: nothing depends on anything
+        found = {id(p): g for p, g in zip(wanted, torch.autograd.grad(loss, wanted, allow_unused=True))}
+    flat = []
+    for group in groups:
+        zero = torch.zeros((), device=loss.device, dtype=group[0].dtype)
+        flat.append(torch.cat([zero.expand(p.numel()) if found.get(id(p)) is None else found[id(p)].flatten()
+                               for p in group]).float())
+    return flat
 
 
 def descend(optimizer, parameter, sample, gradient, open_rows):
@@ -1579,11 +1624,12 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
     from.   after_step: called as after_step(state, line) after every step, `line` holding the
     step, the loss and, after the last step of an epoch, the score.   Returns the best score.
     """
-    weights, tensors = peft.weights, list(peft.modules_.parameters())
+    weights = peft.weights
 
     def gradient(_, **batch):
+        peft.use(weights.to(peft.dtype))
         loss = loss_of(model(**batch))
-        return loss.detach(), *flat_gradients(loss, tensors)
+        return loss.detach(), *flat_gradients(loss, peft.tensors)
 
     replay = Replay(gradient, graphs and weights.is_cuda)
     optimizer = torch.optim.AdamW([weights], lr=lr, weight_decay=weight_decay)
@@ -1606,6 +1652,7 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
             line = {"step": step, "steps": total, "loss": loss.item()}
             check_losses([line["loss"]], f"training step {step}")
             if step % len(batches) == 0:
+                peft.use(weights.to(peft.dtype))
                 line["score"] = evaluate()
                 model.train()
                 if line["score"] > best:
@@ -1614,6 +1661,7 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
                 after_step({"step": step, "best": best, "best_weights": best_weights, "weights": weights,
                             "optimizer": optimizer.state_dict()}, line)
     weights.copy_(best_weights)
+    peft.use(weights)
     model.eval()
     return best
 
