@@ -40,6 +40,7 @@ every place where the paper leaves a choice. Ratios are in parts per ten thousan
 
 import argparse
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -976,18 +977,21 @@ class Search:
         self.indicators = torch.cat([self.indicators, now[None]])[-(self.window + 1):]
         beta = stability(self.indicators, self.window)
 
-        # If beta_t >= tau, select. The numbers come to the host at once.
+        # If beta_t >= tau, select. All numbers come to the host at once, those of a selection that may be due, too.
         expected = expected_parameters(*self.expectation())
-        *losses, beta, expected = torch.stack([x.double() for x in (*losses, beta, expected)]).tolist()
         self.step_number += 1
-        check_losses(losses, f"search step {self.step_number}")
         warm = self.step_number > max(self.warmup, self.window)       # H + 1 indicators exist
-        stable = warm and beta >= self.tau and self.triggers_done < self.triggers
-        reduction = self.trigger() if stable else None
+        chosen = self.selection() if warm and self.triggers_done < self.triggers else {}
+        read = to_host({"losses": torch.stack(losses), "beta": beta, "expected": expected, **chosen})
+        losses, (beta,), (expected,) = read["losses"], read["beta"], read["expected"]
+        check_losses(losses, f"search step {self.step_number}")
+        stable = bool(chosen) and beta >= self.tau
+        if stable:
+            self.select(chosen, read)
         return {"step": self.step_number, "loss_train": losses[0], "loss_theta": losses[1],
                 "loss_phi": losses[2] if losses[2:] else None, "beta": beta, "expected": expected,
-                "reduction": reduction, "kept": self.kept_count, "fixed": self.fixed_count,
-                "triggers": self.triggers_done, "seconds": time.perf_counter() - started}
+                "reduction": read["reduction"][0] if stable else None, "kept": self.kept_count,
+                "fixed": self.fixed_count, "triggers": self.triggers_done, "seconds": time.perf_counter() - started}
 
     def magnitude(self, gradient):
         """Eq. (2) for the present weights, over the fixed slice where the rank is fixed."""
@@ -1001,33 +1005,43 @@ class Search:
         return (keep_probability(self.theta.detach(), self.kept, certain),
                 expected_cost(self.phi.detach(), self.space.costs, self.fixed, self.choice))
 
-    def trigger(self):
-        """The body of Algorithm 1's `if beta_t >= tau`.   Returns R_z, in parameters."""
+    def selection(self):
+        """The body of Algorithm 1's `if beta_t >= tau`: what a trigger would make of b, d, k* and v, and R_z."""
         phi, remaining = self.phi.detach(), self.triggers - self.triggers_done
         keep, cost = self.expectation()
         # Estimate E_t; calculate R_z; remove from the least sensitive up; update b.
         expected = expected_parameters(keep, cost)
         reduction = expected_reduction(expected, self.budget, self.triggers, self.triggers_done)
         gone = select_modules(self.smoothed, keep * cost, self.kept, reduction)
-        self.kept = self.kept & ~gone
-        self.fixed = self.fixed | gone
+        kept, fixed = self.kept & ~gone, self.fixed | gone
         # Evaluate lambda; estimate Y_z; fix the ranks of the Y_z most stable; update d.
         instability = rank_instability(torch.stack(self.history))
-        before, self.potential = self.potential, potential_ranks(
-            phi, self.space.dim, self.kept, self.fixed, self.choice, self.space.ranked)
-        quota = rank_quota(before, self.potential, self.fixed, remaining)
-        settled = select_ranks(instability, self.fixed, quota)
-        self.choice = torch.where(settled, phi.argmax(1), self.choice)
-        self.fixed = self.fixed | settled
-        # What is removed or fixed is frozen: `descend` passes over it, its hooks are gone.
-        self.space.remove(gone.tolist())
-        self.kept_count, self.fixed_count = torch.stack([self.kept.sum(), (self.kept & self.fixed).sum()]).tolist()
+        potential = potential_ranks(phi, self.space.dim, kept, fixed, self.choice, self.space.ranked)
+        quota = rank_quota(self.potential, potential, fixed, remaining)
+        settled = select_ranks(instability, fixed, quota)
+        choice = torch.where(settled, phi.argmax(1), self.choice)
+        return {"kept": kept, "fixed": fixed | settled, "choice": choice, "potential": potential, "reduction": reduction}
+
+    def select(self, chosen, read):
+        """Carries a selection out.   chosen: what `selection` returned.   read: the same, on the host.
+
+        What is removed or fixed is frozen: `descend` passes over it, and the hooks of what is removed go.
+        """
+        self.kept, self.fixed, self.choice, self.potential = (
+            chosen[key] for key in ("kept", "fixed", "choice", "potential"))
+        self.space.remove([not on for on in read["kept"]])
+        self.kept_count = int(sum(read["kept"]))
+        self.fixed_count = sum(on and settled for on, settled in zip(map(bool, read["kept"]), map(bool, read["fixed"])))
         self.history = self.history[-1:]
         self.triggers_done += 1
         if self.kept_count < self.recorded_with / 2:      # graphs still compute what is gone: record anew
             self.replay.forget()
             self.recorded_with = self.kept_count
-        return reduction.item()
+
+    def trigger(self):
+        """One selection now."""
+        chosen = self.selection()
+        self.select(chosen, to_host(chosen))
 
     def run(self, train_batches, val_batches, backbone="", after_step=None):
         """The loop of Algorithm 1, from where the state is to the end.
@@ -1126,6 +1140,13 @@ def search(model, space, train_batches, val_batches, budget, steps, backbone="",
     return Search(model, space, budget, steps, **settings).run(train_batches, val_batches, backbone, after_step)
 
 
+def to_host(tensors):
+    """{name: list of numbers} of {name: tensor}, in one copy, since the host waits for each."""
+    flat = torch.cat([t.detach().double().flatten() for t in tensors.values()]).tolist()
+    ends = np.cumsum([t.numel() for t in tensors.values()]).tolist()
+    return {name: flat[end - t.numel():end] for (name, t), end in zip(tensors.items(), ends)}
+
+
 def check_losses(losses, where):
     """Raises UsageError if a loss is NaN or infinite.   where: the step, in words."""
     for loss in losses:
@@ -1167,8 +1188,7 @@ class Replay:
         stream, state = torch.cuda.Stream(), torch.cuda.get_rng_state()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):
-                self.function(key, **inputs)
+            self.function(key, **inputs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=stream):
@@ -1176,6 +1196,17 @@ class Replay:
         self.pool = self.pool or graph.pool()
         torch.cuda.set_rng_state(state)              # the step draws what it would have drawn anyway
         return graph, inputs, outputs
+
+
+def fuse_norms(model):
+    """Has T5's layer norms computed by one kernel, not eight: the same within rounding."""
+    def forward(norm, x):
+        if x.dtype != norm.weight.dtype:
+            return type(norm).forward(norm, x)
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    for m in model.modules():
+        if type(m).__name__ in ("T5LayerNorm", "MT5LayerNorm"):
+            m.forward = functools.partial(forward, m)
 
 
 def loss_of(output):
@@ -1553,15 +1584,15 @@ def tokenize(tokenizer, examples, max_length):
 class Batches:
     """Padded batches of tokenised examples, in an order that the seed and the epoch decide.
 
-    tokens: what `tokenize` returns.   seed: None keeps the order.   Yields input_ids and
-    attention_mask, [batch, longest input], and labels, [batch, longest target], padded with -100.
-    On a GPU lengths are rounded up and the last batch is filled with rows without a label, so that
-    a few CUDA graphs serve all batches; neither changes the loss.
+    tokens: what `tokenize` returns.   seed: None keeps the order; else examples are shuffled, and of
+    every 16 batches' worth those of like length share a batch, which halves the padding.
+    Yields input_ids and attention_mask, [batch, longest input], and labels, [batch, longest target],
+    padded with -100. On a GPU lengths are rounded up to powers of two and the last batch is filled
+    with rows without a label, so that a few CUDA graphs serve all batches; neither changes the loss.
     """
 
     def __init__(self, tokens, batch_size, device, seed=None):
         self.tokens, self.batch_size, self.device, self.seed, self.epoch = tokens, batch_size, device, seed, 0
-        self.round = torch.device(device).type == "cuda"
 
     def set_epoch(self, epoch):
         """Chooses the order of the next pass."""
@@ -1570,26 +1601,40 @@ class Batches:
     def __len__(self):
         return math.ceil(len(self.tokens) / self.batch_size)
 
+    def order(self):
+        """The indices of each batch of this epoch."""
+        def cut(indices, size):
+            return [indices[i:i + size] for i in range(0, len(indices), size)]
+        if self.seed is None:
+            return cut(range(len(self.tokens)), self.batch_size)
+        generator = torch.Generator().manual_seed(derive(self.seed, 9, self.epoch))
+        shuffled = torch.randperm(len(self.tokens), generator=generator).tolist()
+        batches = [batch for window in cut(shuffled, 16 * self.batch_size)
+                   for batch in cut(sorted(window, key=lambda i: len(self.tokens[i][0])), self.batch_size)]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
     def __iter__(self):
-        order = range(len(self.tokens))
-        if self.seed is not None:
-            generator = torch.Generator().manual_seed(derive(self.seed, 9, self.epoch))
-            order = torch.randperm(len(self.tokens), generator=generator).tolist()
-        for start in range(0, len(order), self.batch_size):
-            rows = [self.tokens[i] for i in order[start:start + self.batch_size]]
-            if self.round:
-                rows += [([1], [-100])] * (self.batch_size - len(rows))
-            sources, targets = zip(*rows)
-            ids = pad(sources, 0, 32 if self.round else 1)
-            labels = pad(targets, -100, 4 if self.round else 1)
-            mask = pad([[1] * len(source) for source in sources], 0, 32 if self.round else 1)
-            yield {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device),
-                   "labels": labels.to(self.device)}
+        for indices in self.order():
+            rows = [self.tokens[i] for i in indices]
+            if torch.device(self.device).type == "cuda":
+                yield collate(rows + [([1], [-100])] * (self.batch_size - len(rows)), self.device, True)
+            else:
+                yield collate(rows, self.device)
 
 
-def pad(rows, filler, multiple=1):
-    """Lists of ints as one tensor, [rows, longest row, rounded up to a multiple]."""
-    longest = math.ceil(max(map(len, rows)) / multiple) * multiple
+def collate(rows, device, rounded=False):
+    """A batch of tokenised examples, as `Batches` describes it."""
+    sources, targets = zip(*rows)
+    return {"input_ids": pad(sources, 0, 32 * rounded).to(device, non_blocking=True),
+            "attention_mask": pad([[1] * len(source) for source in sources], 0, 32 * rounded).to(device, non_blocking=True),
+            "labels": pad(targets, -100, 4 * rounded).to(device, non_blocking=True)}
+
+
+def pad(rows, filler, least=0):
+    """Lists of ints as one tensor, [rows, longest row].   least: with it, a power of two and at least that."""
+    longest = max(map(len, rows))
+    if least:
+        longest = max(least, 1 << (longest - 1).bit_length())
     return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
 
 
@@ -1606,9 +1651,9 @@ def predict(model, tokenizer, tokens, batch_size, device):
     longest = max(len(target) for _, target in tokens)
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
-        batch = next(iter(Batches([tokens[i] for i in rows], len(rows), device)))
+        batch = collate([tokens[i] for i in rows], device)
         made = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                              max_new_tokens=longest, num_beams=1, do_sample=False)
+                              max_new_tokens=longest, num_beams=1, do_sample=False, use_cache=True)
         for i, text in zip(rows, tokenizer.batch_decode(made, skip_special_tokens=True)):
             texts[i] = text.strip()
     model.train(was_training)
@@ -1703,7 +1748,7 @@ class Settings:
     out: str = option(None, "run", "folder to write (runs/<task>-<space>-<seed>)")
     device: str = option("auto", "run", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     dtype: str = option("float32", "run", "of the backbone: float32, bfloat16 or float16")
-    eager: bool = option(False, "run", "no CUDA graphs on a GPU; shut modules are skipped", action="store_true")
+    eager: bool = option(False, "run", "on a GPU: no CUDA graphs, no fused norms; shut modules are skipped", action="store_true")
     save_every: int = option(0, "run", "steps between checkpoints; 0: about a minute", type=int)
     fresh: bool = option(False, "run", "start over instead of resuming", action="store_true")
 
@@ -1787,6 +1832,7 @@ def load_backbone(name, dtype, device, seed):
         files = (Path(name) / file for file in ("tokenizer.json", "spiece.model"))
         if Path(name).is_dir() and not any(file.is_file() for file in files):
             raise OSError("there is no tokenizer.json or spiece.model")       # transformers would make an empty one up
+        model.config.use_cache = False                      # of no use in training; generation asks for its own
         return model.to(device), tokenizer
     except UsageError:
         raise
@@ -1986,7 +2032,7 @@ def retrain(settings, seed, model, tokenizer, structure, tokens, splits, folder,
 def evaluate_on(split, settings, model, tokenizer, tokens, splits):
     """The task's score, in per cent, of what the model generates for a split."""
     device = next(model.parameters()).device
-    predictions = predict(model, tokenizer, tokens[split], 2 * settings.batch_size, device)
+    predictions = predict(model, tokenizer, tokens[split], 8 * settings.batch_size, device)
     return METRICS[TASKS[settings.task].metric](predictions, [e.answers for e in splits[split]])
 
 
@@ -2003,6 +2049,8 @@ def run(settings, seed, out):
         given = Structure.load(settings.structure) if settings.structure else None
         splits = load_splits(settings.task, settings.data_dir, seed)
         model, tokenizer = load_backbone(settings.model, settings.dtype, device, seed)
+        if device.type == "cuda" and not settings.eager:
+            fuse_norms(model)
         size = geometry(model)["parameters"]
         tokens = {key: tokenize(tokenizer, examples, settings.max_length) for key, examples in splits.items()}
         print(f"{settings.task}, seed {seed}: {', '.join(f'{len(v):,} {k}' for k, v in splits.items())}; "

@@ -1898,7 +1898,7 @@ def test_batches_pad_and_cover_every_example_once_an_epoch():
     for epoch in (0, 1, 0):
         batches.set_epoch(epoch)
         made = list(batches)
-        assert [len(b["labels"]) for b in made] == [4, 4, 2] and len(batches) == 3
+        assert sorted(len(b["labels"]) for b in made) == [2, 4, 4] and len(batches) == 3
         orders.append([label for b in made for label in b["labels"].flatten().tolist()])
         for b in made:
             for ids, mask, label in zip(b["input_ids"], b["attention_mask"], b["labels"].flatten().tolist()):
@@ -1906,6 +1906,41 @@ def test_batches_pad_and_cover_every_example_once_an_epoch():
                 assert mask.tolist() == [1] * count + [0] * (len(mask) - count)
                 assert ids.tolist() == [label] * count + [0] * (len(mask) - count)
     assert sorted(orders[0]) == list(range(2, 12)) and orders[0] == orders[2] != orders[1]
+
+
+def test_examples_of_like_length_share_a_batch_in_an_order_that_is_still_random():
+    tokens = [([7] * (1 + n % 40), [n]) for n in range(256)]                # 40 lengths, 64 batches of 4
+    made = list(bipeft.Batches(tokens, 4, "cpu", seed=0))
+    widths = [b["input_ids"].shape[1] for b in made]
+    real = sum(int(b["attention_mask"].sum()) for b in made)
+    assert real == sum(len(source) for source, _ in tokens)
+    assert sum(4 * w for w in widths) < 1.1 * real                          # under a tenth is padding
+    assert widths != sorted(widths)
+    # of every 16 batches' worth, not of all: the shortest are spread over several batches
+    assert sum(w <= 3 for w in widths) >= 3 and sum(widths[:16]) != sum(sorted(widths)[:16])
+
+
+def test_lengths_rounded_for_graphs_are_powers_of_two_and_change_no_loss():
+    rows = [([5] * 33, [6, 1]), ([7] * 3, [8, 9, 1])]
+    plain, rounded = bipeft.collate(rows, "cpu"), bipeft.collate(rows, "cpu", True)
+    assert [tuple(t.shape) for t in plain.values()] == [(2, 33), (2, 33), (2, 3)]
+    assert [tuple(t.shape) for t in rounded.values()] == [(2, 64), (2, 64), (2, 4)]
+    model = tiny_t5()
+    assert close(model(**plain).loss.detach(), model(**rounded).loss.detach(), 1e-5)
+    filled = bipeft.collate(rows + [([1], [-100])] * 3, "cpu", True)        # as the last batch is
+    assert close(model(**plain).loss.detach(), model(**filled).loss.detach(), 1e-5)
+
+
+def test_fused_norms_are_t5s_norms():
+    model, plain = tiny_t5(), tiny_t5()
+    bipeft.fuse_norms(model)
+    assert sum("forward" in vars(m) for m in model.modules()) == sum(
+        type(m).__name__ == "T5LayerNorm" for m in model.modules()) > 4
+    assert close(logits_of(model), logits_of(plain), 1e-6)
+    half, plain = model.bfloat16(), plain.bfloat16()
+    assert close(logits_of(half).float(), logits_of(plain).float(), 0.05)
+    norm, x = model.encoder.final_layer_norm, torch.randn(3, 32)            # another dtype: T5's own way
+    assert torch.equal(norm(x), plain.encoder.final_layer_norm(x))
 
 
 def test_labels_are_padded_with_what_the_loss_ignores():
