@@ -1,6 +1,7 @@
 """BIPEFT's structure against structures that no search was needed for, on real tasks.
 
     python docs/experiments/against_chance.py --model DIR --data-dir DIR --stage rates      which rates learn
+    python docs/experiments/against_chance.py --model DIR --data-dir DIR --stage search     at which a search does
     python docs/experiments/against_chance.py --model DIR --data-dir DIR --stage compare    the comparison
 
 Needs only the project's own packages. Every structure gets the same re-training on the same
@@ -71,6 +72,9 @@ class Bench:
         self.args, self.data, self.seed, self.device = args, data, seed, bipeft.choose_device(args.device)
         self.task, self.splits = examples_of(data, args.data_dir, seed)
         self.model, self.tokenizer = bipeft.load_backbone(args.model, args.dtype, self.device, seed)
+        self.graphs = self.device.type == "cuda"
+        if self.graphs:
+            bipeft.fuse_norms(self.model)
         self.tokens = {key: bipeft.tokenize(self.tokenizer, part, 128) for key, part in self.splits.items()}
         self.budget = int(args.budget * bipeft.geometry(self.model)["parameters"])
 
@@ -91,7 +95,7 @@ class Bench:
             total, count = total + tokens * float(bipeft.loss_of(self.model(**batch))), count + tokens
         return total / count
 
-    def search(self):
+    def search(self, lr):
         """BIPEFT's structure, and the one picked by a look at s-bar when the warm-up ends."""
         space = bipeft.Space(self.model, "s2", seed=self.seed)
         half = self.tokens["train"][::2], self.tokens["train"][1::2]
@@ -103,14 +107,15 @@ class Bench:
                 looks["s"] = run.smoothed.tolist()
         structure = bipeft.search(
             self.model, space, *(self.batches(part, self.seed) for part in half), self.budget, self.args.search_steps,
-            after_step=after_step, warmup=self.args.search_warmup, lr=self.args.search_lr, seed=self.seed)
+            after_step=after_step, warmup=self.args.search_warmup, lr=lr, seed=self.seed, graphs=self.graphs)
         n = len(space)
         kept, choice = bipeft.fill_budget(looks["s"], space.costs.tolist(), [False] * n, [0] * n, self.budget)
         found = {"bipeft": structure, "one-look": space.structure(kept, choice, self.budget),
                  **fixed_structures(space, self.budget, self.seed)}
         space.detach()
         learnt = np.mean(losses[self.args.search_warmup - 25:self.args.search_warmup])
-        return found, {"search_seconds": time.time() - started, "search_loss": learnt, "search_steps": len(losses)}
+        return found, {"search_seconds": time.time() - started, "search_loss": learnt, "search_steps": len(losses),
+                       "search_lr": lr, "search_curve": [np.mean(losses[i:i + 50]) for i in range(0, len(losses), 50)]}
 
     def train(self, method, structure, lr):
         """Re-trains a structure and returns its line."""
@@ -119,6 +124,7 @@ class Bench:
         batches = self.batches(self.tokens["train"], self.seed)
         epochs = max(1, round(self.args.steps / len(batches)))
         best = bipeft.train(self.model, peft, batches, lambda: self.score("validation"), epochs, lr, seed=self.seed,
+                            graphs=self.graphs,
                             after_step=lambda _, line: curve.append(line["score"]) if "score" in line else None)
         line = {"data": self.data, "seed": self.seed, "method": method, "lr": lr, "epochs": epochs,
                 "steps": epochs * len(batches), "parameters": structure.parameters, "modules": len(structure.modules),
@@ -137,8 +143,12 @@ def work(args, queue, results):
         stage, data, seed, methods, rates = job
         try:
             bench = Bench(args, data, seed)
+            if stage == "search":
+                results.put({"stage": stage, "data": data, "seed": seed, "method": "bipeft", "lr": rates[0],
+                             **bench.search(rates[0])[1]})
+                continue
             if stage == "compare":
-                found, told = bench.search()
+                found, told = bench.search(args.search_lr)
             else:
                 space = bipeft.Space(bench.model, "s2", seed=seed)
                 found, told = fixed_structures(space, bench.budget, seed), {}
@@ -158,7 +168,10 @@ def jobs_of(args, done):
     for data in args.data:
         for seed in args.seeds if args.stage == "compare" else args.seeds[:1]:
             rates = [args.lr] if args.stage == "compare" else args.rates
-            if args.stage == "rates":
+            if args.stage == "search":
+                yield from (("search", data, seed, ["bipeft"], [r]) for r in args.rates
+                            if ("search", data, seed, "bipeft", r) not in done)
+            elif args.stage == "rates":
                 yield from (("rates", data, seed, [m], [r]) for m in wanted for r in rates
                             if ("rates", data, seed, m, r) not in done)
             elif missing := [m for m in wanted if ("compare", data, seed, m, args.lr) not in done]:
@@ -182,7 +195,7 @@ def table(lines, stage):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("rates", "compare", "table"), required=True)
+    parser.add_argument("--stage", choices=("rates", "search", "compare", "table"), required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--out", default="docs/experiments/results/against_chance.jsonl")
@@ -221,8 +234,9 @@ def main():
                 lines.append(line)
                 with out.open("a") as file:
                     file.write(json.dumps(line) + "\n")
-                print(f"{time.time() - started:.0f} s", {k: line[k] for k in line if k not in ("curve", "kinds")}, flush=True)
-    table(lines, "compare" if args.stage == "table" else args.stage)
+                print(f"{time.time() - started:.0f} s", {k: line[k] for k in line if k not in ("curve", "kinds", "search_curve")}, flush=True)
+    if args.stage != "search":
+        table(lines, "compare" if args.stage == "table" else args.stage)
 
 
 if __name__ == "__main__":
