@@ -83,7 +83,7 @@ def magnitude(weights, gradients, lengths, counts):
     """Eq. (2):  f_n(D) = 1/|M_n| · sum over w in M_n of |w · G(w, D)|
 
     weights, gradients: w and G of all modules end to end, [P], of the same moment.
-    lengths: how many of the P numbers each module holds, [N], summing to P.
+    lengths: how many of the P numbers each module holds, [N], or levels of them (`segment_sum`).
     counts: |M_n|, [N]: all of them while the rank is open, those of the slice once it is fixed,
         outside of which G is zero (reading 1).
     Returns f, [N]. Raises ValueError where weights and gradients differ in shape.
@@ -96,7 +96,7 @@ def magnitude(weights, gradients, lengths, counts):
 def alignment(train_gradients, val_gradients, lengths):
     """Eq. (3):  alpha_n = cos(G_n(D_tra), G_n(D_val)), over the module's whole flattened gradients
 
-    train_gradients, val_gradients: [P].   lengths: [N], summing to P.
+    train_gradients, val_gradients: [P].   lengths: as in Eq. (2).
     Returns alpha, [N], in -1 .. 1, and 0 where either gradient is zero (reading 1).
     """
     dot = segment_sum(train_gradients * val_gradients, lengths)
@@ -107,8 +107,14 @@ def alignment(train_gradients, val_gradients, lengths):
 
 
 def segment_sum(values, lengths):
-    """Sums of consecutive runs of a vector.   values: [P].   lengths: [N].   Returns [N]."""
-    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
+    """Sums of consecutive runs of a vector.   values: [P].   Returns [N].
+
+    lengths: [N], summing to P; or several such, the sums of one being the values of the next: a GPU
+    gives each run to one thread, so that a few long runs take it longer than many short ones.
+    """
+    for level in lengths if isinstance(lengths, tuple) else (lengths,):
+        values = torch.segment_reduce(values, "sum", lengths=level, unsafe=True)
+    return values
 
 
 def smooth(previous, current, gamma):
@@ -634,9 +640,19 @@ class Peft(nn.Module):
         self.use(self.weights)
 
     def use(self, flat):
-        """Has the modules compute with other weights.   flat: [P], of any dtype."""
+        """Has the modules compute with the numbers of another vector.   flat: [P], of any dtype."""
+        self.in_use = flat
         for p, part in zip(self.tensors, flat.split(self.sizes)):
             p.data = part.view(p.shape)
+
+    def refresh(self, factors=None):
+        """Has the modules compute with a copy of the present weights in the backbone's dtype.
+
+        factors: [P], what they are multiplied with.   `use(weights)` ends it.
+        """
+        if self.in_use is self.weights:
+            self.use(torch.empty_like(self.weights, dtype=self.dtype))
+        self.in_use.copy_(self.weights if factors is None else self.weights * factors)
 
     def _use_prefix_attention(self, model):
         """transformers' public registry of attention functions is where a prefix comes in."""
@@ -708,22 +724,27 @@ class Space(Peft):
         self.register_buffer("costs", torch.tensor(costs, device=device))
         self._number_rows()
 
-    def _number_rows(self):
-        """Which factor multiplies which row of the weights: see `enter`."""
+    def _number_rows(self, longest=512):
+        """Cuts the weights into rows, of which each has one factor (see `enter`), none longer than `longest`."""
         count, top = len(self), self.ranks[-1]
-        rows, lengths, self.by_rank = [], [], []
+        factors, lengths, rows_of, self.by_rank = [], [], [], []
         for n, m in enumerate(self.modules_):
+            before = len(lengths)
             for key, p in m.named_parameters():
                 how = m.scaled.get(key)
                 self.by_rank.append(how in ("mask", "state"))
                 start = {None: 0, "gate": 1 + n, "mask": 1 + count + n * top, "state": 1 + count * (1 + top) + n * top}
-                own = top if self.by_rank[-1] else 1
-                rows += range(start[how], start[how] + own)
-                lengths += [p.numel() // own] * own
+                components = top if self.by_rank[-1] else 1
+                whole, rest = divmod(p.numel() // components, longest)
+                for factor in range(start[how], start[how] + components):
+                    lengths += [longest] * whole + [rest] * (rest > 0)
+                    factors += [factor] * (whole + (rest > 0))
+            rows_of.append(len(lengths) - before)
         device = self.weights.device
-        self.factor_of_row = torch.tensor(rows, device=device)                             # [rows]
+        self.factor_of_row = torch.tensor(factors, device=device)                          # [rows]
         self.row_lengths = torch.tensor(lengths, device=device)                            # [rows]
-        self.row_of = torch.arange(len(rows), dtype=torch.int32, device=device).repeat_interleave(
+        self.levels = self.row_lengths, torch.tensor(rows_of, device=device)               # of `segment_sum`
+        self.row_of = torch.arange(len(lengths), dtype=torch.int32, device=device).repeat_interleave(
             self.row_lengths, output_size=sum(lengths))                                    # [P]
 
     def enter(self, gate, rank_weights, skip_shut=False):
@@ -736,7 +757,7 @@ class Space(Peft):
         mask = slice_mask(rank_weights, self.leading)                          # [N, R]
         state = gate[:, None] * mask                                           # [N, R]
         factors = torch.cat([gate.new_ones(1), gate, mask.flatten(), state.flatten()])[self.factor_of_row]
-        self.use((self.weights * self.per_number(factors)).to(self.dtype))
+        self.refresh(self.per_number(factors))
         self.seen = state.detach().requires_grad_()                            # by prefixes
         active = gate.tolist() if skip_shut else [1.0] * len(self)
         for m, m_state, on in zip(self.modules_, self.seen.unbind(), active):
@@ -884,9 +905,9 @@ class Search:
         generator = torch.Generator().manual_seed(derive(seed, 2))
         self.theta = (1e-3 * torch.randn(n, 2, generator=generator)).to(device).requires_grad_()
         self.phi = (1e-3 * torch.randn(n, k, generator=generator)).to(device).requires_grad_()
-        self.weight_optimizer = torch.optim.AdamW([space.weights], lr=lr, weight_decay=weight_decay)
+        self.weight_optimizer = torch.optim.AdamW([space.weights], lr=lr, weight_decay=weight_decay, fused=True)
         self.theta_optimizer, self.phi_optimizer = (
-            torch.optim.Adam([p], lr=arch_lr, betas=(0.5, 0.999), weight_decay=weight_decay)
+            torch.optim.Adam([p], lr=arch_lr, betas=(0.5, 0.999), weight_decay=weight_decay, fused=True)
             for p in (self.theta, self.phi))
         self.kept = torch.ones(n, dtype=torch.bool, device=device)                    # b
         self.fixed = ~space.ranked                                                    # d
@@ -941,7 +962,8 @@ class Search:
         """One step t: the three passes, then Eq. 1-5, then the trigger if stable.   Returns a log line."""
         space, started = self.space, time.perf_counter()
         generator = torch.Generator().manual_seed(derive(self.seed, 3, self.step_number))
-        noise = [gumbel_noise(p.shape, generator).to(p.device) for p in (self.theta, self.phi)]
+        noise = to_device(gumbel_noise((len(space), 2 + len(space.ranks)), generator), self.theta.device).split(
+            [2, len(space.ranks)], 1)
         torch.manual_seed(derive(self.seed, 4, self.step_number))     # dropout
 
         # Update Delta W by gradient descent: the sampled architecture, as constants.
@@ -969,7 +991,7 @@ class Search:
         self.history.append(self.phi.detach().softmax(1))
 
         # Accumulate the sensitivity s-bar; the indicator I_t; the stability beta_t.
-        similarity = alignment(train_gradient, val_gradient, space.lengths)
+        similarity = alignment(train_gradient, val_gradient, space.levels)
         current = sensitivity(train_magnitude, val_magnitude, similarity)
         self.smoothed = torch.where(self.kept, smooth(self.smoothed, current, self.gamma), self.smoothed)
         cost = expected_cost(self.phi.detach(), space.costs, self.fixed, self.choice)
@@ -997,7 +1019,7 @@ class Search:
         """Eq. (2) for the present weights, over the fixed slice where the rank is fixed."""
         at_choice = self.space.costs.gather(1, self.choice[:, None]).squeeze(1)
         counts = torch.where(self.fixed, at_choice, self.space.lengths)
-        return magnitude(self.space.weights, gradient, self.space.lengths, counts)
+        return magnitude(self.space.weights, gradient, self.space.levels, counts)
 
     def expectation(self):
         """p_n and C_n now. In the last tenth of the triggers p_n is certain (reading 7)."""
@@ -1034,7 +1056,8 @@ class Search:
         self.fixed_count = sum(on and settled for on, settled in zip(map(bool, read["kept"]), map(bool, read["fixed"])))
         self.history = self.history[-1:]
         self.triggers_done += 1
-        if self.kept_count < self.recorded_with / 2:      # graphs still compute what is gone: record anew
+        # Graphs go on computing what is gone. A new recording takes as long as some thirty steps save.
+        if self.kept_count < self.recorded_with / 2 and self.triggers - self.triggers_done > 30:
             self.replay.forget()
             self.recorded_with = self.kept_count
 
@@ -1105,14 +1128,13 @@ def flat_gradients(loss, *groups):
     Nothing is accumulated anywhere, so no gradient can leak from one pass into the next.
     """
     wanted = [p for group in groups for p in group if p.requires_grad]
-    found = {}
-    if loss.requires_grad:                       # else every gate is shut: nothing depends on anything
-        found = {id(p): g for p, g in zip(wanted, torch.autograd.grad(loss, wanted, allow_unused=True))}
+    found = iter(torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad    # else all gates are shut
+                 else [None] * len(wanted))
     flat = []
     for group in groups:
         zero = torch.zeros((), device=loss.device, dtype=group[0].dtype)
-        flat.append(torch.cat([zero.expand(p.numel()) if found.get(id(p)) is None else found[id(p)].flatten()
-                               for p in group]).float())
+        parts = [(p, next(found) if p.requires_grad else None) for p in group]
+        flat.append(torch.cat([zero.expand(p.numel()) if g is None else g.flatten() for p, g in parts]).float())
     return flat
 
 
@@ -1140,6 +1162,11 @@ def search(model, space, train_batches, val_batches, budget, steps, backbone="",
     return Search(model, space, budget, steps, **settings).run(train_batches, val_batches, backbone, after_step)
 
 
+def to_device(tensor, device):
+    """A tensor of the CPU on a device, for which the host does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
+
+
 def to_host(tensors):
     """{name: list of numbers} of {name: tensor}, in one copy, since the host waits for each."""
     flat = torch.cat([t.detach().double().flatten() for t in tensors.values()]).tolist()
@@ -1159,39 +1186,45 @@ class Replay:
     """Runs a function of tensors; on a GPU as a CUDA graph for each shape: one launch, not thousands.
 
     function: called as function(key, **tensors), returns tensors, asks the device for no value.
-    All graphs share the memory of their insides, so that what one returns is copied at once.
+    A shape runs as it is when it comes first, which a recording needs, and is recorded when it comes
+    again. All graphs share the memory of their insides, so that what one returns is copied at once.
     """
 
     def __init__(self, function, enabled):
-        self.function, self.enabled, self.graphs, self.pool = function, enabled, {}, None
+        self.function, self.enabled, self.seen = function, enabled, set()
+        self.stream = torch.cuda.Stream() if enabled else None     # recording needs one other than the usual
+        self.forget()
 
     def __call__(self, key, **tensors):
         if not self.enabled:
             return self.function(key, **tensors)
         shape = (key, *((name, t.shape, t.dtype) for name, t in tensors.items()))
-        if shape not in self.graphs:
-            self.graphs[shape] = self._capture(key, tensors)
-        graph, inputs, outputs = self.graphs[shape]
-        with torch.no_grad():
-            for name, t in tensors.items():
-                inputs[name].copy_(t, non_blocking=True)
+        if shape not in self.seen:
+            self.seen.add(shape)
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(key, **tensors)
+            torch.cuda.current_stream().wait_stream(self.stream)
+        else:
+            if shape not in self.graphs:
+                self.graphs[shape] = self._record(key, tensors)
+            graph, inputs, outputs = self.graphs[shape]
+            with torch.no_grad():
+                for name, t in tensors.items():
+                    inputs[name].copy_(t, non_blocking=True)
             graph.replay()
-            return [t.clone() for t in outputs]
+        return [t.clone() for t in outputs]
 
     def forget(self):
         """Drops all graphs and their memory; what is called next is recorded anew."""
         self.graphs, self.pool = {}, None
 
-    def _capture(self, key, tensors):
-        """Warm up and record, on a stream of its own."""
-        inputs = {name: t.detach().clone() for name, t in tensors.items()}
-        stream, state = torch.cuda.Stream(), torch.cuda.get_rng_state()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.function(key, **inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+    def _record(self, key, tensors):
+        """A graph of the function, its inputs and its outputs."""
+        inputs, state = {name: t.detach().clone() for name, t in tensors.items()}, torch.cuda.get_rng_state()
+        torch.cuda.empty_cache()                     # of what the same work took outside of graphs
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=stream):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             outputs = self.function(key, **inputs)
         self.pool = self.pool or graph.pool()
         torch.cuda.set_rng_state(state)              # the step draws what it would have drawn anyway
@@ -1625,9 +1658,10 @@ class Batches:
 def collate(rows, device, rounded=False):
     """A batch of tokenised examples, as `Batches` describes it."""
     sources, targets = zip(*rows)
-    return {"input_ids": pad(sources, 0, 32 * rounded).to(device, non_blocking=True),
-            "attention_mask": pad([[1] * len(source) for source in sources], 0, 32 * rounded).to(device, non_blocking=True),
-            "labels": pad(targets, -100, 4 * rounded).to(device, non_blocking=True)}
+    made = {"input_ids": pad(sources, 0, 32 * rounded),
+            "attention_mask": pad([[1] * len(source) for source in sources], 0, 32 * rounded),
+            "labels": pad(targets, -100, 4 * rounded)}
+    return {key: to_device(t, device) for key, t in made.items()}
 
 
 def pad(rows, filler, least=0):
@@ -1672,12 +1706,12 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
     weights = peft.weights
 
     def gradient(_, **batch):
-        peft.use(weights.to(peft.dtype))
+        peft.refresh()
         loss = loss_of(model(**batch))
         return loss.detach(), *flat_gradients(loss, peft.tensors)
 
     replay = Replay(gradient, graphs and weights.is_cuda)
-    optimizer = torch.optim.AdamW([weights], lr=lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW([weights], lr=lr, weight_decay=weight_decay, fused=True)
     total, step, best, best_weights = epochs * len(batches), 0, -math.inf, weights.clone()
     if state is not None:
         step, best, best_weights = state["step"], state["best"], state["best_weights"].to(weights.device)
@@ -1697,7 +1731,7 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
             line = {"step": step, "steps": total, "loss": loss.item()}
             check_losses([line["loss"]], f"training step {step}")
             if step % len(batches) == 0:
-                peft.use(weights.to(peft.dtype))
+                peft.refresh()
                 line["score"] = evaluate()
                 model.train()
                 if line["score"] > best:
