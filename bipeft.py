@@ -39,6 +39,7 @@ every place where the paper leaves a choice. Ratios are in parts per ten thousan
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import io
@@ -59,6 +60,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import nn
@@ -889,14 +891,16 @@ class Search:
     arch_lr: of Theta and Phi.   weight_decay: of all three.   seed: decides every random draw.
     graphs: on a GPU, run the three passes as CUDA graphs, which the model's forward must allow: it
     asks the device for no value, and its batches are tensors on the device, of few shapes.
+    accumulate: parts that each batch goes through the model in, to save memory.
     Raises UsageError for a budget that no search can meet.
     """
 
     def __init__(self, model, space, budget, steps, warmup=0, triggers=100, tau=0.85, gamma=0.85,
-                 window=5, lr=3e-4, arch_lr=0.01, weight_decay=1e-4, seed=0, graphs=False):
+                 window=5, lr=3e-4, arch_lr=0.01, weight_decay=1e-4, seed=0, graphs=False, accumulate=1):
         self.model, self.space, self.budget, self.steps, self.warmup = model, space, int(budget), steps, warmup
         self.triggers, self.tau, self.gamma, self.window = triggers, tau, gamma, window
-        self.lr, self.seed, self.replay = lr, seed, Replay(self.gradients, graphs and space.weights.is_cuda)
+        self.lr, self.seed, self.accumulate = lr, seed, accumulate
+        self.replay = Replay(self.gradients, graphs and space.weights.is_cuda)
         smallest, whole = int(space.costs.min()), int(space.costs[:, -1].sum())
         if not smallest <= self.budget < whole:
             raise UsageError(f"a budget of {self.budget:,} parameters can't be searched for: the smallest module "
@@ -915,7 +919,7 @@ class Search:
         self.choice = torch.full((n,), k - 1, device=device)                          # k*
         self.smoothed = torch.zeros(n, device=device)                                 # s-bar
         self.indicators = torch.zeros(0, n, dtype=torch.bool, device=device)          # I, the last H + 1
-        self.history = [self.phi.detach().softmax(1)]                                 # since the last trigger
+        self.history = [self.phi.detach().double().softmax(1)]                                 # since the last trigger
         self.potential = potential_ranks(self.phi.detach(), space.dim, self.kept, self.fixed,
                                          self.choice, space.ranked)                   # v
         self.recorded_with = n                   # modules that the present CUDA graphs may hold
@@ -936,9 +940,11 @@ class Search:
 
     def model_pass(self, wanted, gate, rank_weights, skip_shut, batch):
         """`gradients`, replayed as a CUDA graph where one runs, which can't skip what is shut."""
-        if self.replay.enabled:
-            return self.replay(wanted, gate=gate, rank_weights=rank_weights, **batch)
-        return self.gradients(wanted, gate, rank_weights, skip_shut, **batch)
+        def one(part):
+            if self.replay.enabled:
+                return self.replay(wanted, gate=gate, rank_weights=rank_weights, **part)
+            return self.gradients(wanted, gate, rank_weights, skip_shut, **part)
+        return mean_over_parts(one, batch, self.accumulate)
 
     def gradients(self, wanted, gate, rank_weights, skip_shut=False, **batch):
         """Loss of a batch under an architecture, and its gradients for what is wanted.
@@ -953,6 +959,7 @@ class Search:
         loss = loss_of(self.model(**batch))
         scaled, of_state = flat_gradients(loss, space.tensors, [space.seen])
         # The network has seen w · factor: the chain rule, once for w and once for the factor.
+        scaled = scaled.to(space.weights.dtype)
         by_row = segment_sum(scaled * space.weights, space.row_lengths)
         through = torch.autograd.grad((factors, state), (gate, rank_weights), (by_row, of_state.view_as(state)))
         found = {"weights": scaled * space.per_number(factors), "gate": through[0], "ranks": through[1]}
@@ -964,7 +971,7 @@ class Search:
         generator = torch.Generator().manual_seed(derive(self.seed, 3, self.step_number))
         noise = to_device(gumbel_noise((len(space), 2 + len(space.ranks)), generator), self.theta.device).split(
             [2, len(space.ranks)], 1)
-        torch.manual_seed(derive(self.seed, 4, self.step_number))     # dropout
+        torch.manual_seed(derive(self.seed, 4, self.step_number, rank()))     # dropout
 
         # Update Delta W by gradient descent: the sampled architecture, as constants.
         gate, rank_weights = self.architecture(noise)
@@ -988,7 +995,7 @@ class Search:
             phi_loss, rank_gradient = self.model_pass(("ranks",), gate, rank_weights, True, phi_batch)
             descend(self.phi_optimizer, self.phi, rank_weights, rank_gradient, ~self.fixed)
             losses.append(phi_loss)
-        self.history.append(self.phi.detach().softmax(1))
+        self.history.append(self.phi.detach().double().softmax(1))
 
         # Accumulate the sensitivity s-bar; the indicator I_t; the stability beta_t.
         similarity = alignment(train_gradient, val_gradient, space.levels)
@@ -1123,7 +1130,7 @@ class Search:
 
 
 def flat_gradients(loss, *groups):
-    """The gradient of a loss for each group of tensors, laid end to end in float32, zeros where there is none.
+    """The gradient of a loss for each group of tensors, laid end to end, zeros where there is none.
 
     Nothing is accumulated anywhere, so no gradient can leak from one pass into the next.
     """
@@ -1134,7 +1141,7 @@ def flat_gradients(loss, *groups):
     for group in groups:
         zero = torch.zeros((), device=loss.device, dtype=group[0].dtype)
         parts = [(p, next(found) if p.requires_grad else None) for p in group]
-        flat.append(torch.cat([zero.expand(p.numel()) if g is None else g.flatten() for p, g in parts]).float())
+        flat.append(torch.cat([zero.expand(p.numel()) if g is None else g.flatten() for p, g in parts]))
     return flat
 
 
@@ -1160,6 +1167,83 @@ def search(model, space, train_batches, val_batches, budget, steps, backbone="",
     settings: those of Search.   after_step: as for `Search.run`.   Returns a Structure.
     """
     return Search(model, space, budget, steps, **settings).run(train_batches, val_batches, backbone, after_step)
+
+
+# Many processes, as torchrun starts them: each computes a part of every batch, and all hold the same
+# state. Without a process group these functions do nothing.
+
+
+def rank():
+    """This process's number; 0 is the one that prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many processes share the work."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def mean_over_parts(function, batch, parts=1):
+    """What a function returns for a whole batch, a mean over its labels, from what it returns for parts.
+
+    batch: this process's part, which goes through the function in `parts` pieces; the others' come in
+    by one all-reduce.   Returns a list of tensors, each the mean weighed by numbers of labels (of rows, if the
+    batch has none), so that a batch in parts gives what it gives as a whole, within rounding.
+    """
+    if parts == world() == 1:
+        return function(batch)
+    total = 0
+    for piece in zip(*(t.chunk(parts) for t in batch.values())):
+        piece = dict(zip(batch, piece))
+        rows = next(iter(piece.values()))
+        count = (piece["labels"] != -100).sum() if "labels" in piece else torch.tensor(len(rows), device=rows.device)
+        found = function(piece)
+        flat = torch.cat([t.flatten() for t in found])
+        total = total + torch.cat([torch.where(count > 0, flat * count, 0), count[None]])
+    all_reduce(total)
+    mean = total[:-1] / total[-1].clamp(min=1)
+    return [part.view(t.shape) for part, t in zip(mean.split([t.numel() for t in found]), found)]
+
+
+def all_reduce(tensor, operation=dist.ReduceOp.SUM):
+    """Adds a tensor up over all processes, in place.   Raises UsageError if one of them is gone."""
+    if world() > 1:
+        with peers():
+            dist.all_reduce(tensor, operation)
+
+
+def gather(value):
+    """The value that each process gives, in a list, on all of them."""
+    values = [value]
+    if world() > 1:
+        values = [None] * world()
+        with peers():
+            dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(function):
+    """What a function returns on process 0, on all of them; its UsageError, too."""
+    result, message = None, None
+    if rank() == 0:
+        try:
+            result = function()
+        except UsageError as error:
+            message = str(error)
+    result, message = gather((result, message))[0]
+    if message is not None:
+        raise UsageError(message)
+    return result
+
+
+@contextlib.contextmanager
+def peers():
+    """Says in one line that another process is gone, where torch says it in a hundred."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UsageError(f"process {rank()} lost another one of this run ({one_line(error)}): start the same command "
+                         "again, it goes on from the last checkpoint") from None
 
 
 def to_device(tensor, device):
@@ -1242,6 +1326,13 @@ def fuse_norms(model):
             m.forward = functools.partial(forward, m)
 
 
+def recompute_activations(model):
+    """Gradient checkpointing: keeps a layer's input alone for the backward pass, and computes the rest again."""
+    # transformers up to 5.17 has only the second name, and later ones warn of it
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def loss_of(output):
     """The loss in what a model's forward returned: an attribute, an entry, or the value itself."""
     if torch.is_tensor(output):
@@ -1277,7 +1368,9 @@ def own_randomness(device):
 
 
 def write_atomically(path, content):
-    """Writes text or bytes so that a reader, or a crash, finds the old file or the new one."""
+    """Writes text or bytes so that a reader, or a crash, finds the old file or the new one. Process 0 alone does."""
+    if rank():
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.new")
     try:
@@ -1622,6 +1715,7 @@ class Batches:
     Yields input_ids and attention_mask, [batch, longest input], and labels, [batch, longest target],
     padded with -100. On a GPU lengths are rounded up to powers of two and the last batch is filled
     with rows without a label, so that a few CUDA graphs serve all batches; neither changes the loss.
+    Of many processes each yields its own rows of every batch.
     """
 
     def __init__(self, tokens, batch_size, device, seed=None):
@@ -1647,12 +1741,11 @@ class Batches:
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
     def __iter__(self):
+        on_gpu = torch.device(self.device).type == "cuda"
+        least = math.ceil(self.batch_size / world()) if on_gpu else 1
         for indices in self.order():
-            rows = [self.tokens[i] for i in indices]
-            if torch.device(self.device).type == "cuda":
-                yield collate(rows + [([1], [-100])] * (self.batch_size - len(rows)), self.device, True)
-            else:
-                yield collate(rows, self.device)
+            rows = [self.tokens[i] for i in indices[rank()::world()]]
+            yield collate(rows + [([1], [-100])] * (least - len(rows)), self.device, on_gpu)
 
 
 def collate(rows, device, rounded=False):
@@ -1677,11 +1770,11 @@ def predict(model, tokenizer, tokens, batch_size, device):
     """The texts a model generates, greedily, for tokenised inputs, in their order.
 
     Sorted by length, so that little is padding; each batch stops when its last answer is complete,
-    or has become longer than any target.
+    or has become longer than any target. Of many processes each generates its share.
     """
-    was_training, texts = model.training, [""] * len(tokens)
+    was_training, texts = model.training, {}
     model.eval()
-    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i][0]))
+    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i][0]))[rank()::world()]
     longest = max(len(target) for _, target in tokens)
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
@@ -1691,15 +1784,16 @@ def predict(model, tokenizer, tokens, batch_size, device):
         for i, text in zip(rows, tokenizer.batch_decode(made, skip_special_tokens=True)):
             texts[i] = text.strip()
     model.train(was_training)
-    return texts
+    texts = {i: text for part in gather(texts) for i, text in part.items()}
+    return [texts[i] for i in range(len(tokens))]
 
 
-def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed=0, graphs=False, state=None,
-          after_step=None):
+def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed=0, graphs=False, accumulate=1,
+          state=None, after_step=None):
     """Trains the attached modules anew, and leaves them as they were after their best epoch.
 
     batches: a Batches or any iterable with a length.   evaluate: called after each epoch, returns
-    the validation score.   lr: falls linearly to 0.   state: what `after_step` was given, to go on
+    the validation score.   lr: falls linearly to 0.   graphs, accumulate: as in Search.   state: what `after_step` was given, to go on
     from.   after_step: called as after_step(state, line) after every step, `line` holding the
     step, the loss and, after the last step of an epoch, the score.   Returns the best score.
     """
@@ -1708,7 +1802,7 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
     def gradient(_, **batch):
         peft.refresh()
         loss = loss_of(model(**batch))
-        return loss.detach(), *flat_gradients(loss, peft.tensors)
+        return loss.detach(), flat_gradients(loss, peft.tensors)[0].to(weights.dtype)
 
     replay = Replay(gradient, graphs and weights.is_cuda)
     optimizer = torch.optim.AdamW([weights], lr=lr, weight_decay=weight_decay, fused=True)
@@ -1722,8 +1816,8 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
         for batch in stream(batches, step):
             if step >= total:
                 break
-            torch.manual_seed(derive(seed, 10, step))                   # dropout
-            loss, weights.grad = replay("train", **batch)
+            torch.manual_seed(derive(seed, 10, step, rank()))           # dropout
+            loss, weights.grad = mean_over_parts(lambda part: replay("train", **part), batch, accumulate)
             for group in optimizer.param_groups:
                 group["lr"] = lr * (1 - step / total)
             optimizer.step()
@@ -1777,7 +1871,10 @@ class Settings:
     epochs: int = option(None, "training", "passes over train (the task's: 1 to 40)", type=int)
     lr: float = option(None, "training", "learning rate of Delta W, falling linearly (3e-4)", type=float)
     weight_decay: float = option(1e-4, "training", "of Delta W, Theta and Phi", type=float)
-    batch_size: int = option(None, "training", "examples a step (32, ReCoRD 16)", type=int)
+    batch_size: int = option(None, "training", "examples a step, of all processes together (32, ReCoRD 16)", type=int)
+    accumulate: int = option(1, "training", "parts that a batch goes through the model in, to save memory", type=int)
+    checkpointing: bool = option(False, "training", "recompute activations, to save memory; no CUDA graphs",
+                                 action="store_true")
     seed: tuple = option((0,), "run", "one or several: splits, initial weights, draws", type=int, nargs="+")
     out: str = option(None, "run", "folder to write (runs/<task>-<space>-<seed>)")
     device: str = option("auto", "run", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
@@ -1799,7 +1896,7 @@ class Settings:
         self.search_epochs = self.epochs if self.search_epochs is None else self.search_epochs
         kinds_of(self.space)
         for key in ("max_length", "budget", "triggers", "window", "epochs", "search_epochs", "lr", "arch_lr",
-                    "batch_size"):
+                    "batch_size", "accumulate"):
             if not 0 < getattr(self, key) < math.inf:
                 raise UsageError(f"{flag(key)} {getattr(self, key)} must be a number above 0")
         for key in ("warmup_epochs", "weight_decay", "save_every"):
@@ -1818,9 +1915,14 @@ class Settings:
                              "whose columns are source and target")
         return self
 
+    @property
+    def graphs(self):
+        """Whether a GPU runs CUDA graphs."""
+        return not (self.eager or self.checkpointing)
+
     def identity(self, seed):
         """What a resumed run must have in common with the one it goes on from."""
-        left_out = ("out", "fresh", "save_every", "device", "eager", "seed")
+        left_out = ("out", "fresh", "save_every", "device", "eager", "accumulate", "checkpointing", "seed")
         kept = {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
         return json.loads(json.dumps({**kept, "seed": seed}))
 
@@ -1878,7 +1980,9 @@ def load_backbone(name, dtype, device, seed):
 def choose_device(name):
     """A torch.device that works.   Raises UsageError."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world() > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=name)
         if torch.device(name).type == "cuda":
@@ -1896,22 +2000,29 @@ class Folder:
     def __init__(self, path, identity, fresh, save_every):
         self.path, self.identity, self.save_every = Path(path), identity, save_every
         self.saved_at, self.signal = time.monotonic(), None
+        self.stale, self.metrics, self.checkpoint = from_first(lambda: self.open(fresh))
+
+    def open(self, fresh):
+        """(files that --fresh is to take away, metrics, checkpoint) of an earlier run.   Raises UsageError."""
         if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"--out {path} is a file: name a folder")
+            raise UsageError(f"--out {self.path} is a file: name a folder")
         there = [name for name in self.FILES if (self.path / name).exists()]
-        self.stale, self.metrics, self.checkpoint = (there, None, None) if fresh else ([], *self.found())
-        if self.checkpoint:                        # killed before its end could be tidied up, or started over
-            self.metrics = None
-        before = self.checkpoint or self.metrics
+        if fresh:
+            return there, None, None
+        metrics, checkpoint = self.found()
+        if checkpoint:                             # killed before its end could be tidied up, or started over
+            metrics = None
+        before = checkpoint or metrics
         before = before.get("settings") if isinstance(before, dict) else None
         before = before if isinstance(before, dict) else None
-        if there and not fresh and before is None:
-            raise UsageError(f"{path} holds files of a run that can't be resumed: name another --out, "
+        if there and before is None:
+            raise UsageError(f"{self.path} holds files of a run that can't be resumed: name another --out, "
                              "or start over with --fresh")
-        for key in sorted(before.keys() | identity.keys()) if before else ():
-            if before.get(key) != identity.get(key):
-                raise UsageError(f"{path} holds another run: its {flag(key)} is {before.get(key)}, now it is "
-                                 f"{identity.get(key)}; name another --out, or start over with --fresh")
+        for key in sorted(before.keys() | self.identity.keys()) if before else ():
+            if before.get(key) != self.identity.get(key):
+                raise UsageError(f"{self.path} holds another run: its {flag(key)} is {before.get(key)}, now it is "
+                                 f"{self.identity.get(key)}; name another --out, or start over with --fresh")
+        return [], metrics, checkpoint
 
     def found(self):
         """What an earlier run left here: (metrics, checkpoint), None for what there is not."""
@@ -1935,6 +2046,9 @@ class Folder:
 
     def save(self, content):
         """Writes checkpoint.pt and the log so far. Only here does --fresh take older files away."""
+        self.saved_at = time.monotonic()
+        if rank():
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -1946,17 +2060,18 @@ class Folder:
         torch.save({"settings": self.identity, **content}, stream)
         self.write("checkpoint.pt", stream.getvalue())
         self.write("search.jsonl", "".join(json.dumps(line) + "\n" for line in content["log"]))
-        self.saved_at = time.monotonic()
 
     def after_step(self, step, content):
         """Saves if it is time, or if a signal came: then the run ends here.   content: a function."""
         due = step % self.save_every == 0 if self.save_every else time.monotonic() - self.saved_at > 60
-        if due or self.signal:
+        told = torch.tensor(self.signal or 0)
+        all_reduce(told, dist.ReduceOp.MAX)            # all processes end after the same step
+        if due or told:
             self.save(content())
-        if self.signal:
-            print(f"\nstopped by signal {self.signal} after step {step}: the same command, without --fresh, goes on "
+        if told:
+            print(f"\nstopped by signal {int(told)} after step {step}: the same command, without --fresh, goes on "
                   "from here", flush=True)
-            raise SystemExit(128 + self.signal)
+            raise SystemExit(128 + int(told))
 
     def __enter__(self):
         def note(number, frame):
@@ -2024,7 +2139,8 @@ def find_structure(settings, seed, model, tokens, folder, device, size):
             "phase": "search", "search": run.state_dict(), "log": log, "elapsed": time.monotonic() - started})
 
     search_of = Search(model, space, budget, steps, warmup, settings.triggers, settings.tau, settings.gamma,
-                       settings.window, settings.lr, settings.arch_lr, settings.weight_decay, seed, not settings.eager)
+                       settings.window, settings.lr, settings.arch_lr, settings.weight_decay, seed, settings.graphs,
+                       settings.accumulate)
     if not stored:
         folder.save({"phase": "start", "log": []})
     if "search" in stored:
@@ -2059,7 +2175,8 @@ def retrain(settings, seed, model, tokenizer, structure, tokens, splits, folder,
             **search_part, "phase": "train", "train": state, "elapsed": time.monotonic() - started})
 
     best = train(model, peft, batches, evaluate, settings.epochs, settings.lr, weight_decay=settings.weight_decay,
-                 seed=seed, graphs=not settings.eager, state=stored.get("train"), after_step=after_step)
+                 seed=seed, graphs=settings.graphs, accumulate=settings.accumulate, state=stored.get("train"),
+                 after_step=after_step)
     return peft, best, time.monotonic() - started
 
 
@@ -2085,6 +2202,8 @@ def run(settings, seed, out):
         model, tokenizer = load_backbone(settings.model, settings.dtype, device, seed)
         if device.type == "cuda" and not settings.eager:
             fuse_norms(model)
+        if settings.checkpointing:
+            recompute_activations(model)
         size = geometry(model)["parameters"]
         tokens = {key: tokenize(tokenizer, examples, settings.max_length) for key, examples in splits.items()}
         print(f"{settings.task}, seed {seed}: {', '.join(f'{len(v):,} {k}' for k, v in splits.items())}; "
@@ -2112,7 +2231,8 @@ def run(settings, seed, out):
         metrics |= {"validation": best, "search_seconds": seconds, "train_seconds": train_seconds,
                     "ratio": seconds / train_seconds if seconds else None, "settings": settings.identity(seed)}
         folder.write("metrics.json", json.dumps(metrics, indent=1) + "\n")
-        (folder.path / "checkpoint.pt").unlink(missing_ok=True)
+        if rank() == 0:
+            (folder.path / "checkpoint.pt").unlink(missing_ok=True)
         print(results(metrics) + f"\nwritten to {folder.path}", flush=True)
         return metrics
 
@@ -2184,12 +2304,22 @@ def picture(structure, model):
     return "\n".join(lines)
 
 
+def join():
+    """Joins the other processes, if torchrun has started this one; all but the first fall silent."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+
+
 def main(arguments=None):
     """The program. Returns the exit code: 0, or 2 after a person's mistake."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         settings = parse(arguments)
+        join()
         finished = []
         for seed in settings.seed:
             kind = settings.space.replace(",", "+")
@@ -2208,7 +2338,8 @@ def main(arguments=None):
         print(f"bipeft.py: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
-        print("bipeft.py: the GPU's memory is full: use a smaller --batch-size, or --dtype bfloat16", file=sys.stderr)
+        print("bipeft.py: the GPU's memory is full: use --accumulate 2 or more, --checkpointing, or --dtype bfloat16",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -16,6 +16,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -2031,6 +2032,119 @@ def test_training_goes_on_bit_for_bit_from_its_saved_state(tmp_path):
     resumed = start()
     bipeft.train(*resumed, 3, 0.01, state=torch.load(tmp_path / "state.pt", weights_only=True))
     assert torch.equal(resumed[1].weights, whole[1].weights)
+
+
+# Many processes, and batches in parts
+
+
+def shared_search(path, accumulate=1):
+    """30 steps of a search in float64 on this process's share of the batches; what it came to goes to a file."""
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    torch.set_num_threads(1)
+    rng = random.Random(0)
+    tokens = [([rng.randrange(3, 40) for _ in range(rng.randrange(2, 9))], [rng.randrange(3, 40)] * rng.randrange(1, 4))
+              for _ in range(13)]                           # batches of 4, 4, 4 and 1: one process has nothing to do then
+    model = tiny_t5().double()
+    space = randomise(bipeft.Space(model, "all"), 0.1)
+    space.modules_.double()
+    space._flatten()
+    batches = [bipeft.Batches(tokens, 4, "cpu", seed) for seed in (1, 2)]
+    lines = []
+    search = bipeft.Search(model, space, int(space.costs[:, -1].sum()) // 5, 30, warmup=10, triggers=15, tau=0.5, lr=1e-2,
+                           accumulate=accumulate)
+    structure = search.run(*batches, after_step=lambda _, line: lines.append(line))
+    texts = bipeft.predict(model, tiny_tokenizer(), tokens, 3, "cpu")
+    torch.save({"theta": search.theta.detach(), "phi": search.phi.detach(), "smoothed": search.smoothed,
+                "weights": space.weights, "modules": structure.modules, "texts": texts, "triggers": search.triggers_done,
+                "losses": [line["loss_train"] for line in lines]}, f"{path}-{bipeft.rank()}")
+
+
+def tiny_tokenizer():
+    return word_tokenizer([str(n) for n in range(40)])
+
+
+def torchrun(code, *more, processes=2, **options):
+    """Starts python -c `code` in several processes that know of each other."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--no-python",
+         sys.executable, "-c", code, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+
+
+def test_two_processes_and_batches_in_parts_find_what_one_finds(tmp_path):
+    together = torchrun(f"import test_bipeft; test_bipeft.shared_search(r'{tmp_path}/two')")
+    shared_search(tmp_path / "one")
+    shared_search(tmp_path / "parts", accumulate=3)
+    assert together.wait(120) == 0, together.communicate()[1]
+    one = torch.load(tmp_path / "one-0", weights_only=True)
+    assert one["triggers"] == 15 and 0 < len(one["modules"]) and len(one["losses"]) >= 25
+    for other in ("two-0", "two-1", "parts-0"):
+        found = torch.load(tmp_path / other, weights_only=True)
+        assert found["modules"] == one["modules"] and found["texts"] == one["texts"], other
+        for key in ("theta", "phi", "smoothed", "weights"):
+            assert (found[key] - one[key]).abs().max() < 1e-5, (other, key)
+        assert np.allclose(found["losses"], one["losses"], atol=1e-6), other
+    a, b = (torch.load(tmp_path / f"two-{n}", weights_only=True) for n in (0, 1))
+    assert all(torch.equal(a[key], b[key]) for key in ("theta", "phi", "smoothed", "weights"))     # to the last bit
+
+
+def test_training_in_parts_is_training_as_a_whole():
+    found = []
+    for accumulate in (1, 2, 5):
+        model = tiny_t5().double()
+        peft = bipeft.Peft(model, [("encoder.block.0.layer.0.SelfAttention.q", "lora", 4),
+                                   ("decoder.final_layer_norm", "bitfit", 1)])
+        tokens = [([n, n + 1], [n] * (1 + n % 3)) for n in range(3, 16)]
+        peft.double()._flatten()
+        bipeft.train(model, peft, bipeft.Batches(tokens, 5, "cpu", 0), lambda: 0.0, 3, 0.01, accumulate=accumulate)
+        found.append(peft.weights)
+    assert close(found[0], found[1], 1e-6) and close(found[0], found[2], 1e-6)
+    assert found[0].abs().max() > 0.01
+
+
+@pytest.mark.parametrize("space", ["s1", "s2"])
+def test_recomputed_activations_change_nothing(space):
+    found, calls = [], []
+    for checkpointing in (False, True):
+        model = tiny_t5(dropout_rate=0.1)
+        model.config.use_cache = False
+        if checkpointing:
+            bipeft.recompute_activations(model)
+        search, batches = a_search(space, steps=6, model=model)
+        calls.append([0])
+        search.space.modules_[0].register_forward_hook(lambda *_, count=calls[-1]: count.__setitem__(0, count[0] + 1))
+        noise = torch.zeros(len(search.space), 5).split([2, 3], 1)
+        model.train()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            found.append(search.gradients(("gate", "ranks", "weights"), *search.architecture(noise), **batches[0]))
+    assert calls == [[1], [2]]
+    for a, b in zip(*found):
+        assert close(a, b, 1e-5) and a.abs().max() > 0
+
+
+def test_a_process_that_dies_ends_the_others_with_one_line(tmp_path):
+    code = ("import sys, os, signal, bipeft, torch\n"
+            "step = bipeft.Search.step\n"
+            "def die(self, *batches):\n"
+            "    if bipeft.rank() == 1 and self.step_number == 12: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    return step(self, *batches)\n"
+            "bipeft.Search.step = die if sys.argv[1] == 'die' else step\n"
+            "bipeft.toy_backbone.__defaults__ = (5, 64)\n"
+            "sys.exit(bipeft.main(sys.argv[2:]))")
+    flags = ["--task", "toy", "--epochs", "1", "--search-epochs", "1", "--warmup-epochs", "0", "--triggers", "5",
+             "--save-every", "5", "--out", str(tmp_path / "out")]
+    started = time.monotonic()
+    first = torchrun(code, "die", *flags)
+    out, error = first.communicate(timeout=100)
+    assert first.returncode != 0 and time.monotonic() - started < 60
+    assert (tmp_path / "out" / "checkpoint.pt").exists() and not (tmp_path / "out" / "metrics.json").exists()
+    again = torchrun(code, "live", *flags)
+    out, error = again.communicate(timeout=100)
+    assert again.returncode == 0, error
+    assert "going on from" in out and out.count("written to") == 1                 # one process prints
+    assert (tmp_path / "out" / "metrics.json").exists()
 
 
 # ==================================================================================================
