@@ -124,6 +124,14 @@ def smooth(previous, current, gamma):
     return gamma * previous + (1 - gamma) * current
 
 
+def running_sum(values):
+    """The sum up to and with each value.   values: [N].   Returns [N].
+
+    A product with a triangle of ones: on a GPU the rounding of cumsum differs from run to run.
+    """
+    return torch.ones(len(values), len(values), dtype=values.dtype, device=values.device).tril() @ values
+
+
 def importance_indicator(smoothed, cost, kept, budget):
     """3.2.2:  I_t marks the most sensitive modules that fit the budget together
 
@@ -132,7 +140,7 @@ def importance_indicator(smoothed, cost, kept, budget):
     budget: B, in parameters.   Returns I_t, [N] bool.
     """
     order = smoothed.masked_fill(~kept, -math.inf).argsort(descending=True, stable=True)
-    fits = (cost * kept)[order].cumsum(0) <= budget
+    fits = running_sum((cost * kept)[order]) <= budget
     return torch.zeros_like(kept).scatter(0, order, fits & kept[order])
 
 
@@ -202,7 +210,7 @@ def select_modules(smoothed, expected, kept, reduction):
     reduction: R_z, scalar; if it is not positive nothing goes.   Returns the removed, [N] bool.
     """
     order = smoothed.masked_fill(~kept, math.inf).argsort(stable=True)
-    fits = (expected * kept)[order].cumsum(0) <= reduction
+    fits = running_sum((expected * kept)[order]) <= reduction
     return torch.zeros_like(kept).scatter(0, order, fits & kept[order])
 
 
@@ -763,7 +771,7 @@ class Space(Peft):
         self.seen = state.detach().requires_grad_()                            # by prefixes
         active = gate.tolist() if skip_shut else [1.0] * len(self)
         for m, m_state, on in zip(self.modules_, self.seen.unbind(), active):
-            m.state, m.active = m_state, on != 0
+            vars(m).update(state=m_state, active=on != 0)                      # setattr of a Module is slow
         return factors, state
 
     def per_number(self, factors):
@@ -922,7 +930,6 @@ class Search:
         self.history = [self.phi.detach().double().softmax(1)]                                 # since the last trigger
         self.potential = potential_ranks(self.phi.detach(), space.dim, self.kept, self.fixed,
                                          self.choice, space.ranked)                   # v
-        self.recorded_with = n                   # modules that the present CUDA graphs may hold
         self.triggers_done = 0                                                        # z
         self.step_number = 0                                                          # t
         self.ended_early = 0                     # triggers carried out because the steps had run out
@@ -1063,10 +1070,6 @@ class Search:
         self.fixed_count = sum(on and settled for on, settled in zip(map(bool, read["kept"]), map(bool, read["fixed"])))
         self.history = self.history[-1:]
         self.triggers_done += 1
-        # Graphs go on computing what is gone. A new recording takes as long as some thirty steps save.
-        if self.kept_count < self.recorded_with / 2 and self.triggers - self.triggers_done > 30:
-            self.replay.forget()
-            self.recorded_with = self.kept_count
 
     def trigger(self):
         """One selection now."""
@@ -1365,6 +1368,20 @@ def own_randomness(device):
     """A context in which the global random state may be set; the caller's comes back at its end."""
     device = torch.device(device)
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+@contextlib.contextmanager
+def deterministic():
+    """A context in which torch takes only algorithms that give the same twice; cuBLAS needs to be told in advance."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def write_atomically(path, content):
@@ -1981,8 +1998,8 @@ def choose_device(name):
     """A torch.device that works.   Raises UsageError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and world() > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"          # of torchrun
     try:
         torch.zeros(1, device=name)
         if torch.device(name).type == "cuda":
@@ -2059,7 +2076,19 @@ class Folder:
         stream = io.BytesIO()
         torch.save({"settings": self.identity, **content}, stream)
         self.write("checkpoint.pt", stream.getvalue())
-        self.write("search.jsonl", "".join(json.dumps(line) + "\n" for line in content["log"]))
+        self.write_log(content["log"])
+
+    def write_log(self, log):
+        """Writes search.jsonl, a line a step."""
+        self.write("search.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+
+    def finish(self, metrics, log):
+        """Writes what a finished run leaves, and takes away what only a killed one needs."""
+        self.write_log(log)
+        self.write("metrics.json", json.dumps(metrics, indent=1) + "\n")
+        if rank() == 0:
+            for name in ("checkpoint.pt", *(f".{name}.new" for name in self.FILES)):
+                (self.path / name).unlink(missing_ok=True)
 
     def after_step(self, step, content):
         """Saves if it is time, or if a signal came: then the run ends here.   content: a function."""
@@ -2189,7 +2218,7 @@ def evaluate_on(split, settings, model, tokenizer, tokens, splits):
 
 def run(settings, seed, out):
     """One seed from data to test score; writes the folder `out`.   Returns the metrics."""
-    with Folder(out, settings.identity(seed), settings.fresh, settings.save_every) as folder:
+    with deterministic(), Folder(out, settings.identity(seed), settings.fresh, settings.save_every) as folder:
         if folder.metrics:
             print(f"{out} holds this run, finished: nothing to do (--fresh starts over)")
             print(results(folder.metrics), flush=True)
@@ -2230,9 +2259,7 @@ def run(settings, seed, out):
         metrics = measure(settings, seed, model, tokenizer, tokens, splits, peft, structure)
         metrics |= {"validation": best, "search_seconds": seconds, "train_seconds": train_seconds,
                     "ratio": seconds / train_seconds if seconds else None, "settings": settings.identity(seed)}
-        folder.write("metrics.json", json.dumps(metrics, indent=1) + "\n")
-        if rank() == 0:
-            (folder.path / "checkpoint.pt").unlink(missing_ok=True)
+        folder.finish(metrics, log)
         print(results(metrics) + f"\nwritten to {folder.path}", flush=True)
         return metrics
 

@@ -2571,6 +2571,16 @@ def test_a_run_that_crashed_goes_on_from_its_last_checkpoint(world, finished, tm
     assert_same_end(finished[0], tmp_path / "run")
 
 
+def test_a_run_killed_as_it_writes_goes_on_to_the_same_end(world, finished, tmp_path, monkeypatch):
+    """The short form of docs/experiments/kill.py: SIGKILL twice, 0.1 s after a process's first write."""
+    monkeypatch.setattr(sys, "path", [str(HERE / "docs" / "experiments"), *sys.path])
+    from kill import trial
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    where, _, differs = trial(QUICK.format(root=world).split(), tmp_path / "run", finished[0], [(0.1, True)] * 2, 1, 0)
+    assert where and differs is None, (where, differs)
+
+
 def test_a_checkpoint_of_other_settings_is_not_gone_on_with(world, tmp_path, monkeypatch, capfd):
     def crash(folder, step, content):
         folder.save(content())
