@@ -59,7 +59,8 @@ class Bench:
         self.fuse = self.graphs and hasattr(bipeft, "fuse_norms")              # as the program does
         self.ms, self.gib, self.syncs = {}, {}, {}
         name = torch.cuda.get_device_name(self.device) if self.cuda else f"CPU, {torch.get_num_threads()} threads"
-        facts = {**vars(args), "device": name, "torch": torch.__version__, "transformers": transformers.__version__,
+        told = {key: value for key, value in vars(args).items() if key != "out"}
+        facts = {**told, "device": name, "torch": torch.__version__, "transformers": transformers.__version__,
                  "graphs": self.graphs, "fuse_norms": self.fuse}
         self.stored = {"facts": facts, "rows": [], "peak_gib": self.gib, "host_syncs": self.syncs}
         print(f"{name}; torch {torch.__version__}, transformers {transformers.__version__}; {args.model or args.shape}, "
