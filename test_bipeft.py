@@ -587,6 +587,26 @@ def test_slice_mask_by_hand():
     assert found.tolist() == [[1, 1, 0, 0], [1, 0.5, 0.25, 0.25]]
 
 
+def test_sums_of_sums_are_the_sums():
+    # runs of 3, 2, 1 and 4 numbers; two modules of the first two and the last two runs
+    values = torch.tensor([1.0, 2, 3, 10, 20, 5, 100, 200, 300, 400])
+    rows, of_rows = torch.tensor([3, 2, 1, 4]), torch.tensor([2, 2])
+    assert bipeft.segment_sum(values, rows).tolist() == [6, 30, 5, 1000]
+    assert bipeft.segment_sum(values, (rows, of_rows)).tolist() == [36, 1005]
+    space = bipeft.Space(tiny_t5(), "all")
+    values = torch.randn(len(space.weights), generator=torch.Generator().manual_seed(0)).double()
+    assert close(bipeft.segment_sum(values, space.levels), bipeft.segment_sum(values, space.lengths), 1e-12)
+
+
+def test_running_sum_by_hand():
+    assert bipeft.running_sum(torch.tensor([3.0, -1, 4, 1])).tolist() == [3, 2, 6, 7]
+
+
+def test_numbers_come_to_the_host_as_they_were_sent():
+    sent = {"a": torch.tensor(2.5), "b": torch.tensor([True, False]), "c": torch.arange(6).view(2, 3), "d": torch.zeros(0)}
+    assert bipeft.to_host(sent) == {"a": [2.5], "b": [1, 0], "c": [0, 1, 2, 3, 4, 5], "d": []}
+
+
 # ==================================================================================================
 # 2. The searchable modules
 # ==================================================================================================
@@ -2070,6 +2090,30 @@ def torchrun(code, *more, processes=2, **options):
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--no-python",
          sys.executable, "-c", code, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+
+
+def test_the_mean_over_parts_is_weighed_by_labels_and_passes_over_empty_parts():
+    # losses 2 and 5 with 3 and 1 labels: (3·2 + 1·5) / 4 = 2.75; a part without a label has a loss of nan
+    labels = torch.tensor([[1, 1], [1, -100], [-100, -100], [-100, -100], [9, -100], [-100, -100]])
+    losses = iter([(2.0, [1.0, 0.0]), (math.nan, [math.nan, 7.0]), (5.0, [5.0, 4.0])])
+
+    def one(part):
+        loss, gradient = next(losses)
+        assert len(part["labels"]) == 2
+        return torch.tensor(loss), torch.tensor(gradient)
+    loss, gradient = bipeft.mean_over_parts(one, {"labels": labels}, 3)
+    assert loss == 2.75 and loss.shape == () and gradient.tolist() == [2.0, 1.0]
+    rows = bipeft.mean_over_parts(lambda part: [part["x"].mean()], {"x": torch.tensor([1.0, 2, 6])}, 2)
+    assert rows[0] == 3                                    # (2 · 1.5 + 1 · 6) / 3: without labels rows count
+
+
+def test_deterministic_algorithms_are_for_the_run_alone():
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(KeyError), bipeft.deterministic():
+        assert torch.are_deterministic_algorithms_enabled()
+        raise KeyError
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 def test_two_processes_and_batches_in_parts_find_what_one_finds(tmp_path):
