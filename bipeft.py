@@ -53,6 +53,7 @@ import signal
 import string
 import sys
 import time
+import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -644,7 +645,7 @@ class Peft(nn.Module):
         named = [(f"{name}.{key}", p) for name, m in zip(self.names, self.modules_) for key, p in m.named_parameters()]
         self.tensor_names, self.tensors = [name for name, _ in named], [p for _, p in named]
         self.sizes = [p.numel() for p in self.tensors]
-        self.weights = torch.cat([p.detach().flatten() for p in self.tensors])
+        self.weights, self.working = torch.cat([p.detach().flatten() for p in self.tensors]), None
         self.lengths = torch.tensor([sum(p.numel() for p in m.parameters()) for m in self.modules_],
                                     device=self.weights.device)
         self.use(self.weights)
@@ -660,9 +661,11 @@ class Peft(nn.Module):
 
         factors: [P], what they are multiplied with.   `use(weights)` ends it.
         """
-        if self.in_use is self.weights:
-            self.use(torch.empty_like(self.weights, dtype=self.dtype))
-        self.in_use.copy_(self.weights if factors is None else self.weights * factors)
+        if self.working is None:                    # once, since CUDA graphs go by its address
+            self.working = torch.empty_like(self.weights, dtype=self.dtype)
+        if self.in_use is not self.working:
+            self.use(self.working)
+        self.working.copy_(self.weights if factors is None else self.weights * factors)
 
     def _use_prefix_attention(self, model):
         """transformers' public registry of attention functions is where a prefix comes in."""
@@ -737,14 +740,14 @@ class Space(Peft):
     def _number_rows(self, longest=512):
         """Cuts the weights into rows, of which each has one factor (see `enter`), none longer than `longest`."""
         count, top = len(self), self.ranks[-1]
-        factors, lengths, rows_of, self.by_rank = [], [], [], []
+        factors, lengths, rows_of, self.carries_rank = [], [], [], []
         for n, m in enumerate(self.modules_):
             before = len(lengths)
             for key, p in m.named_parameters():
                 how = m.scaled.get(key)
-                self.by_rank.append(how in ("mask", "state"))
+                self.carries_rank.append(how in ("mask", "state"))
                 start = {None: 0, "gate": 1 + n, "mask": 1 + count + n * top, "state": 1 + count * (1 + top) + n * top}
-                components = top if self.by_rank[-1] else 1
+                components = top if self.carries_rank[-1] else 1
                 whole, rest = divmod(p.numel() // components, longest)
                 for factor in range(start[how], start[how] + components):
                     lengths += [longest] * whole + [rest] * (rest > 0)
@@ -768,9 +771,9 @@ class Space(Peft):
         state = gate[:, None] * mask                                           # [N, R]
         factors = torch.cat([gate.new_ones(1), gate, mask.flatten(), state.flatten()])[self.factor_of_row]
         self.refresh(self.per_number(factors))
-        self.seen = state.detach().requires_grad_()                            # by prefixes
+        self.prefix_state = state.detach().requires_grad_()                
         active = gate.tolist() if skip_shut else [1.0] * len(self)
-        for m, m_state, on in zip(self.modules_, self.seen.unbind(), active):
+        for m, m_state, on in zip(self.modules_, self.prefix_state.unbind(), active):
             vars(m).update(state=m_state, active=on != 0)                      # setattr of a Module is slow
         return factors, state
 
@@ -781,7 +784,6 @@ class Space(Peft):
     def leave(self):
         """Ends the last architecture: every attached module is whole, at the largest rank."""
         self.use(self.weights)
-        self.modules_.requires_grad_(True)
         for m in self.modules_:
             m.state, m.active = None, True
 
@@ -828,22 +830,24 @@ class Structure:
         try:
             stored = json.loads(Path(path).read_text())
             stored = cls(**{f.name: stored[f.name] for f in dataclasses.fields(cls)})
-            known = all(isinstance(m["name"], str) and m["kind"] in KINDS
-                        and (m["rank"] in stored.ranks or not KINDS[m["kind"]].ranked) for m in stored.modules)
-            over = stored.parameters > stored.budget
+            kinds, ranks = kinds_of(stored.space), check_ranks(stored.ranks)
+            known = all(isinstance(m["name"], str) and m["kind"] in kinds
+                        and (type(m["rank"]) is int and m["rank"] in ranks and m["rank"] <= m["parameters"]
+                             if KINDS[m["kind"]].ranked else m["rank"] is None) for m in stored.modules)
+            over = not stored.parameters <= stored.budget < math.inf             # a budget of nan, too
             if not isinstance(stored.geometry, dict):
                 raise TypeError("geometry is no object")
-            kinds_of(stored.space)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
         except FileNotFoundError:
             raise UsageError(f"there is no structure file {path}") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(f"{path} is no structure.json of this program ({one_line(error)})") from None
         if not stored.modules:
             raise UsageError(f"{path} holds no modules")
         if not known:
-            raise UsageError(f"{path} holds a kind of module or a rank that is not among its own ranks {stored.ranks}")
+            raise UsageError(f"{path} holds a kind of module that is not of its space {stored.space}, or a rank that "
+                             f"is not among its own ranks {stored.ranks} or larger than its parameters")
         if over:
             raise UsageError(f"{path} holds {stored.parameters:,} parameters, more than its budget "
                              f"of {stored.budget:,}")
@@ -961,10 +965,10 @@ class Search:
         space = self.space
         gate, rank_weights = gate.detach().requires_grad_(), rank_weights.detach().requires_grad_()
         factors, state = space.enter(gate, rank_weights, skip_shut)
-        for p, by_rank in zip(space.tensors, space.by_rank):       # the pass for Phi needs few of them
-            p.requires_grad_(by_rank or wanted != ("ranks",))
         loss = loss_of(self.model(**batch))
-        scaled, of_state = flat_gradients(loss, space.tensors, [space.seen])
+        asked = [p if carries or wanted != ("ranks",) else p.detach()        # the pass for Phi needs few of them
+                 for p, carries in zip(space.tensors, space.carries_rank)]
+        scaled, of_state = flat_gradients(loss, asked, [space.prefix_state])
         # The network has seen w · factor: the chain rule, once for w and once for the factor.
         scaled = scaled.to(space.weights.dtype)
         by_row = segment_sum(scaled * space.weights, space.row_lengths)
@@ -1018,9 +1022,10 @@ class Search:
         self.step_number += 1
         warm = self.step_number > max(self.warmup, self.window)       # H + 1 indicators exist
         chosen = self.selection() if warm and self.triggers_done < self.triggers else {}
-        read = to_host({"losses": torch.stack(losses), "beta": beta, "expected": expected, **chosen})
-        losses, (beta,), (expected,) = read["losses"], read["beta"], read["expected"]
-        check_losses(losses, f"search step {self.step_number}")
+        whole = sum(t.detach().sum() for t in (space.weights, self.theta, self.phi, self.smoothed))
+        read = to_host({"losses": torch.stack(losses), "beta": beta, "expected": expected, "whole": whole, **chosen})
+        losses, (beta,), (expected,), (whole,) = (read[key] for key in ("losses", "beta", "expected", "whole"))
+        check_losses(losses, whole, f"search step {self.step_number}")
         stable = bool(chosen) and beta >= self.tau
         if stable:
             self.select(chosen, read)
@@ -1056,7 +1061,8 @@ class Search:
         quota = rank_quota(self.potential, potential, fixed, remaining)
         settled = select_ranks(instability, fixed, quota)
         choice = torch.where(settled, phi.argmax(1), self.choice)
-        return {"kept": kept, "fixed": fixed | settled, "choice": choice, "potential": potential, "reduction": reduction}
+        return {"kept": kept, "fixed": fixed | settled, "choice": choice, "potential": potential,
+                "reduction": reduction}
 
     def select(self, chosen, read):
         """Carries a selection out.   chosen: what `selection` returned.   read: the same, on the host.
@@ -1065,11 +1071,18 @@ class Search:
         """
         self.kept, self.fixed, self.choice, self.potential = (
             chosen[key] for key in ("kept", "fixed", "choice", "potential"))
-        self.space.remove([not on for on in read["kept"]])
+        self.leave_out([not on for on in read["kept"]])
         self.kept_count = int(sum(read["kept"]))
         self.fixed_count = sum(on and settled for on, settled in zip(map(bool, read["kept"]), map(bool, read["fixed"])))
         self.history = self.history[-1:]
         self.triggers_done += 1
+
+    def leave_out(self, gone):
+        """Takes modules off the backbone. Graphs hold them all, and go on multiplying them by zero: so does a
+        resumed search, to draw the same dropout.   gone: N bools.
+        """
+        if not self.replay.enabled:
+            self.space.remove(gone)
 
     def trigger(self):
         """One selection now."""
@@ -1084,16 +1097,18 @@ class Search:
         """
         was_training = self.model.training
         self.model.train()
-        with own_randomness(self.space.weights.device):
-            train = stream(train_batches, self.step_number)
-            val = stream(val_batches, 2 * self.step_number)
-            while self.step_number < self.steps and self.triggers_done < self.triggers:    # exit once Z - z is 0
-                line = self.step(next(train), next(val), next(val))
-                if after_step is not None:
-                    after_step(self, line)
-        self.model.train(was_training)
-        self.replay.forget()
-        self.space.leave()
+        try:
+            with own_randomness(self.space.weights.device):
+                train = stream(train_batches, self.step_number)
+                val = stream(val_batches, 2 * self.step_number)
+                while self.step_number < self.steps and self.triggers_done < self.triggers:    # exit once Z - z is 0
+                    line = self.step(next(train), next(val), next(val))
+                    if after_step is not None:
+                        after_step(self, line)
+        finally:
+            self.model.train(was_training)
+            self.replay.graphs.clear()
+            self.space.leave()
         return self.finish(backbone)
 
     def finish(self, backbone=""):
@@ -1109,7 +1124,7 @@ class Search:
              "fixed_count", "triggers_done", "step_number")
 
     def state_dict(self):
-        """Everything that a search killed now needs to go on to the same end."""
+        """Everything that a search killed now needs to go on to the same end: live tensors, to be saved at once."""
         return {**{key: getattr(self, key) for key in self.STATE}, "history": torch.stack(self.history),
                 "weights": self.space.weights, "optimizers": [o.state_dict() for o in self.optimizers()]}
 
@@ -1125,7 +1140,7 @@ class Search:
         self.history = list(state["history"].to(self.theta.device))
         for optimizer, stored in zip(self.optimizers(), state["optimizers"]):
             optimizer.load_state_dict(stored)
-        self.space.remove((~self.kept).tolist())
+        self.leave_out((~self.kept).tolist())
 
     def optimizers(self):
         """Those of Delta W, Theta and Phi."""
@@ -1133,7 +1148,8 @@ class Search:
 
 
 def flat_gradients(loss, *groups):
-    """The gradient of a loss for each group of tensors, laid end to end, zeros where there is none.
+    """The gradient of a loss for each group of tensors, laid end to end: zeros where there is none, or
+    where the tensor requires none.
 
     Nothing is accumulated anywhere, so no gradient can leak from one pass into the next.
     """
@@ -1189,7 +1205,7 @@ def world():
 def mean_over_parts(function, batch, parts=1):
     """What a function returns for a whole batch, a mean over its labels, from what it returns for parts.
 
-    batch: this process's part, which goes through the function in `parts` pieces; the others' come in
+    batch: this process's part, tensors of the same first dimension, which goes through the function in `parts` pieces; the others' come in
     by one all-reduce.   Returns a list of tensors, each the mean weighed by numbers of labels (of rows, if the
     batch has none), so that a batch in parts gives what it gives as a whole, within rounding.
     """
@@ -1244,6 +1260,8 @@ def peers():
     """Says in one line that another process is gone, where torch says it in a hundred."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise UsageError(f"process {rank()} lost another one of this run ({one_line(error)}): start the same command "
                          "again, it goes on from the last checkpoint") from None
@@ -1251,7 +1269,9 @@ def peers():
 
 def to_device(tensor, device):
     """A tensor of the CPU on a device, for which the host does not wait."""
-    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def to_host(tensors):
@@ -1261,11 +1281,14 @@ def to_host(tensors):
     return {name: flat[end - t.numel():end] for (name, t), end in zip(tensors.items(), ends)}
 
 
-def check_losses(losses, where):
-    """Raises UsageError if a loss is NaN or infinite.   where: the step, in words."""
-    for loss in losses:
-        if not math.isfinite(loss):
-            raise UsageError(f"the loss is {loss} at {where}: use --dtype bfloat16 or float32 rather than float16, "
+def check_losses(losses, weights, where):
+    """Raises UsageError if a loss is NaN or infinite, or what a gradient of that kind makes of the weights.
+
+    weights: the sum of all of them.   where: the step, in words. Called before a checkpoint could keep them.
+    """
+    for what, value in (*(("loss", loss) for loss in losses), ("sum of the weights", weights)):
+        if not math.isfinite(value):
+            raise UsageError(f"the {what} is {value} at {where}: use --dtype bfloat16 or float32 rather than float16, "
                              "or a smaller --lr")
 
 
@@ -1278,33 +1301,27 @@ class Replay:
     """
 
     def __init__(self, function, enabled):
-        self.function, self.enabled, self.seen = function, enabled, set()
+        self.function, self.enabled, self.graphs, self.pool = function, enabled, {}, None
         self.stream = torch.cuda.Stream() if enabled else None     # recording needs one other than the usual
-        self.forget()
 
     def __call__(self, key, **tensors):
         if not self.enabled:
             return self.function(key, **tensors)
         shape = (key, *((name, t.shape, t.dtype) for name, t in tensors.items()))
-        if shape not in self.seen:
-            self.seen.add(shape)
+        if shape not in self.graphs:
+            self.graphs[shape] = None
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 outputs = self.function(key, **tensors)
             torch.cuda.current_stream().wait_stream(self.stream)
         else:
-            if shape not in self.graphs:
-                self.graphs[shape] = self._record(key, tensors)
+            self.graphs[shape] = self.graphs[shape] or self._record(key, tensors)
             graph, inputs, outputs = self.graphs[shape]
             with torch.no_grad():
                 for name, t in tensors.items():
                     inputs[name].copy_(t, non_blocking=True)
             graph.replay()
         return [t.clone() for t in outputs]
-
-    def forget(self):
-        """Drops all graphs and their memory; what is called next is recorded anew."""
-        self.graphs, self.pool = {}, None
 
     def _record(self, key, tensors):
         """A graph of the function, its inputs and its outputs."""
@@ -1374,29 +1391,29 @@ def own_randomness(device):
 def deterministic():
     """A context in which torch takes only algorithms that give the same twice; cuBLAS needs to be told in advance."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
+              torch.utils.deterministic.fill_uninitialized_memory)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]
 
 
 def write_atomically(path, content):
-    """Writes text or bytes so that a reader, or a crash, finds the old file or the new one. Process 0 alone does."""
-    if rank():
-        return
+    """Writes text or bytes so that a reader, or a crash, finds the old file or the new one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.new")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UsageError(f"{path} can't be written ({error.strerror}); free or name another folder with --out"
-                         ) from None
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UsageError(f"{path} can't be written ({error.strerror}): what was there before is whole; make room and "
+                         "give the same command again, or name another folder with --out") from None
 
 
 def one_line(error):
@@ -1705,8 +1722,8 @@ def toy_backbone(seed, steps=500, batch_size=64):
             decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
         tokens = tokenize(tokenizer, [masked() for _ in range(steps * batch_size)], 32)
-        for batch in Batches(tokens, batch_size, "cpu"):
-            loss_of(model(**batch)).backward()
+        for start in range(0, len(tokens), batch_size):            # not Batches: every process needs the same backbone
+            loss_of(model(**collate(tokens[start:start + batch_size], "cpu"))).backward()
             optimizer.step()
             optimizer.zero_grad()
     return model, tokenizer
@@ -1810,14 +1827,13 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
     """Trains the attached modules anew, and leaves them as they were after their best epoch.
 
     batches: a Batches or any iterable with a length.   evaluate: called after each epoch, returns
-    the validation score.   lr: falls linearly to 0.   graphs, accumulate: as in Search.   state: what `after_step` was given, to go on
-    from.   after_step: called as after_step(state, line) after every step, `line` holding the
+    the validation score.   lr: falls linearly to 0.   graphs, accumulate: as in Search.   state: what
+    `after_step` was given, to go on from.   after_step: called as after_step(state, line) after every step, `line` holding the
     step, the loss and, after the last step of an epoch, the score.   Returns the best score.
     """
     weights = peft.weights
 
     def gradient(_, **batch):
-        peft.refresh()
         loss = loss_of(model(**batch))
         return loss.detach(), flat_gradients(loss, peft.tensors)[0].to(weights.dtype)
 
@@ -1829,30 +1845,34 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
         weights.copy_(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
     model.train()
-    with own_randomness(weights.device):
-        for batch in stream(batches, step):
-            if step >= total:
-                break
-            torch.manual_seed(derive(seed, 10, step, rank()))           # dropout
-            loss, weights.grad = mean_over_parts(lambda part: replay("train", **part), batch, accumulate)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * (1 - step / total)
-            optimizer.step()
-            step += 1
-            line = {"step": step, "steps": total, "loss": loss.item()}
-            check_losses([line["loss"]], f"training step {step}")
-            if step % len(batches) == 0:
+    peft.refresh()
+    try:
+        with own_randomness(weights.device):
+            for batch in stream(batches, step):
+                if step >= total:
+                    break
+                torch.manual_seed(derive(seed, 10, step, rank()))       # dropout
+                loss, weights.grad = mean_over_parts(lambda part: replay("train", **part), batch, accumulate)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * (1 - step / total)
+                optimizer.step()
                 peft.refresh()
-                line["score"] = evaluate()
-                model.train()
-                if line["score"] > best:
-                    best, best_weights = line["score"], weights.clone()
-            if after_step is not None:
-                after_step({"step": step, "best": best, "best_weights": best_weights, "weights": weights,
-                            "optimizer": optimizer.state_dict()}, line)
-    weights.copy_(best_weights)
-    peft.use(weights)
-    model.eval()
+                step += 1
+                read = to_host({"loss": loss, "whole": weights.sum()})
+                line = {"step": step, "steps": total, "loss": read["loss"][0]}
+                check_losses(read["loss"], *read["whole"], f"training step {step}")
+                if step % len(batches) == 0:
+                    line["score"] = evaluate()
+                    model.train()
+                    if line["score"] > best:
+                        best, best_weights = line["score"], weights.clone()
+                if after_step is not None:
+                    after_step({"step": step, "best": best, "best_weights": best_weights, "weights": weights,
+                                "optimizer": optimizer.state_dict()}, line)
+        weights.copy_(best_weights)
+    finally:
+        peft.use(weights)
+        model.eval()
     return best
 
 
@@ -1896,7 +1916,8 @@ class Settings:
     out: str = option(None, "run", "folder to write (runs/<task>-<space>-<seed>)")
     device: str = option("auto", "run", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     dtype: str = option("float32", "run", "of the backbone: float32, bfloat16 or float16")
-    eager: bool = option(False, "run", "on a GPU: no CUDA graphs, no fused norms; shut modules are skipped", action="store_true")
+    eager: bool = option(False, "run", "on a GPU: no CUDA graphs, no fused norms; shut modules are skipped",
+                         action="store_true")
     save_every: int = option(0, "run", "steps between checkpoints; 0: about a minute", type=int)
     fresh: bool = option(False, "run", "start over instead of resuming", action="store_true")
 
@@ -1999,14 +2020,27 @@ def choose_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"          # of torchrun
+        number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()          # of torchrun
+        if number >= max(1, there):
+            raise UsageError(f"there are {there} GPUs here: start at most so many processes")
+        name = f"cuda:{number}"
+    elif name.startswith("cuda:") and world() > 1:
+        raise UsageError(f"--device {name} would put {world()} processes on one GPU: leave --device out")
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()
         if torch.device(name).type == "cuda":
             torch.cuda.set_device(name)            # graphs and random states are those of the current device
         return torch.device(name)
     except Exception as error:
         raise UsageError(f"--device {name} can't be used ({one_line(error)}): try cpu") from None
+
+
+def load_checkpoint(path):
+    """What `Folder.save` wrote, every byte checked first, which torch.load does not do."""
+    with zipfile.ZipFile(path) as file:
+        if file.testzip() is not None:
+            raise ValueError("it is damaged")
+    return torch.load(path, weights_only=True, map_location="cpu")
 
 
 class Folder:
@@ -2021,15 +2055,18 @@ class Folder:
 
     def open(self, fresh):
         """(files that --fresh is to take away, metrics, checkpoint) of an earlier run.   Raises UsageError."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"--out {self.path} is a file: name a folder")
-        there = [name for name in self.FILES if (self.path / name).exists()]
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise UsageError(f"--out {self.path} is a file: name a folder")
+            there = [name for name in self.FILES if (self.path / name).exists()]
+        except OSError as error:
+            raise UsageError(f"--out {self.path} can't be read ({error.strerror}): name another folder") from None
         if fresh:
             return there, None, None
         metrics, checkpoint = self.found()
-        if checkpoint:                             # killed before its end could be tidied up, or started over
+        if checkpoint is not None:                 # killed before its end could be tidied up, or started over
             metrics = None
-        before = checkpoint or metrics
+        before = metrics if checkpoint is None else checkpoint
         before = before.get("settings") if isinstance(before, dict) else None
         before = before if isinstance(before, dict) else None
         if there and before is None:
@@ -2044,22 +2081,29 @@ class Folder:
     def found(self):
         """What an earlier run left here: (metrics, checkpoint), None for what there is not."""
         return (self.read("metrics.json", lambda path: json.loads(path.read_text())),
-                self.read("checkpoint.pt", lambda path: torch.load(path, weights_only=True, map_location="cpu")))
+                self.read("checkpoint.pt", load_checkpoint))
 
     def read(self, name, reader):
         """What a file of the folder holds, or None."""
         path = self.path / name
         if not path.exists():
             return None
-        try:
+        with self.reading(name):
             return reader(path)
+
+    @contextlib.contextmanager
+    def reading(self, name):
+        """Says in one line that a file of the folder does not hold what it should."""
+        try:
+            yield
         except Exception as error:
-            raise UsageError(f"{path} can't be read ({one_line(error)}): start over with --fresh, "
+            raise UsageError(f"{self.path / name} can't be read ({one_line(error)}): start over with --fresh, "
                              "or name another --out") from None
 
     def write(self, name, content):
-        """Writes a file atomically."""
-        write_atomically(self.path / name, content)
+        """Writes a file atomically; process 0 does."""
+        if rank() == 0:
+            write_atomically(self.path / name, content)
 
     def save(self, content):
         """Writes checkpoint.pt and the log so far. Only here does --fresh take older files away."""
@@ -2068,10 +2112,11 @@ class Folder:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            for name in self.stale:
+                (self.path / name).unlink(missing_ok=True)
         except OSError as error:
-            raise UsageError(f"--out {self.path} can't be made ({error.strerror}): name another folder") from None
-        for name in self.stale:
-            (self.path / name).unlink(missing_ok=True)
+            raise UsageError(f"--out {self.path} can't be made or emptied ({error.strerror}): name another folder"
+                             ) from None
         self.stale = []
         stream = io.BytesIO()
         torch.save({"settings": self.identity, **content}, stream)
@@ -2173,7 +2218,8 @@ def find_structure(settings, seed, model, tokens, folder, device, size):
     if not stored:
         folder.save({"phase": "start", "log": []})
     if "search" in stored:
-        search_of.load_state_dict(stored["search"])
+        with folder.reading("checkpoint.pt"):
+            search_of.load_state_dict(stored["search"])
     structure = search_of.run(*batches, settings.model, after_step)
     if search_of.ended_early:
         print(f"the steps ended before trigger {settings.triggers}: the last {search_of.ended_early} selections were "
@@ -2212,7 +2258,7 @@ def retrain(settings, seed, model, tokenizer, structure, tokens, splits, folder,
 def evaluate_on(split, settings, model, tokenizer, tokens, splits):
     """The task's score, in per cent, of what the model generates for a split."""
     device = next(model.parameters()).device
-    predictions = predict(model, tokenizer, tokens[split], 8 * settings.batch_size, device)
+    predictions = predict(model, tokenizer, tokens[split], max(1, 8 * settings.batch_size // settings.accumulate), device)
     return METRICS[TASKS[settings.task].metric](predictions, [e.answers for e in splits[split]])
 
 
@@ -2221,7 +2267,9 @@ def run(settings, seed, out):
     with deterministic(), Folder(out, settings.identity(seed), settings.fresh, settings.save_every) as folder:
         if folder.metrics:
             print(f"{out} holds this run, finished: nothing to do (--fresh starts over)")
-            print(results(folder.metrics), flush=True)
+            with folder.reading("metrics.json"):
+                table = results(folder.metrics)
+            print(table, flush=True)
             return folder.metrics
         device = choose_device(settings.device)
         if settings.task == "toy":
@@ -2241,21 +2289,23 @@ def run(settings, seed, out):
         if stored:
             print(f"going on from {folder.path / 'checkpoint.pt'}", flush=True)
         if stored.get("phase") == "train":
-            structure = Structure(**stored["structure"])
-            log, seconds = stored["log"], stored["search_seconds"]
+            with folder.reading("checkpoint.pt"):
+                structure, log, seconds = Structure(**stored["structure"]), stored["log"], stored["search_seconds"]
         elif given:
             apply(model, given).detach()                        # refuses it before a file is touched
             structure, log, seconds = given, [], 0.0
             folder.save({"phase": "start", "log": []})
         else:
             structure, log, seconds = find_structure(settings, seed, model, tokens["train"], folder, device, size)
-        structure.save(folder.path / "structure.json")
+        if rank() == 0:
+            structure.save(folder.path / "structure.json")
         print(picture(structure, model), flush=True)
         part = {"structure": dataclasses.asdict(structure), "log": log, "search_seconds": seconds}
         if stored.get("phase") != "train":
             folder.save({**part, "phase": "train", "elapsed": 0.0})
         peft, best, train_seconds = retrain(settings, seed, model, tokenizer, structure, tokens, splits, folder, part)
-        peft.save(folder.path / "peft.safetensors")
+        if rank() == 0:
+            peft.save(folder.path / "peft.safetensors")
         metrics = measure(settings, seed, model, tokenizer, tokens, splits, peft, structure)
         metrics |= {"validation": best, "search_seconds": seconds, "train_seconds": train_seconds,
                     "ratio": seconds / train_seconds if seconds else None, "settings": settings.identity(seed)}
@@ -2333,7 +2383,7 @@ def picture(structure, model):
 
 def join():
     """Joins the other processes, if torchrun has started this one; all but the first fall silent."""
-    if "RANK" not in os.environ or dist.is_initialized():
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if rank():
@@ -2366,6 +2416,10 @@ def main(arguments=None):
         return 2
     except torch.OutOfMemoryError:
         print("bipeft.py: the GPU's memory is full: use --accumulate 2 or more, --checkpointing, or --dtype bfloat16",
+              file=sys.stderr)
+        return 2
+    except OSError as error:                       # standard output on a full disk, say, or what has become read-only
+        print(f"bipeft.py: {one_line(error)}; once that is mended, the same command goes on from the last checkpoint",
               file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -8,7 +8,9 @@ against an oracle: a loop over modules in the paper's notation, on random inputs
 """
 
 import copy
+import errno
 import importlib.util
+import io
 import json
 import math
 import os
@@ -2168,6 +2170,41 @@ def test_recomputed_activations_change_nothing(space):
         assert close(a, b, 1e-5) and a.abs().max() > 0
 
 
+def test_an_exception_in_a_callback_leaves_the_space_whole():
+    class Stop(Exception):
+        pass
+
+    def stop(run, line):
+        if line["step"] == 3:
+            raise Stop
+    search, batches = a_search("all", steps=9)
+    space = search.space
+    with pytest.raises(Stop):
+        search.run(batches, batches, after_step=stop)
+    assert not search.model.training and all(p.requires_grad for p in space.tensors)
+    assert all(m.active for m in space.modules_) and space.in_use is space.weights
+    assert all(torch.equal(p.flatten(), part) for p, part in zip(space.tensors, space.weights.split(space.sizes)))
+
+
+def test_a_callback_of_training_sees_the_weights_of_its_step():
+    model = tiny_t5()
+    peft = randomise(bipeft.Peft(model, [("encoder.block.0.layer.0.SelfAttention.q", "lora", 4)]))
+    seen = []
+
+    def after_step(state, line):
+        seen.append(torch.cat([p.detach().flatten() for p in peft.tensors]).equal(state["weights"]))
+    bipeft.train(model, peft, [some_batch(0), some_batch(1)], lambda: 0.0, 2, 0.01, after_step=after_step)
+    assert seen == [True] * 4 and peft.in_use is peft.weights
+
+
+def test_every_process_pretrains_the_same_toy(monkeypatch):
+    alone = bipeft.toy_backbone(0, steps=3)[0].state_dict()
+    monkeypatch.setattr(bipeft, "rank", lambda: 1)
+    monkeypatch.setattr(bipeft, "world", lambda: 2)
+    other = bipeft.toy_backbone(0, steps=3)[0].state_dict()
+    assert all(torch.equal(alone[key], other[key]) for key in alone)
+
+
 def test_a_process_that_dies_ends_the_others_with_one_line(tmp_path):
     code = ("import sys, os, signal, bipeft, torch\n"
             "step = bipeft.Search.step\n"
@@ -2276,12 +2313,26 @@ def write_structures(root, model):
     spoil("no_space", space="s9")
     spoil("modules_of_text", modules="all")
     spoil("twice", modules=[first, first])
+    spoil("half_a_rank", kind="lora", rank=4.0)
+    spoil("rank_below_zero", kind="lora", rank=-1, ranks=[-1, 4])
+    spoil("vast_rank", kind="lora", rank=10**9, ranks=[4, 10**9])
+    spoil("rank_in_words", kind="lora", rank="four", ranks=["four"])
+    spoil("rank_of_a_bias", name="encoder.block.0.layer.0.SelfAttention.q", kind="bitfit", rank=4)
+    spoil("other_space", space="s1")
+    spoil("budget_nan", budget=math.nan)
+    spoil("budget_in_words", budget="much")
+    (folder / "void.json").write_text("")
+    (folder / "half.json").write_bytes((folder / "good.json").read_bytes()[:400])
+    (folder / "deep.json").write_text("[" * 100_000)
     (folder / "corrupt.json").write_text('{"backbone": ')
     (folder / "list.json").write_text("[1, 2]")
     (folder / "no_text.json").write_bytes(b"\xff\xfe\x00")
     for name, file, content in (("structure_alone", "structure.json", b"{}"),
                                 ("corrupt_metrics", "metrics.json", b"{"),
                                 ("corrupt_checkpoint", "checkpoint.pt", b"PK\x03"),
+                                ("empty_checkpoint", "checkpoint.pt", b""),
+                                ("garbage_checkpoint", "checkpoint.pt", bytes(range(256)) * 20),
+                                ("empty_metrics", "metrics.json", b""),
                                 ("strange_metrics", "metrics.json", b"[1]"),
                                 ("other_run", "metrics.json", b'{"settings": {"task": "rte", "seed": 7}}')):
         (root / "runs" / name).mkdir(parents=True)
@@ -2386,11 +2437,33 @@ BAD = [
     (RTE + " --structure {root}/structures/no_modules.json", "modules"),
     (RTE + " --structure {root}/structures/no_space.json", "s9"),
     (RTE + " --structure {root}/structures/twice.json", "encoder.block.0"),
+    (RTE + " --structure {root}/structures/half_a_rank.json", "half_a_rank.json rank [1, 4, 8]"),
+    (RTE + " --structure {root}/structures/rank_below_zero.json", "rank_below_zero.json ranks (-1, 4)"),
+    (RTE + " --structure {root}/structures/vast_rank.json", "vast_rank.json rank larger than its parameters"),
+    (RTE + " --structure {root}/structures/rank_in_words.json", "rank_in_words.json no structure"),
+    (RTE + " --structure {root}/structures/rank_of_a_bias.json", "rank_of_a_bias.json rank"),
+    (RTE + " --structure {root}/structures/other_space.json", "other_space.json kind space s1"),
+    (RTE + " --structure {root}/structures/budget_nan.json", "budget_nan.json more than its budget nan"),
+    (RTE + " --structure {root}/structures/budget_in_words.json", "budget_in_words.json no structure"),
+    (RTE + " --structure {root}/structures/void.json", "void.json no structure"),
+    (RTE + " --structure {root}/structures/half.json", "half.json no structure"),
+    (RTE + " --structure {root}/structures/deep.json", "deep.json no structure"),
+    (RTE + " --structure {root}/structures", "structures no structure.json directory"),
+    ("--accumulate 0", "--accumulate 0 above 0"),
+    ("--accumulate -1", "--accumulate -1 above 0"),
+    ("--save-every -1", "--save-every -1 0 or above"),
+    ("--device meta", "--device meta cpu"),
+    ("--checkpointing 1", "unrecognized 1 --help"),
+    (RTE + " --budget 600 --out /proc/nowhere", "--out /proc/nowhere another"),
+    (RTE + " --budget 600 --out {root}/" + 300 * "x", "--out too long"),
     (RTE + " --budget 600 --out {root}/a_file", "--out {root}/a_file"),
     (RTE + " --budget 600 --out {root}/a_file/below", "--out {root}/a_file/below"),
     ("--task toy --out {root}/runs/other_run", "other_run another run --out --fresh"),
     ("--task toy --out {root}/runs/structure_alone", "structure_alone --out --fresh"),
     ("--task toy --out {root}/runs/corrupt_checkpoint", "checkpoint.pt can't be read --fresh"),
+    ("--task toy --out {root}/runs/empty_checkpoint", "checkpoint.pt can't be read --fresh"),
+    ("--task toy --out {root}/runs/garbage_checkpoint", "checkpoint.pt can't be read --fresh"),
+    ("--task toy --out {root}/runs/empty_metrics", "metrics.json can't be read --fresh"),
     ("--task toy --out {root}/runs/corrupt_metrics", "metrics.json can't be read --fresh"),
     ("--task toy --out {root}/runs/strange_metrics", "strange_metrics --fresh"),
 ]
@@ -2404,7 +2477,7 @@ def test_a_mistake_is_told_in_one_line(world, tmp_path, monkeypatch, capfd, offl
     assert error.startswith("bipeft.py: ") and error.count("\n") == 1 and "Traceback" not in error
     for word in words.format(root=world).split():
         assert word in error, error
-    assert len(error.replace(str(world), "")) < 420
+    assert len(error.replace(str(world), "").replace(300 * "x", "")) < 420
     assert not list(tmp_path.rglob("checkpoint.pt")) and not list(tmp_path.rglob("metrics.json"))
 
 
@@ -2613,6 +2686,218 @@ def test_a_run_that_crashed_goes_on_from_its_last_checkpoint(world, finished, tm
             go(world, tmp_path / "run", more="--save-every 2")              # saved after step 4, one step is lost
     assert go(world, tmp_path / "run") == 0
     assert_same_end(finished[0], tmp_path / "run")
+
+
+def stopped(world, out, capfd, *words, more="--save-every 1"):
+    """A run that must end with one line that holds some words, exit code 2, and a whole checkpoint, returned."""
+    capfd.readouterr()
+    assert go(world, out, more=more) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("bipeft.py: ") and error.count("\n") == 1, error
+    assert all(word in error for word in words), error
+    assert not list(out.glob(".*.new"))
+    return bipeft.load_checkpoint(out / "checkpoint.pt")
+
+
+# The first twelve steps take three passes each: pass 10 is the first of search step 4, pass 12 its last.
+@pytest.mark.parametrize("passes, step", [(10, "search step 4"), (12, "search step 4"), (-4, "training step 4")])
+@pytest.mark.parametrize("spoil", ["nan", "inf", "gradient"])
+def test_numbers_that_go_wrong_end_the_run_and_leave_the_checkpoint(world, finished, tmp_path, monkeypatch, capfd,
+                                                                  passes, step, spoil):
+    done, phase, loss_of, train = [0], ["search"], bipeft.loss_of, bipeft.train
+
+    def spoilt(output):
+        loss, wanted = loss_of(output), "search" if passes > 0 else "train"
+        done[0] += phase[0] == wanted
+        if phase[0] != wanted or done[0] != abs(passes):
+            return loss
+        if spoil == "gradient":                        # as of float16: a finite loss with an infinite gradient
+            loss = loss * 1.0
+            loss.register_hook(lambda gradient: gradient * math.inf)
+            return loss
+        return loss * float(spoil)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(bipeft, "loss_of", spoilt)
+        broken.setattr(bipeft, "train", lambda *args, **more: phase.__setitem__(0, "train") or train(*args, **more))
+        left = stopped(world, tmp_path / "run", capfd, f"at {step}:", "bfloat16", "float32", "smaller --lr")
+    state = left[phase[0]]
+    assert state["step_number" if phase[0] == "search" else "step"] == 3 and torch.isfinite(state["weights"]).all()
+    assert go(world, tmp_path / "run") == 0
+    assert_same_end(finished[0], tmp_path / "run")
+
+
+def cut_short(write, name, from_write, error):
+    """Path.write_bytes on a disk that is full from the nth write of a file on: half of it goes out, then an error."""
+    count = [0]
+
+    def cut(path, content):
+        count[0] += path.name == f".{name}.new"
+        if path.name == f".{name}.new" and count[0] >= from_write:
+            write(path, content[:len(content) // 2])
+            raise OSError(error, os.strerror(error))
+        return write(path, content)
+    return cut
+
+
+@pytest.mark.parametrize("name, write", [("checkpoint.pt", 1 + 3), ("checkpoint.pt", 20), ("search.jsonl", 3),
+                                         ("structure.json", 1), ("peft.safetensors", 1), ("metrics.json", 1)])
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS], ids=["full", "read-only"])
+def test_a_disk_that_fills_up_loses_nothing(world, finished, tmp_path, monkeypatch, capfd, name, write, error):
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_bytes", cut_short(Path.write_bytes, name, write, error))
+        stopped(world, tmp_path / "run", capfd, name, "can't be written", os.strerror(error), "--out")
+    assert go(world, tmp_path / "run") == 0
+    assert_same_end(finished[0], tmp_path / "run")
+
+
+def test_a_file_too_large_for_the_disk_loses_nothing(world, finished, tmp_path):
+    """With a limit on the size of a file the kernel itself ends a write midway; of a run's files the checkpoint passes it."""
+    code = ("import resource, signal, sys; import torch; torch.set_num_threads(1); import bipeft\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "load, save, saved = bipeft.load_splits, bipeft.Folder.save, []\n"
+            "def limited(folder, content):\n"
+            "    saved.append(content)\n"
+            "    if len(saved) == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
+            "    save(folder, content)\n"
+            "bipeft.Folder.save = limited\n"
+            "sys.exit(bipeft.main(sys.argv[1:]))\n")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE),
+                   "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    ended = subprocess.run([sys.executable, "-c", code, *QUICK.format(root=world).split(), "--save-every", "1", "--out",
+                            "run"], cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=120)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert "checkpoint.pt can't be written (File too large)" in ended.stderr
+    assert sorted(contents(tmp_path / "run")) == ["checkpoint.pt", "search.jsonl"]
+    assert bipeft.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["search"]["step_number"] == 2
+    assert go(world, tmp_path / "run") == 0
+    assert_same_end(finished[0], tmp_path / "run")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device here")
+def test_standard_output_on_a_full_disk_is_one_line(world, tmp_path, monkeypatch, capfd):
+    with open("/dev/full", "w") as full, monkeypatch.context() as told:
+        told.setattr(sys, "stdout", full)
+        assert go(world, tmp_path / "run") == 2
+        error = capfd.readouterr().err
+        with pytest.raises(OSError):
+            full.close()
+    assert error.startswith("bipeft.py: [Errno 28]") and error.count("\n") == 1
+
+
+def test_a_folder_that_can_not_be_emptied_is_one_line(world, finished, tmp_path, monkeypatch, capfd):
+    for name, content in contents(finished[0]).items():
+        (tmp_path / name).write_bytes(content)
+
+    def refuse(path, missing_ok=False):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as locked:
+        locked.setattr(Path, "unlink", refuse)
+        assert go(world, tmp_path, more="--fresh") == 2
+    error = capfd.readouterr().err
+    assert "Read-only file system" in error and error.count("\n") == 1
+    assert contents(tmp_path) == contents(finished[0])
+
+
+def test_a_damaged_checkpoint_is_refused_and_left_as_it_is(world, tmp_path, monkeypatch, capfd):
+    def crash(folder, step, content):
+        folder.save(content())
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(bipeft.Folder, "after_step", crash)
+        with pytest.raises(RuntimeError):
+            go(world, tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    whole = path.read_bytes()
+    stored = bipeft.load_checkpoint(path)
+    middle = bytes([whole[len(whole) // 2] ^ 1])
+    spoilt = [whole[:size] for size in (0, 1, 100, len(whole) // 2, len(whole) - 1)] + [
+        whole[:len(whole) // 2] + middle + whole[len(whole) // 2 + 1:], whole[::-1], b"\0" * len(whole)]
+    for change in ({"search": {}}, {"search": None}, {"phase": "train"}):        # whole, but of no run
+        stream = io.BytesIO()
+        torch.save({**stored, **change}, stream)
+        spoilt.append(stream.getvalue())
+    for content in spoilt:
+        path.write_bytes(content)
+        capfd.readouterr()
+        assert go(world, tmp_path) == 2
+        error = capfd.readouterr().err
+        assert f"{path} can't be read (" in error and "--fresh" in error and error.count("\n") == 1, error
+        assert path.read_bytes() == content
+    for content in (torch.ones(3), [1], None):
+        torch.save(content, path)
+        assert go(world, tmp_path) == 2 and "can't be resumed" in capfd.readouterr().err
+    path.write_bytes(whole)
+    assert go(world, tmp_path) == 0
+
+
+def test_spoilt_metrics_are_refused_and_left_as_they_are(world, finished, tmp_path, capfd):
+    for name, content in contents(finished[0]).items():
+        (tmp_path / name).write_bytes(content)
+    path = tmp_path / "metrics.json"
+    whole = path.read_bytes()
+    settings = json.dumps({"settings": json.loads(whole)["settings"]}).encode()
+    for content in (b"", whole[:1], whole[:len(whole) // 2], whole[:-3], b"\xff" + whole, settings):
+        path.write_bytes(content)
+        capfd.readouterr()
+        assert go(world, tmp_path) == 2
+        error = capfd.readouterr().err
+        assert f"{path} can't be read (" in error and "--fresh" in error and error.count("\n") == 1, error
+        assert path.read_bytes() == content and len(contents(tmp_path)) == 4
+
+
+def test_a_run_in_parts_with_recomputed_activations_ends_like_a_plain_one(world, finished, tmp_path):
+    assert go(world, tmp_path / "run", more="--checkpointing") == 0
+    assert sorted(contents(tmp_path / "run")) == RUN_FILES
+    assert go(world, tmp_path / "both", more="--checkpointing --accumulate 3") == 0
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "both")]
+    assert all(0 < m["parameters"] <= m["budget"] for m in metrics)
+
+
+def download_errors():
+    """What transformers, datasets and the hub's client raise when a download breaks off."""
+    import httpx
+    from huggingface_hub import errors
+
+    response = httpx.Response(503, request=httpx.Request("GET", "https://huggingface.co/x"))
+    return [ConnectionError("reset by peer\nmid-file"), ConnectionResetError(104, "Connection reset by peer"),
+            TimeoutError("timed out"), httpx.ReadTimeout("timed\nout"), httpx.ConnectError("no name"),
+            httpx.RemoteProtocolError("peer closed connection (received 5 bytes, expected 9)"),
+            errors.LocalEntryNotFoundError("not in the cache\nand no network"), errors.OfflineModeIsEnabled("offline"),
+            errors.HfHubHTTPError("503 Service\nUnavailable", response=response),
+            OSError("Consistency check failed: file should be of size 9 but has size 5"),
+            OSError(errno.ENOSPC, "No space left on device"), EOFError()]
+
+
+@pytest.mark.parametrize("where", ["config", "weights", "tokenizer", "data"])
+def test_an_interrupted_download_is_one_line(world, finished, tmp_path, monkeypatch, capfd, where):
+    for name, content in contents(finished[0]).items():
+        (tmp_path / name).write_bytes(content)
+    owner, name, words = {
+        "config": (transformers.AutoConfig, "from_pretrained", "model"),
+        "weights": (transformers.AutoModelForSeq2SeqLM, "from_pretrained", "model"),
+        "tokenizer": (transformers.AutoTokenizer, "from_pretrained", "model"),
+        "data": (datasets, "load_dataset", "rte can't be had from the hub")}[where]
+    line = "--task rte --fresh --model {root}/model" + (" --data-dir {root}/data" if where != "data" else "")
+    for error in download_errors():
+        monkeypatch.setattr(owner, name, lambda *args, error=error, **more: (_ for _ in ()).throw(error))
+        assert go(world, tmp_path, line) == 2
+        said = capfd.readouterr().err
+        assert words in said and "network" in said and said.count("\n") == 1, said
+    assert contents(tmp_path) == contents(finished[0])
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("left", [0.0, 0.5, 0.99])
+def test_half_a_downloaded_file_is_one_line(world, tmp_path, capfd, file, left):
+    for path in (world / "model").iterdir():
+        content = path.read_bytes()
+        (tmp_path / path.name).write_bytes(content[:int(left * len(content))] if path.name == file else content)
+    assert go(world, tmp_path / "run", f"--task rte --data-dir {{root}}/data --model {tmp_path}") == 2
+    error = capfd.readouterr().err
+    assert f"{tmp_path} can't be loaded (" in error and error.count("\n") == 1, error
 
 
 def test_a_run_killed_as_it_writes_goes_on_to_the_same_end(world, finished, tmp_path, monkeypatch):
