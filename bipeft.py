@@ -1188,171 +1188,6 @@ def search(model, space, train_batches, val_batches, budget, steps, backbone="",
     return Search(model, space, budget, steps, **settings).run(train_batches, val_batches, backbone, after_step)
 
 
-# Many processes, as torchrun starts them: each computes a part of every batch, and all hold the same
-# state. Without a process group these functions do nothing.
-
-
-def rank():
-    """This process's number; 0 is the one that prints and writes."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    """How many processes share the work."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def mean_over_parts(function, batch, parts=1):
-    """What a function returns for a whole batch, a mean over its labels, from what it returns for parts.
-
-    batch: this process's part, tensors of the same first dimension, which goes through the function in `parts` pieces; the others' come in
-    by one all-reduce.   Returns a list of tensors, each the mean weighed by numbers of labels (of rows, if the
-    batch has none), so that a batch in parts gives what it gives as a whole, within rounding.
-    """
-    if parts == world() == 1:
-        return function(batch)
-    total = 0
-    for piece in zip(*(t.chunk(parts) for t in batch.values())):
-        piece = dict(zip(batch, piece))
-        rows = next(iter(piece.values()))
-        count = (piece["labels"] != -100).sum() if "labels" in piece else torch.tensor(len(rows), device=rows.device)
-        found = function(piece)
-        flat = torch.cat([t.flatten() for t in found])
-        total = total + torch.cat([torch.where(count > 0, flat * count, 0), count[None]])
-    all_reduce(total)
-    mean = total[:-1] / total[-1].clamp(min=1)
-    return [part.view(t.shape) for part, t in zip(mean.split([t.numel() for t in found]), found)]
-
-
-def all_reduce(tensor, operation=dist.ReduceOp.SUM):
-    """Adds a tensor up over all processes, in place.   Raises UsageError if one of them is gone."""
-    if world() > 1:
-        with peers():
-            dist.all_reduce(tensor, operation)
-
-
-def gather(value):
-    """The value that each process gives, in a list, on all of them."""
-    values = [value]
-    if world() > 1:
-        values = [None] * world()
-        with peers():
-            dist.all_gather_object(values, value)
-    return values
-
-
-def from_first(function):
-    """What a function returns on process 0, on all of them; its UsageError, too."""
-    result, message = None, None
-    if rank() == 0:
-        try:
-            result = function()
-        except UsageError as error:
-            message = str(error)
-    result, message = gather((result, message))[0]
-    if message is not None:
-        raise UsageError(message)
-    return result
-
-
-@contextlib.contextmanager
-def peers():
-    """Says in one line that another process is gone, where torch says it in a hundred."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise UsageError(f"process {rank()} lost another one of this run ({one_line(error)}): start the same command "
-                         "again, it goes on from the last checkpoint") from None
-
-
-def to_device(tensor, device):
-    """A tensor of the CPU on a device, for which the host does not wait."""
-    if torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
-def to_host(tensors):
-    """{name: list of numbers} of {name: tensor}, in one copy, since the host waits for each."""
-    flat = torch.cat([t.detach().double().flatten() for t in tensors.values()]).tolist()
-    ends = np.cumsum([t.numel() for t in tensors.values()]).tolist()
-    return {name: flat[end - t.numel():end] for (name, t), end in zip(tensors.items(), ends)}
-
-
-def check_losses(losses, weights, where):
-    """Raises UsageError if a loss is NaN or infinite, or what a gradient of that kind makes of the weights.
-
-    weights: the sum of all of them.   where: the step, in words. Called before a checkpoint could keep them.
-    """
-    for what, value in (*(("loss", loss) for loss in losses), ("sum of the weights", weights)):
-        if not math.isfinite(value):
-            raise UsageError(f"the {what} is {value} at {where}: use --dtype bfloat16 or float32 rather than float16, "
-                             "or a smaller --lr")
-
-
-class Replay:
-    """Runs a function of tensors; on a GPU as a CUDA graph for each shape: one launch, not thousands.
-
-    function: called as function(key, **tensors), returns tensors, asks the device for no value.
-    A shape runs as it is when it comes first, which a recording needs, and is recorded when it comes
-    again. All graphs share the memory of their insides, so that what one returns is copied at once.
-    """
-
-    def __init__(self, function, enabled):
-        self.function, self.enabled, self.graphs, self.pool = function, enabled, {}, None
-        self.stream = torch.cuda.Stream() if enabled else None     # recording needs one other than the usual
-
-    def __call__(self, key, **tensors):
-        if not self.enabled:
-            return self.function(key, **tensors)
-        shape = (key, *((name, t.shape, t.dtype) for name, t in tensors.items()))
-        if shape not in self.graphs:
-            self.graphs[shape] = None
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                outputs = self.function(key, **tensors)
-            torch.cuda.current_stream().wait_stream(self.stream)
-        else:
-            self.graphs[shape] = self.graphs[shape] or self._record(key, tensors)
-            graph, inputs, outputs = self.graphs[shape]
-            with torch.no_grad():
-                for name, t in tensors.items():
-                    inputs[name].copy_(t, non_blocking=True)
-            graph.replay()
-        return [t.clone() for t in outputs]
-
-    def _record(self, key, tensors):
-        """A graph of the function, its inputs and its outputs."""
-        inputs, state = {name: t.detach().clone() for name, t in tensors.items()}, torch.cuda.get_rng_state()
-        torch.cuda.empty_cache()                     # of what the same work took outside of graphs
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            outputs = self.function(key, **inputs)
-        self.pool = self.pool or graph.pool()
-        torch.cuda.set_rng_state(state)              # the step draws what it would have drawn anyway
-        return graph, inputs, outputs
-
-
-def fuse_norms(model):
-    """Has T5's layer norms computed by one kernel, not eight: the same within rounding."""
-    def forward(norm, x):
-        if x.dtype != norm.weight.dtype:
-            return type(norm).forward(norm, x)
-        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
-    for m in model.modules():
-        if type(m).__name__ in ("T5LayerNorm", "MT5LayerNorm"):
-            m.forward = functools.partial(forward, m)
-
-
-def recompute_activations(model):
-    """Gradient checkpointing: keeps a layer's input alone for the backward pass, and computes the rest again."""
-    # transformers up to 5.17 has only the second name, and later ones warn of it
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
 def loss_of(output):
     """The loss in what a model's forward returned: an attribute, an entry, or the value itself."""
     if torch.is_tensor(output):
@@ -1374,52 +1209,6 @@ def stream(batches, start=0):
         if number == before:
             raise UsageError("there are no batches: the data is empty")
         epoch += 1
-
-
-def derive(seed, *keys):
-    """A seed of its own for each use, from the run's seed: no two draws depend on each other."""
-    return int(np.random.SeedSequence((seed, *keys)).generate_state(1)[0])
-
-
-def own_randomness(device):
-    """A context in which the global random state may be set; the caller's comes back at its end."""
-    device = torch.device(device)
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-
-@contextlib.contextmanager
-def deterministic():
-    """A context in which torch takes only algorithms that give the same twice; cuBLAS needs to be told in advance."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
-              torch.utils.deterministic.fill_uninitialized_memory)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = before[2]
-
-
-def write_atomically(path, content):
-    """Writes text or bytes so that a reader, or a crash, finds the old file or the new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UsageError(f"{path} can't be written ({error.strerror}): what was there before is whole; make room and "
-                         "give the same command again, or name another folder with --out") from None
-
-
-def one_line(error):
-    """An exception's message on one line, cut to what a person reads."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
 
 
 # ==================================================================================================
@@ -1877,7 +1666,223 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
 
 
 # ==================================================================================================
-# 7. The command line
+# 7. Machinery, none of it the method's: randomness, copies and files, speed, many processes
+# ==================================================================================================
+
+
+def derive(seed, *keys):
+    """A seed of its own for each use, from the run's seed: no two draws depend on each other."""
+    return int(np.random.SeedSequence((seed, *keys)).generate_state(1)[0])
+
+
+def own_randomness(device):
+    """A context in which the global random state may be set; the caller's comes back at its end."""
+    device = torch.device(device)
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+@contextlib.contextmanager
+def deterministic():
+    """A context in which torch takes only algorithms that give the same twice; cuBLAS needs to be told in advance."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
+              torch.utils.deterministic.fill_uninitialized_memory)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+
+
+def to_device(tensor, device):
+    """A tensor of the CPU on a device, for which the host does not wait."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def to_host(tensors):
+    """{name: list of numbers} of {name: tensor}, in one copy, since the host waits for each."""
+    flat = torch.cat([t.detach().double().flatten() for t in tensors.values()]).tolist()
+    ends = np.cumsum([t.numel() for t in tensors.values()]).tolist()
+    return {name: flat[end - t.numel():end] for (name, t), end in zip(tensors.items(), ends)}
+
+
+def check_losses(losses, weights, where):
+    """Raises UsageError if a loss is NaN or infinite, or what a gradient of that kind makes of the weights.
+
+    weights: the sum of all of them.   where: the step, in words. Called before a checkpoint could keep them.
+    """
+    for what, value in (*(("loss", loss) for loss in losses), ("sum of the weights", weights)):
+        if not math.isfinite(value):
+            raise UsageError(f"the {what} is {value} at {where}: use --dtype bfloat16 or float32 rather than float16, "
+                             "or a smaller --lr")
+
+
+def write_atomically(path, content):
+    """Writes text or bytes so that a reader, or a crash, finds the old file or the new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UsageError(f"{path} can't be written ({error.strerror}): what was there before is whole; make room and "
+                         "give the same command again, or name another folder with --out") from None
+
+
+def one_line(error):
+    """An exception's message on one line, cut to what a person reads."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+class Replay:
+    """Runs a function of tensors; on a GPU as a CUDA graph for each shape: one launch, not thousands.
+
+    function: called as function(key, **tensors), returns tensors, asks the device for no value.
+    A shape runs as it is when it comes first, which a recording needs, and is recorded when it comes
+    again. All graphs share the memory of their insides, so that what one returns is copied at once.
+    """
+
+    def __init__(self, function, enabled):
+        self.function, self.enabled, self.graphs, self.pool = function, enabled, {}, None
+        self.stream = torch.cuda.Stream() if enabled else None     # recording needs one other than the usual
+
+    def __call__(self, key, **tensors):
+        if not self.enabled:
+            return self.function(key, **tensors)
+        shape = (key, *((name, t.shape, t.dtype) for name, t in tensors.items()))
+        if shape not in self.graphs:
+            self.graphs[shape] = None
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(key, **tensors)
+            torch.cuda.current_stream().wait_stream(self.stream)
+        else:
+            self.graphs[shape] = self.graphs[shape] or self._record(key, tensors)
+            graph, inputs, outputs = self.graphs[shape]
+            with torch.no_grad():
+                for name, t in tensors.items():
+                    inputs[name].copy_(t, non_blocking=True)
+            graph.replay()
+        return [t.clone() for t in outputs]
+
+    def _record(self, key, tensors):
+        """A graph of the function, its inputs and its outputs."""
+        inputs, state = {name: t.detach().clone() for name, t in tensors.items()}, torch.cuda.get_rng_state()
+        torch.cuda.empty_cache()                     # of what the same work took outside of graphs
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            outputs = self.function(key, **inputs)
+        self.pool = self.pool or graph.pool()
+        torch.cuda.set_rng_state(state)              # the step draws what it would have drawn anyway
+        return graph, inputs, outputs
+
+
+def fuse_norms(model):
+    """Has T5's layer norms computed by one kernel, not eight: the same within rounding."""
+    def forward(norm, x):
+        if x.dtype != norm.weight.dtype:
+            return type(norm).forward(norm, x)
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    for m in model.modules():
+        if type(m).__name__ in ("T5LayerNorm", "MT5LayerNorm"):
+            m.forward = functools.partial(forward, m)
+
+
+def recompute_activations(model):
+    """Gradient checkpointing: keeps a layer's input alone for the backward pass, and computes the rest again."""
+    # transformers up to 5.17 has only the second name, and later ones warn of it
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+# Many processes, as torchrun starts them: each computes a part of every batch, and all hold the same
+# state. Without a process group these functions do nothing.
+
+
+def rank():
+    """This process's number; 0 is the one that prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many processes share the work."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def mean_over_parts(function, batch, parts=1):
+    """What a function returns for a whole batch, a mean over its labels, from what it returns for parts.
+
+    batch: this process's part, tensors of the same first dimension, which goes through the function in `parts` pieces; the others' come in
+    by one all-reduce.   Returns a list of tensors, each the mean weighed by numbers of labels (of rows, if the
+    batch has none), so that a batch in parts gives what it gives as a whole, within rounding.
+    """
+    if parts == world() == 1:
+        return function(batch)
+    total = 0
+    for piece in zip(*(t.chunk(parts) for t in batch.values())):
+        piece = dict(zip(batch, piece))
+        rows = next(iter(piece.values()))
+        count = (piece["labels"] != -100).sum() if "labels" in piece else torch.tensor(len(rows), device=rows.device)
+        found = function(piece)
+        flat = torch.cat([t.flatten() for t in found])
+        total = total + torch.cat([torch.where(count > 0, flat * count, 0), count[None]])
+    all_reduce(total)
+    mean = total[:-1] / total[-1].clamp(min=1)
+    return [part.view(t.shape) for part, t in zip(mean.split([t.numel() for t in found]), found)]
+
+
+def all_reduce(tensor, operation=dist.ReduceOp.SUM):
+    """Adds a tensor up over all processes, in place.   Raises UsageError if one of them is gone."""
+    if world() > 1:
+        with peers():
+            dist.all_reduce(tensor, operation)
+
+
+def gather(value):
+    """The value that each process gives, in a list, on all of them."""
+    values = [value]
+    if world() > 1:
+        values = [None] * world()
+        with peers():
+            dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(function):
+    """What a function returns on process 0, on all of them; its UsageError, too."""
+    result, message = None, None
+    if rank() == 0:
+        try:
+            result = function()
+        except UsageError as error:
+            message = str(error)
+    result, message = gather((result, message))[0]
+    if message is not None:
+        raise UsageError(message)
+    return result
+
+
+@contextlib.contextmanager
+def peers():
+    """Says in one line that another process is gone, where torch says it in a hundred."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UsageError(f"process {rank()} lost another one of this run ({one_line(error)}): start the same command "
+                         "again, it goes on from the last checkpoint") from None
+
+
+# ==================================================================================================
+# 8. The command line
 # ==================================================================================================
 
 
