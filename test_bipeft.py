@@ -2700,8 +2700,9 @@ def stopped(world, out, capfd, *words, more="--save-every 1"):
 
 
 # The first twelve steps take three passes each: pass 10 is the first of search step 4, pass 12 its last.
-@pytest.mark.parametrize("passes, step", [(10, "search step 4"), (12, "search step 4"), (-4, "training step 4")])
-@pytest.mark.parametrize("spoil", ["nan", "inf", "gradient"])
+@pytest.mark.parametrize("passes, step, spoil", [
+    (10, "search step 4", "nan"), (12, "search step 4", "gradient"),
+    (-4, "training step 4", "inf"), (-4, "training step 4", "gradient")])
 def test_numbers_that_go_wrong_end_the_run_and_leave_the_checkpoint(world, finished, tmp_path, monkeypatch, capfd,
                                                                   passes, step, spoil):
     done, phase, loss_of, train = [0], ["search"], bipeft.loss_of, bipeft.train
@@ -2740,9 +2741,8 @@ def cut_short(write, name, from_write, error):
     return cut
 
 
-@pytest.mark.parametrize("name, write", [("checkpoint.pt", 1 + 3), ("checkpoint.pt", 20), ("search.jsonl", 3),
-                                         ("structure.json", 1), ("peft.safetensors", 1), ("metrics.json", 1)])
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS], ids=["full", "read-only"])
+@pytest.mark.parametrize("name, write, error", [
+    ("checkpoint.pt", 20, errno.ENOSPC), ("structure.json", 1, errno.EROFS), ("metrics.json", 1, errno.ENOSPC)])
 def test_a_disk_that_fills_up_loses_nothing(world, finished, tmp_path, monkeypatch, capfd, name, write, error):
     with monkeypatch.context() as full:
         full.setattr(Path, "write_bytes", cut_short(Path.write_bytes, name, write, error))
@@ -2751,25 +2751,26 @@ def test_a_disk_that_fills_up_loses_nothing(world, finished, tmp_path, monkeypat
     assert_same_end(finished[0], tmp_path / "run")
 
 
-def test_a_file_too_large_for_the_disk_loses_nothing(world, finished, tmp_path):
-    """With a limit on the size of a file the kernel itself ends a write midway; of a run's files the checkpoint passes it."""
-    code = ("import resource, signal, sys; import torch; torch.set_num_threads(1); import bipeft\n"
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "load, save, saved = bipeft.load_splits, bipeft.Folder.save, []\n"
-            "def limited(folder, content):\n"
-            "    saved.append(content)\n"
-            "    if len(saved) == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
-            "    save(folder, content)\n"
-            "bipeft.Folder.save = limited\n"
-            "sys.exit(bipeft.main(sys.argv[1:]))\n")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE),
-                   "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    ended = subprocess.run([sys.executable, "-c", code, *QUICK.format(root=world).split(), "--save-every", "1", "--out",
-                            "run"], cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=120)
-    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
-    assert "checkpoint.pt can't be written (File too large)" in ended.stderr
+def test_a_file_too_large_for_the_disk_loses_nothing(world, finished, tmp_path, monkeypatch, capfd):
+    """With a limit on the size of files the kernel itself ends a write midway: the fourth checkpoint's."""
+    resource = pytest.importorskip("resource")
+    write, before, saved = bipeft.Folder.write, resource.getrlimit(resource.RLIMIT_FSIZE), []
+
+    def limited(folder, name, content):
+        saved.append(name)
+        if saved.count("checkpoint.pt") < 4:
+            return write(folder, name, content)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        try:
+            write(folder, name, content)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with monkeypatch.context() as small:
+        small.setattr(bipeft.Folder, "write", limited)
+        left = stopped(world, tmp_path / "run", capfd, "checkpoint.pt can't be written (File too large)")
+    assert left["search"]["step_number"] == 2
     assert sorted(contents(tmp_path / "run")) == ["checkpoint.pt", "search.jsonl"]
-    assert bipeft.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["search"]["step_number"] == 2
     assert go(world, tmp_path / "run") == 0
     assert_same_end(finished[0], tmp_path / "run")
 
@@ -2848,25 +2849,22 @@ def test_spoilt_metrics_are_refused_and_left_as_they_are(world, finished, tmp_pa
         assert path.read_bytes() == content and len(contents(tmp_path)) == 4
 
 
-def test_a_run_in_parts_with_recomputed_activations_ends_like_a_plain_one(world, finished, tmp_path):
-    assert go(world, tmp_path / "run", more="--checkpointing") == 0
-    assert sorted(contents(tmp_path / "run")) == RUN_FILES
-    assert go(world, tmp_path / "both", more="--checkpointing --accumulate 3") == 0
-    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "both")]
-    assert all(0 < m["parameters"] <= m["budget"] for m in metrics)
+def test_a_run_in_parts_with_recomputed_activations(world, tmp_path):
+    assert go(world, tmp_path / "run", more="--checkpointing --accumulate 3 --search-epochs 2 --epochs 1") == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert sorted(contents(tmp_path / "run")) == RUN_FILES and 0 < metrics["parameters"] <= metrics["budget"]
 
 
 def download_errors():
     """What transformers, datasets and the hub's client raise when a download breaks off."""
-    import httpx
     from huggingface_hub import errors
 
-    response = httpx.Response(503, request=httpx.Request("GET", "https://huggingface.co/x"))
+    class RemoteProtocolError(Exception):                      # those of httpx and requests are of many classes
+        pass
+
     return [ConnectionError("reset by peer\nmid-file"), ConnectionResetError(104, "Connection reset by peer"),
-            TimeoutError("timed out"), httpx.ReadTimeout("timed\nout"), httpx.ConnectError("no name"),
-            httpx.RemoteProtocolError("peer closed connection (received 5 bytes, expected 9)"),
+            TimeoutError("timed out"), RemoteProtocolError("peer closed connection\n(received 5 bytes, expected 9)"),
             errors.LocalEntryNotFoundError("not in the cache\nand no network"), errors.OfflineModeIsEnabled("offline"),
-            errors.HfHubHTTPError("503 Service\nUnavailable", response=response),
             OSError("Consistency check failed: file should be of size 9 but has size 5"),
             OSError(errno.ENOSPC, "No space left on device"), EOFError()]
 
