@@ -326,6 +326,7 @@ class Searchable(nn.Module):
     named in `scaled` by the module's gate, by its rank mask, [R], or by its state = gate · mask, [R],
     of which each component multiplies the row of one rank component. So a shut gate adds exactly
     zero, and yet has a gradient; and thousands of products are one, over all weights end to end.
+    (A prefix alone is otherwise: its state weighs its pairs in the softmax.)
 
     place: the backbone's module that it attaches to.   rank: r, what it is built with.
     generator: the source of its random initial weights.
@@ -738,7 +739,9 @@ class Space(Peft):
         self._number_rows()
 
     def _number_rows(self, longest=512):
-        """Cuts the weights into rows, of which each has one factor (see `enter`), none longer than `longest`."""
+        """Cuts the weights into rows, of which each has one factor (see `enter`).   longest: where to cut
+        a row once more, for `segment_sum` alone.
+        """
         count, top = len(self), self.ranks[-1]
         factors, lengths, rows_of, self.carries_rank = [], [], [], []
         for n, m in enumerate(self.modules_):
@@ -931,7 +934,7 @@ class Search:
         self.choice = torch.full((n,), k - 1, device=device)                          # k*
         self.smoothed = torch.zeros(n, device=device)                                 # s-bar
         self.indicators = torch.zeros(0, n, dtype=torch.bool, device=device)          # I, the last H + 1
-        self.history = [self.phi.detach().double().softmax(1)]                                 # since the last trigger
+        self.history = [self.phi.detach().double().softmax(1)]                        # since the last trigger
         self.potential = potential_ranks(self.phi.detach(), space.dim, self.kept, self.fixed,
                                          self.choice, space.ranked)                   # v
         self.triggers_done = 0                                                        # z
@@ -950,7 +953,9 @@ class Search:
         return gate, torch.where(self.fixed[:, None], settled, sampled)
 
     def model_pass(self, wanted, gate, rank_weights, skip_shut, batch):
-        """`gradients`, replayed as a CUDA graph where one runs, which can't skip what is shut."""
+        """`gradients` of the whole batch, of all its parts and processes; as CUDA graphs where they run, which
+        can't skip what is shut.
+        """
         def one(part):
             if self.replay.enabled:
                 return self.replay(wanted, gate=gate, rank_weights=rank_weights, **part)
@@ -1107,7 +1112,7 @@ class Search:
                         after_step(self, line)
         finally:
             self.model.train(was_training)
-            self.replay.graphs.clear()
+            self.replay.forget()
             self.space.leave()
         return self.finish(backbone)
 
@@ -1750,7 +1755,8 @@ class Replay:
     """
 
     def __init__(self, function, enabled):
-        self.function, self.enabled, self.graphs, self.pool = function, enabled, {}, None
+        self.function, self.enabled = function, enabled
+        self.forget()
         self.stream = torch.cuda.Stream() if enabled else None     # recording needs one other than the usual
 
     def __call__(self, key, **tensors):
@@ -1771,6 +1777,10 @@ class Replay:
                     inputs[name].copy_(t, non_blocking=True)
             graph.replay()
         return [t.clone() for t in outputs]
+
+    def forget(self):
+        """Drops all graphs and their memory."""
+        self.graphs, self.pool = {}, None
 
     def _record(self, key, tensors):
         """A graph of the function, its inputs and its outputs."""

@@ -211,7 +211,7 @@ def search_steps(bench):
             step = functools.partial(search.step, *batches)
             if when == "half-way" and bench.graphs:
                 bench.measure({"d step, half-way, graphs of the start": step})
-            search.replay.graphs.clear()
+            search.replay.forget()
             bench.clear()
             first, also = bench.once(step), parts(search, batches, when) if "c" in bench.args.sections else {}
             bench.measure({f"d step, {when}": step, **also},
@@ -226,7 +226,7 @@ def search_steps(bench):
                 bench.row(f"d host synchronisations, {when}", note=f"{len(lines)}: {' '.join(lines[:9])}")
     if bench.graphs:
         with bench.attempt("d step, start, graphs off"):
-            search.replay.graphs.clear()
+            search.replay.forget()
             search.space.detach()
             search = bench.search(search.model, False)
             bench.measure({"d step, start, graphs off": lambda: search.step(*batches)}, repeats=3)
