@@ -553,21 +553,33 @@ SPACES = {
 # ==================================================================================================
 
 
+NO_T5 = "{} is no T5: give a model of the T5, v1.1, Flan-T5 or mT5 family"
+
+
+def t5_of(model):
+    """The T5 in a model: v1.0, v1.1, Flan or mT5; encoder, decoder or both.
+
+    model: any nn.Module.   Raises UsageError if it holds none, or two.
+    """
+    found = [m for m in model.modules()
+             if isinstance(m, transformers.PreTrainedModel) and m.config.model_type in ("t5", "mt5")]
+    if not found:
+        raise UsageError(NO_T5.format(type(model).__name__))
+    if not set(found) <= set(found[0].modules()):
+        raise UsageError("the model holds more than one T5: pass the one that is to be adapted")
+    return found[0]
+
+
 def places(model):
     """Every place of a T5 that can take a module, in the order of computation.
 
-    No cross-attention projection is among them, as in S3Delta; its layer norm is.
-    model: any nn.Module that holds one T5 (v1.0, v1.1, Flan, mT5; encoder, decoder or both).
+    No cross-attention projection is among them, as in S3Delta; its layer norm is.   model: as for `t5_of`.
     Yields (name, role, place); name starts at the T5's own "encoder" or "decoder".
-    Raises UsageError if the model holds no T5, or two.
     """
-    stacks = [(name.rpartition(".")[2], stack) for name, stack in model.named_modules()
-              if type(stack).__name__ in ("T5Stack", "MT5Stack")]
-    if not stacks:
-        raise UsageError(f"{type(model).__name__} is no T5: give a model of the T5, v1.1, Flan-T5 or mT5 family")
-    if len({name for name, _ in stacks}) < len(stacks):
-        raise UsageError("the model holds more than one T5: pass the one that is to be adapted")
-    for stack_name, stack in stacks:
+    for path, stack in t5_of(model).named_modules():
+        if not type(stack).__name__.endswith("T5Stack"):
+            continue
+        stack_name = path.rpartition(".")[2]
         for i, block in enumerate(stack.block):
             for j, layer in enumerate(block.layer):
                 at = f"{stack_name}.block.{i}.layer.{j}"
@@ -607,7 +619,8 @@ class Peft(nn.Module):
 
     model: holds a T5.   chosen: the modules, (place name, kind, rank) each.   seed: decides their
     initial weights.   Raises UsageError for a place or kind that does not exist.
-    All weights live end to end in one vector, `weights`; the modules' tensors are views of it.
+    All weights live end to end in one vector, `weights`; the modules' tensors are views of it, or while
+    training of `working`, a copy of it in the backbone's dtype.
     """
 
     def __init__(self, model, chosen, seed=0):
@@ -774,7 +787,7 @@ class Space(Peft):
         state = gate[:, None] * mask                                           # [N, R]
         factors = torch.cat([gate.new_ones(1), gate, mask.flatten(), state.flatten()])[self.factor_of_row]
         self.refresh(self.per_number(factors))
-        self.prefix_state = state.detach().requires_grad_()                
+        self.prefix_state = state.detach().requires_grad_()
         active = gate.tolist() if skip_shut else [1.0] * len(self)
         for m, m_state, on in zip(self.modules_, self.prefix_state.unbind(), active):
             vars(m).update(state=m_state, active=on != 0)                      # setattr of a Module is slow
@@ -833,28 +846,33 @@ class Structure:
         try:
             stored = json.loads(Path(path).read_text())
             stored = cls(**{f.name: stored[f.name] for f in dataclasses.fields(cls)})
-            kinds, ranks = kinds_of(stored.space), check_ranks(stored.ranks)
-            known = all(isinstance(m["name"], str) and m["kind"] in kinds
-                        and (type(m["rank"]) is int and m["rank"] in ranks and m["rank"] <= m["parameters"]
-                             if KINDS[m["kind"]].ranked else m["rank"] is None) for m in stored.modules)
-            over = not stored.parameters <= stored.budget < math.inf             # a budget of nan, too
-            if not isinstance(stored.geometry, dict):
-                raise TypeError("geometry is no object")
+            stored.check()
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
         except FileNotFoundError:
             raise UsageError(f"there is no structure file {path}") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(f"{path} is no structure.json of this program ({one_line(error)})") from None
-        if not stored.modules:
-            raise UsageError(f"{path} holds no modules")
-        if not known:
-            raise UsageError(f"{path} holds a kind of module that is not of its space {stored.space}, or a rank that "
-                             f"is not among its own ranks {stored.ranks} or larger than its parameters")
-        if over:
-            raise UsageError(f"{path} holds {stored.parameters:,} parameters, more than its budget "
-                             f"of {stored.budget:,}")
         return stored
+
+    def check(self):
+        """Raises UsageError for what no search writes; whatever else a file may hold raises something else."""
+        kinds, ranks = kinds_of(self.space), check_ranks(self.ranks)
+        if not self.modules:
+            raise UsageError("it holds no modules")
+        if not isinstance(self.geometry, dict):
+            raise TypeError("geometry is no object")
+        for m in self.modules:
+            if m["kind"] not in kinds or not isinstance(m["name"], str):
+                raise UsageError(f"the kind {m['kind']} of {m['name']} is not of the space {self.space}")
+            ranked = KINDS[m["kind"]].ranked
+            if not (type(m["rank"]) is int and m["rank"] in ranks if ranked else m["rank"] is None):
+                raise UsageError(f"{m['name']}.{m['kind']} has rank {m['rank']}, "
+                                 f"not {f'one of {self.ranks}' if ranked else None}")
+            if m["parameters"] < (m["rank"] or 1):
+                raise UsageError(f"{m['name']}.{m['kind']} has rank {m['rank']}, larger than its parameters")
+        if not self.parameters <= self.budget < math.inf:                       # a budget of nan, too
+            raise UsageError(f"it holds {self.parameters:,} parameters, more than its budget of {self.budget:,}")
 
 
 def apply(model, structure, seed=0):
@@ -874,14 +892,6 @@ def apply(model, structure, seed=0):
             raise UsageError(f"the structure says {m['parameters']} parameters for {m['name']}.{m['kind']}, "
                              f"whose tensors hold {built}")
     return peft
-
-
-def t5_of(model):
-    """The T5 in a model.   Raises UsageError if there is none."""
-    for m in model.modules():
-        if isinstance(m, transformers.PreTrainedModel) and hasattr(m.config, "feed_forward_proj"):
-            return m
-    raise UsageError(f"{type(model).__name__} is no T5: give a model of the T5, v1.1, Flan-T5 or mT5 family")
 
 
 def geometry(model):
@@ -928,6 +938,7 @@ class Search:
         self.theta_optimizer, self.phi_optimizer = (
             torch.optim.Adam([p], lr=arch_lr, betas=(0.5, 0.999), weight_decay=weight_decay, fused=True)
             for p in (self.theta, self.phi))
+        self.optimizers = self.weight_optimizer, self.theta_optimizer, self.phi_optimizer
         self.kept = torch.ones(n, dtype=torch.bool, device=device)                    # b
         self.fixed = ~space.ranked                                                    # d
         self.kept_count, self.fixed_count = n, n - sum(space.ranked.tolist())         # of b, of b and d
@@ -1131,7 +1142,7 @@ class Search:
     def state_dict(self):
         """Everything that a search killed now needs to go on to the same end: live tensors, to be saved at once."""
         return {**{key: getattr(self, key) for key in self.STATE}, "history": torch.stack(self.history),
-                "weights": self.space.weights, "optimizers": [o.state_dict() for o in self.optimizers()]}
+                "weights": self.space.weights, "optimizers": [o.state_dict() for o in self.optimizers]}
 
     def load_state_dict(self, state):
         """Continues from what `state_dict` returned."""
@@ -1143,13 +1154,9 @@ class Search:
             value = state[key]
             setattr(self, key, value.to(self.theta.device) if torch.is_tensor(value) else value)
         self.history = list(state["history"].to(self.theta.device))
-        for optimizer, stored in zip(self.optimizers(), state["optimizers"]):
+        for optimizer, stored in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(stored)
         self.leave_out((~self.kept).tolist())
-
-    def optimizers(self):
-        """Those of Delta W, Theta and Phi."""
-        return self.weight_optimizer, self.theta_optimizer, self.phi_optimizer
 
 
 def flat_gradients(loss, *groups):
@@ -1622,8 +1629,8 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
 
     batches: a Batches or any iterable with a length.   evaluate: called after each epoch, returns
     the validation score.   lr: falls linearly to 0.   graphs, accumulate: as in Search.   state: what
-    `after_step` was given, to go on from.   after_step: called as after_step(state, line) after every step, `line` holding the
-    step, the loss and, after the last step of an epoch, the score.   Returns the best score.
+    `after_step` was given, to go on from.   after_step: called as after_step(state, line) after every
+    step, `line` holding the step, the loss and, after an epoch's last, the score.   Returns the best.
     """
     weights = peft.weights
 
@@ -1829,9 +1836,10 @@ def world():
 def mean_over_parts(function, batch, parts=1):
     """What a function returns for a whole batch, a mean over its labels, from what it returns for parts.
 
-    batch: this process's part, tensors of the same first dimension, which goes through the function in `parts` pieces; the others' come in
-    by one all-reduce.   Returns a list of tensors, each the mean weighed by numbers of labels (of rows, if the
-    batch has none), so that a batch in parts gives what it gives as a whole, within rounding.
+    batch: this process's part, tensors of the same first dimension, which goes through the function in
+    `parts` pieces; those of other processes come in by one all-reduce.   Returns a list of tensors, each
+    the mean weighed by numbers of labels (of rows, if the batch has none): a batch in parts gives what
+    it gives as a whole, within rounding.
     """
     if parts == world() == 1:
         return function(batch)
@@ -2014,8 +2022,7 @@ def load_backbone(name, dtype, device, seed):
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         if config.model_type not in ("t5", "mt5"):
-            raise UsageError(f"{name} is a {config.model_type}, no T5: give a model of the T5, v1.1, Flan-T5 or mT5 "
-                             "family")
+            raise UsageError(NO_T5.format(f"{name}, a {config.model_type},"))
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, dtype=getattr(torch, dtype))
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         files = (Path(name) / file for file in ("tokenizer.json", "spiece.model"))
@@ -2078,7 +2085,8 @@ class Folder:
             raise UsageError(f"--out {self.path} can't be read ({error.strerror}): name another folder") from None
         if fresh:
             return there, None, None
-        metrics, checkpoint = self.found()
+        metrics = self.read("metrics.json", lambda path: json.loads(path.read_text()))
+        checkpoint = self.read("checkpoint.pt", load_checkpoint)
         if checkpoint is not None:                 # killed before its end could be tidied up, or started over
             metrics = None
         before = metrics if checkpoint is None else checkpoint
@@ -2092,11 +2100,6 @@ class Folder:
                 raise UsageError(f"{self.path} holds another run: its {flag(key)} is {before.get(key)}, now it is "
                                  f"{self.identity.get(key)}; name another --out, or start over with --fresh")
         return [], metrics, checkpoint
-
-    def found(self):
-        """What an earlier run left here: (metrics, checkpoint), None for what there is not."""
-        return (self.read("metrics.json", lambda path: json.loads(path.read_text())),
-                self.read("checkpoint.pt", load_checkpoint))
 
     def read(self, name, reader):
         """What a file of the folder holds, or None."""
@@ -2115,11 +2118,6 @@ class Folder:
             raise UsageError(f"{self.path / name} can't be read ({one_line(error)}): start over with --fresh, "
                              "or name another --out") from None
 
-    def write(self, name, content):
-        """Writes a file atomically; process 0 does."""
-        if rank() == 0:
-            write_atomically(self.path / name, content)
-
     def save(self, content):
         """Writes checkpoint.pt and the log so far. Only here does --fresh take older files away."""
         self.saved_at = time.monotonic()
@@ -2135,18 +2133,18 @@ class Folder:
         self.stale = []
         stream = io.BytesIO()
         torch.save({"settings": self.identity, **content}, stream)
-        self.write("checkpoint.pt", stream.getvalue())
+        write_atomically(self.path / "checkpoint.pt", stream.getvalue())
         self.write_log(content["log"])
 
     def write_log(self, log):
         """Writes search.jsonl, a line a step."""
-        self.write("search.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+        write_atomically(self.path / "search.jsonl", "".join(json.dumps(line) + "\n" for line in log))
 
     def finish(self, metrics, log):
         """Writes what a finished run leaves, and takes away what only a killed one needs."""
-        self.write_log(log)
-        self.write("metrics.json", json.dumps(metrics, indent=1) + "\n")
         if rank() == 0:
+            self.write_log(log)
+            write_atomically(self.path / "metrics.json", json.dumps(metrics, indent=1) + "\n")
             for name in ("checkpoint.pt", *(f".{name}.new" for name in self.FILES)):
                 (self.path / name).unlink(missing_ok=True)
 
@@ -2273,7 +2271,8 @@ def retrain(settings, seed, model, tokenizer, structure, tokens, splits, folder,
 def evaluate_on(split, settings, model, tokenizer, tokens, splits):
     """The task's score, in per cent, of what the model generates for a split."""
     device = next(model.parameters()).device
-    predictions = predict(model, tokenizer, tokens[split], max(1, 8 * settings.batch_size // settings.accumulate), device)
+    size = max(1, 8 * settings.batch_size // settings.accumulate)
+    predictions = predict(model, tokenizer, tokens[split], size, device)
     return METRICS[TASKS[settings.task].metric](predictions, [e.answers for e in splits[split]])
 
 

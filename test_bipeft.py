@@ -605,7 +605,8 @@ def test_running_sum_by_hand():
 
 
 def test_numbers_come_to_the_host_as_they_were_sent():
-    sent = {"a": torch.tensor(2.5), "b": torch.tensor([True, False]), "c": torch.arange(6).view(2, 3), "d": torch.zeros(0)}
+    sent = {"a": torch.tensor(2.5), "b": torch.tensor([True, False]), "c": torch.arange(6).view(2, 3),
+            "d": torch.zeros(0)}
     assert bipeft.to_host(sent) == {"a": [2.5], "b": [1, 0], "c": [0, 1, 2, 3, 4, 5], "d": []}
 
 
@@ -1278,7 +1279,7 @@ def test_the_papers_settings_are_the_defaults():
     model = tiny_t5()
     search = bipeft.Search(model, bipeft.Space(model, "s2"), 2000, 10)
     assert (search.triggers, search.tau, search.gamma, search.window, search.lr) == (100, 0.85, 0.85, 5, 3e-4)
-    weights, theta, phi = ((o.param_groups[0], type(o)) for o in search.optimizers())
+    weights, theta, phi = ((o.param_groups[0], type(o)) for o in search.optimizers)
     assert weights[1] is torch.optim.AdamW and (weights[0]["lr"], weights[0]["weight_decay"]) == (3e-4, 1e-4)
     for group, kind in (theta, phi):
         assert kind is torch.optim.Adam
@@ -2066,20 +2067,20 @@ def shared_search(path, accumulate=1):
     torch.set_num_threads(1)
     rng = random.Random(0)
     tokens = [([rng.randrange(3, 40) for _ in range(rng.randrange(2, 9))], [rng.randrange(3, 40)] * rng.randrange(1, 4))
-              for _ in range(13)]                           # batches of 4, 4, 4 and 1: one process has nothing to do then
+              for _ in range(13)]           # batches of 4, 4, 4 and 1, at which one process has nothing to do
     model = tiny_t5().double()
     space = randomise(bipeft.Space(model, "all"), 0.1)
     space.modules_.double()
     space._flatten()
     batches = [bipeft.Batches(tokens, 4, "cpu", seed) for seed in (1, 2)]
     lines = []
-    search = bipeft.Search(model, space, int(space.costs[:, -1].sum()) // 5, 30, warmup=10, triggers=15, tau=0.5, lr=1e-2,
-                           accumulate=accumulate)
+    search = bipeft.Search(model, space, int(space.costs[:, -1].sum()) // 5, 30, warmup=10, triggers=15, tau=0.5,
+                           lr=1e-2, accumulate=accumulate)
     structure = search.run(*batches, after_step=lambda _, line: lines.append(line))
     texts = bipeft.predict(model, tiny_tokenizer(), tokens, 3, "cpu")
     torch.save({"theta": search.theta.detach(), "phi": search.phi.detach(), "smoothed": search.smoothed,
-                "weights": space.weights, "modules": structure.modules, "texts": texts, "triggers": search.triggers_done,
-                "losses": [line["loss_train"] for line in lines]}, f"{path}-{bipeft.rank()}")
+                "weights": space.weights, "modules": structure.modules, "texts": texts,
+                "triggers": search.triggers_done, "losses": [line["loss_train"] for line in lines]}, f"{path}-{bipeft.rank()}")
 
 
 def tiny_tokenizer():
@@ -2488,7 +2489,7 @@ def test_after_a_mistake_the_corrected_command_runs(world, tmp_path, capfd, mist
     assert go(world, tmp_path / "run", line, "--budget 600") == 0, capfd.readouterr().err
 
 
-def test_a_mistake_with_fresh_destroys_nothing(world, finished, tmp_path):
+def test_a_mistake_with_fresh_destroys_nothing(world, finished, tmp_path, offline):
     for name, content in contents(finished[0]).items():
         (tmp_path / name).write_bytes(content)
     for mistake in ("--budget 1", "--ranks 8 4", "--model nowhere", "--structure {root}/structures/wrong_name.json"):
@@ -2688,6 +2689,18 @@ def test_a_run_that_crashed_goes_on_from_its_last_checkpoint(world, finished, tm
     assert_same_end(finished[0], tmp_path / "run")
 
 
+def crash_after_first_step(world, out, monkeypatch):
+    """A run whose first step is saved, and which a power cut ends then."""
+    def crash(folder, step, content):
+        folder.save(content())
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(bipeft.Folder, "after_step", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            go(world, out)
+
+
 def stopped(world, out, capfd, *words, more="--save-every 1"):
     """A run that must end with one line that holds some words, exit code 2, and a whole checkpoint, returned."""
     capfd.readouterr()
@@ -2754,20 +2767,20 @@ def test_a_disk_that_fills_up_loses_nothing(world, finished, tmp_path, monkeypat
 def test_a_file_too_large_for_the_disk_loses_nothing(world, finished, tmp_path, monkeypatch, capfd):
     """With a limit on the size of files the kernel itself ends a write midway: the fourth checkpoint's."""
     resource = pytest.importorskip("resource")
-    write, before, saved = bipeft.Folder.write, resource.getrlimit(resource.RLIMIT_FSIZE), []
+    write, before, saved = bipeft.write_atomically, resource.getrlimit(resource.RLIMIT_FSIZE), []
 
-    def limited(folder, name, content):
-        saved.append(name)
+    def limited(path, content):
+        saved.append(path.name)
         if saved.count("checkpoint.pt") < 4:
-            return write(folder, name, content)
+            return write(path, content)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
         try:
-            write(folder, name, content)
+            write(path, content)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     with monkeypatch.context() as small:
-        small.setattr(bipeft.Folder, "write", limited)
+        small.setattr(bipeft, "write_atomically", limited)
         left = stopped(world, tmp_path / "run", capfd, "checkpoint.pt can't be written (File too large)")
     assert left["search"]["step_number"] == 2
     assert sorted(contents(tmp_path / "run")) == ["checkpoint.pt", "search.jsonl"]
@@ -2802,14 +2815,7 @@ def test_a_folder_that_can_not_be_emptied_is_one_line(world, finished, tmp_path,
 
 
 def test_a_damaged_checkpoint_is_refused_and_left_as_it_is(world, tmp_path, monkeypatch, capfd):
-    def crash(folder, step, content):
-        folder.save(content())
-        raise RuntimeError("power cut")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(bipeft.Folder, "after_step", crash)
-        with pytest.raises(RuntimeError):
-            go(world, tmp_path)
+    crash_after_first_step(world, tmp_path, monkeypatch)
     path = tmp_path / "checkpoint.pt"
     whole = path.read_bytes()
     stored = bipeft.load_checkpoint(path)
@@ -2909,14 +2915,7 @@ def test_a_run_killed_as_it_writes_goes_on_to_the_same_end(world, finished, tmp_
 
 
 def test_a_checkpoint_of_other_settings_is_not_gone_on_with(world, tmp_path, monkeypatch, capfd):
-    def crash(folder, step, content):
-        folder.save(content())
-        raise RuntimeError("power cut")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(bipeft.Folder, "after_step", crash)
-        with pytest.raises(RuntimeError):
-            go(world, tmp_path)
+    crash_after_first_step(world, tmp_path, monkeypatch)
     assert go(world, tmp_path, more="--triggers 3") == 2
     assert "another run: its --triggers is 4, now it is 3" in capfd.readouterr().err
 
@@ -3009,7 +3008,7 @@ def test_a_checkpoint_beside_metrics_is_gone_on_from(tmp_path):
     """Both are there if a run was killed while it tidied up, or while --fresh started over."""
     folder = bipeft.Folder(tmp_path, {"seed": 0}, False, 0)
     folder.save({"phase": "start", "log": []})
-    folder.write("metrics.json", json.dumps({"settings": {"seed": 0}}))
+    (tmp_path / "metrics.json").write_text(json.dumps({"settings": {"seed": 0}}))
     again = bipeft.Folder(tmp_path, {"seed": 0}, False, 0)
     assert again.metrics is None and again.checkpoint["phase"] == "start"
 
