@@ -1939,8 +1939,7 @@ class Settings:
     out: str = option(None, "run", "folder to write (runs/<task>-<space>-<seed>)")
     device: str = option("auto", "run", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     dtype: str = option("float32", "run", "of the backbone: float32, bfloat16 or float16")
-    eager: bool = option(False, "run", "on a GPU: no CUDA graphs, no fused norms; shut modules are skipped",
-                         action="store_true")
+    eager: bool = option(False, "run", "on a GPU: no CUDA graphs; shut modules are skipped", action="store_true")
     save_every: int = option(0, "run", "steps between checkpoints; 0: about a minute", type=int)
     fresh: bool = option(False, "run", "start over instead of resuming", action="store_true")
 
@@ -2291,7 +2290,7 @@ def run(settings, seed, out):
         given = Structure.load(settings.structure) if settings.structure else None
         splits = load_splits(settings.task, settings.data_dir, seed)
         model, tokenizer = load_backbone(settings.model, settings.dtype, device, seed)
-        if device.type == "cuda" and not settings.eager:
+        if device.type == "cuda":
             fuse_norms(model)
         if settings.checkpointing:
             recompute_activations(model)

@@ -6,7 +6,7 @@
 
 Needs only the project's own packages. Every structure gets the same re-training on the same
 examples; one budget for all but LoRA and the whole space. One line of JSON a training goes to --out;
-a training whose line is there is not run again. `--stage table` prints the means.
+a training whose line is there is not run again. --workers share the GPUs. `--stage table` prints the means.
 """
 
 import argparse
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import bipeft
 
 DATA = ("sst2-2000", "sst2-16000", "mrpc", "cola", "rte", "qnli", "mnli")
-METHODS = ("bipeft", "random-0", "random-1", "random-2", "one-look", "lora", "all")
+SEARCHED, FIXED = ("bipeft", "one-look"), ("random-0", "random-1", "random-2", "lora", "all")
 MOST = {"validation": 500, "test": 1500}          # examples judged, at most
 
 
@@ -110,8 +110,7 @@ class Bench:
             after_step=after_step, warmup=self.args.search_warmup, lr=lr, seed=self.seed, graphs=self.graphs)
         n = len(space)
         kept, choice = bipeft.fill_budget(looks["s"], space.costs.tolist(), [False] * n, [0] * n, self.budget)
-        found = {"bipeft": structure, "one-look": space.structure(kept, choice, self.budget),
-                 **fixed_structures(space, self.budget, self.seed)}
+        found = {"bipeft": structure, "one-look": space.structure(kept, choice, self.budget)}
         space.detach()
         learnt = np.mean(losses[self.args.search_warmup - 25:self.args.search_warmup])
         return found, {"search_seconds": time.time() - started, "search_loss": learnt, "search_steps": len(losses),
@@ -137,8 +136,10 @@ class Bench:
         return {**line, "seconds": time.time() - started}
 
 
-def work(args, queue, results):
+def work(args, number, queue, results):
     """A worker: jobs until the queue is empty."""
+    if args.device == "auto" and torch.cuda.is_available():
+        args.device = f"cuda:{number % torch.cuda.device_count()}"
     while (job := queue.get()) is not None:
         stage, data, seed, methods, rates = job
         try:
@@ -147,7 +148,7 @@ def work(args, queue, results):
                 results.put({"stage": stage, "data": data, "seed": seed, "method": "bipeft", "lr": rates[0],
                              **bench.search(rates[0])[1]})
                 continue
-            if stage == "compare":
+            if stage == "compare" and set(methods) <= set(SEARCHED):
                 found, told = bench.search(args.search_lr)
             else:
                 space = bipeft.Space(bench.model, "s2", seed=seed)
@@ -164,7 +165,7 @@ def work(args, queue, results):
 
 def jobs_of(args, done):
     """The trainings that are not done yet, as (stage, data, seed, methods, rates)."""
-    wanted = METHODS if args.stage == "compare" else ("lora", "random-0", "all")
+    wanted = ("lora", "random-0", "all")
     for data in args.data:
         for seed in args.seeds if args.stage == "compare" else args.seeds[:1]:
             rates = [args.lr] if args.stage == "compare" else args.rates
@@ -174,8 +175,10 @@ def jobs_of(args, done):
             elif args.stage == "rates":
                 yield from (("rates", data, seed, [m], [r]) for m in wanted for r in rates
                             if ("rates", data, seed, m, r) not in done)
-            elif missing := [m for m in wanted if ("compare", data, seed, m, args.lr) not in done]:
-                yield "compare", data, seed, missing, rates
+            else:                                   # the two of one search go together
+                for methods in (SEARCHED, *((m,) for m in FIXED)):
+                    if missing := [m for m in methods if ("compare", data, seed, m, args.lr) not in done]:
+                        yield "compare", data, seed, missing, rates
 
 
 def table(lines, stage):
@@ -220,10 +223,10 @@ def main():
         done = {(x["stage"], x["data"], x["seed"], x["method"], x["lr"]) for x in lines if "error" not in x}
         context = mp.get_context("spawn")
         queue, results = context.Queue(), context.Queue()
-        jobs = list(jobs_of(args, done))
+        jobs = sorted(jobs_of(args, done), key=lambda job: len(job[3]), reverse=True)      # the longest first
         for job in jobs + [None] * args.workers:
             queue.put(job)
-        workers = [context.Process(target=work, args=(args, queue, results)) for _ in range(args.workers)]
+        workers = [context.Process(target=work, args=(args, i, queue, results)) for i in range(args.workers)]
         for worker in workers:
             worker.start()
         running, started = args.workers, time.time()
@@ -234,7 +237,8 @@ def main():
                 lines.append(line)
                 with out.open("a") as file:
                     file.write(json.dumps(line) + "\n")
-                print(f"{time.time() - started:.0f} s", {k: line[k] for k in line if k not in ("curve", "kinds", "search_curve")}, flush=True)
+                short = {key: line[key] for key in line if key not in ("curve", "kinds", "search_curve")}
+                print(f"{time.time() - started:.0f} s", short, flush=True)
     if args.stage != "search":
         table(lines, "compare" if args.stage == "table" else args.stage)
 
