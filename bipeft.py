@@ -2395,12 +2395,13 @@ def picture(structure, model):
 
 
 def join():
-    """Joins the other processes, if torchrun has started this one; all but the first fall silent."""
+    """Joins the other processes, if torchrun has started this one; all but the first fall silent.   Returns whether."""
     if not dist.is_torchelastic_launched() or dist.is_initialized():
-        return
+        return False
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")
+    return True
 
 
 def main(arguments=None):
@@ -2409,8 +2410,7 @@ def main(arguments=None):
     transformers.logging.disable_progress_bar()
     try:
         settings = parse(arguments)
-        join()
-        finished = []
+        joined, finished = join(), []
         for seed in settings.seed:
             kind = settings.space.replace(",", "+")
             if settings.structure:                     # named after the folder that the structure is from
@@ -2423,6 +2423,8 @@ def main(arguments=None):
             tests = [m["test"] for m in finished]
             print(f"{settings.task}: test {finished[0]['metric']} {np.mean(tests):.2f} ± {np.std(tests, ddof=1):.2f} "
                   f"over {len(tests)} seeds")
+        if joined:
+            dist.destroy_process_group()
         return 0
     except UsageError as error:
         print(f"bipeft.py: {error}", file=sys.stderr)

@@ -2221,6 +2221,8 @@ def test_a_process_that_dies_ends_the_others_with_one_line(tmp_path):
     first = torchrun(code, "die", *flags)
     out, error = first.communicate(timeout=100)
     assert first.returncode != 0 and time.monotonic() - started < 60
+    lines = [line for line in error.splitlines() if line.startswith("bipeft.py: ")]
+    assert len(lines) == 1 and "lost another one of this run" in lines[0] and "the same command" in lines[0], error
     assert (tmp_path / "out" / "checkpoint.pt").exists() and not (tmp_path / "out" / "metrics.json").exists()
     again = torchrun(code, "live", *flags)
     out, error = again.communicate(timeout=100)
