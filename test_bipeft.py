@@ -10,6 +10,7 @@ against an oracle: a loop over modules in the paper's notation, on random inputs
 import copy
 import errno
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -1465,10 +1466,12 @@ def test_the_found_structure_keeps_the_budget_and_uses_it(space, share):
 
 
 def test_p_is_certain_in_the_last_tenth_of_the_triggers():
-    # Z = 20: triggers 18 and 19 (of 0 .. 19) count a kept module whole; E is then the plain sum of C_n
+    # Z = 20: triggers 18 and 19 (of 0 .. 19) count a kept module whole; E is then the plain sum of C_n.
+    # A tenth of 4 or of 25 is rounded up, to 1 and to 3.
     search, _ = a_search("s2", triggers=20)
-    for done, certain in ((0, False), (17, False), (18, True), (19, True)):
-        search.triggers_done = done
+    for z, done, certain in ((20, 0, False), (20, 17, False), (20, 18, True), (20, 19, True), (4, 2, False),
+                             (4, 3, True), (25, 21, False), (25, 22, True)):
+        search.triggers, search.triggers_done = z, done
         keep, _ = search.expectation()
         assert (keep == 1).all() == certain
 
@@ -1995,8 +1998,8 @@ def test_inputs_are_cut_to_the_maximum_length():
     assert len(source) == 4 and source[-1] == 1 and target == [6, 1]
 
 
-def test_predictions_come_in_the_order_of_the_examples():
-    model, tokenizer = tiny_t5(seed=1, tie_word_embeddings=False), word_tokenizer(WORDS)
+def test_predictions_come_in_the_order_of_the_examples_and_without_dropout():
+    model, tokenizer = tiny_t5(seed=1, tie_word_embeddings=False, dropout_rate=0.3), word_tokenizer(WORDS)
     model.shared.weight.data *= 0.05                     # what is read weighs more than the last word written
     sources = [" ".join(str(2 + (n * k) % 24) for k in range(1, 2 + n % 5)) for n in range(11)]
     examples = [bipeft.Example(source, "yes no", ()) for source in sources]
@@ -2198,6 +2201,31 @@ def test_a_callback_of_training_sees_the_weights_of_its_step():
     assert seen == [True] * 4 and peft.in_use is peft.weights
 
 
+def test_a_search_runs_in_training_mode():
+    model, modes = tiny_t5(dropout_rate=0.1), []
+    search, batches = a_search(steps=3, model=model)
+    model.register_forward_pre_hook(lambda *_: modes.append(model.training))
+    search.run(batches, batches)
+    assert modes == [True] * 9 and not model.training                              # as it was found
+
+
+def test_every_process_draws_the_same_architecture_and_a_dropout_of_its_own(monkeypatch):
+    sampled, losses, trained = [], [], []
+    for number in (0, 0, 1):
+        monkeypatch.setattr(bipeft, "rank", lambda number=number: number)
+        search, batches = a_search(model=tiny_t5(dropout_rate=0.3).train())
+        architecture = search.architecture
+        search.architecture = lambda *noise, found=architecture: sampled.append(found(*noise)) or sampled[-1]
+        losses.append(search.step(*batches[:3])["loss_train"])
+        model, lines = tiny_t5(dropout_rate=0.3), []
+        bipeft.train(model, bipeft.Peft(model, [("encoder.final_layer_norm", "bitfit", 1)]), batches[:1], lambda: 0.0, 1,
+                     0.01, after_step=lambda _, line, lines=lines: lines.append(line["loss"]))
+        trained += lines
+    assert losses[0] == losses[1] != losses[2] and trained[0] == trained[1] != trained[2]
+    for a, b in zip(sampled[0], sampled[4]):                                       # the first of each process
+        assert torch.equal(a, b)
+
+
 def test_every_process_pretrains_the_same_toy(monkeypatch):
     alone = bipeft.toy_backbone(0, steps=3)[0].state_dict()
     monkeypatch.setattr(bipeft, "rank", lambda: 1)
@@ -2206,24 +2234,28 @@ def test_every_process_pretrains_the_same_toy(monkeypatch):
     assert all(torch.equal(alone[key], other[key]) for key in alone)
 
 
-def test_a_process_that_dies_ends_the_others_with_one_line(tmp_path):
+def test_a_process_that_dies_ends_the_others_with_one_line_and_a_signal_stops_all(tmp_path):
     code = ("import sys, os, signal, bipeft, torch\n"
             "step = bipeft.Search.step\n"
             "def die(self, *batches):\n"
-            "    if bipeft.rank() == 1 and self.step_number == 12: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    if bipeft.rank() == 1 and self.step_number == (12 if sys.argv[1] == 'SIGKILL' else 17):\n"
+            "        os.kill(os.getpid(), getattr(signal, sys.argv[1]))\n"
             "    return step(self, *batches)\n"
-            "bipeft.Search.step = die if sys.argv[1] == 'die' else step\n"
+            "bipeft.Search.step = step if sys.argv[1] == 'live' else die\n"
             "bipeft.toy_backbone.__defaults__ = (5, 64)\n"
             "sys.exit(bipeft.main(sys.argv[2:]))")
     flags = ["--task", "toy", "--epochs", "1", "--search-epochs", "1", "--warmup-epochs", "0", "--triggers", "5",
              "--save-every", "5", "--out", str(tmp_path / "out")]
     started = time.monotonic()
-    first = torchrun(code, "die", *flags)
+    first = torchrun(code, "SIGKILL", *flags)
     out, error = first.communicate(timeout=100)
     assert first.returncode != 0 and time.monotonic() - started < 60
     lines = [line for line in error.splitlines() if line.startswith("bipeft.py: ")]
     assert len(lines) == 1 and "lost another one of this run" in lines[0] and "the same command" in lines[0], error
     assert (tmp_path / "out" / "checkpoint.pt").exists() and not (tmp_path / "out" / "metrics.json").exists()
+    told = torchrun(code, "SIGTERM", *flags)                                       # one of them alone
+    out, error = told.communicate(timeout=100)
+    assert "stopped by signal 15 after step 18" in out and "lost another" not in error, (out, error)
     again = torchrun(code, "live", *flags)
     out, error = again.communicate(timeout=100)
     assert again.returncode == 0, error
@@ -2689,6 +2721,54 @@ def test_a_run_that_crashed_goes_on_from_its_last_checkpoint(world, finished, tm
             go(world, tmp_path / "run", more="--save-every 2")              # saved after step 4, one step is lost
     assert go(world, tmp_path / "run") == 0
     assert_same_end(finished[0], tmp_path / "run")
+
+
+def test_the_clocks_of_a_run_go_on_when_it_is_resumed(world, tmp_path, monkeypatch):
+    crash_after_first_step(world, tmp_path, monkeypatch)
+    stored = bipeft.load_checkpoint(tmp_path / "checkpoint.pt")
+    torch.save({**stored, "elapsed": stored["elapsed"] + 1000}, tmp_path / "checkpoint.pt")
+    training = bipeft.train
+    monkeypatch.setattr(bipeft, "train", lambda *args, **more: crash_in_training())
+
+    def crash_in_training():
+        raise RuntimeError("power cut")
+    with pytest.raises(RuntimeError, match="power cut"):
+        go(world, tmp_path)
+    monkeypatch.setattr(bipeft, "train", training)
+    stored = bipeft.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert stored["phase"] == "train" and 1000 < stored["search_seconds"] < 1100
+    torch.save({**stored, "elapsed": 2000.0}, tmp_path / "checkpoint.pt")
+    assert go(world, tmp_path) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert 1000 < metrics["search_seconds"] < 1100 and 2000 < metrics["train_seconds"] < 2100
+
+
+def test_every_setting_reaches_the_search_and_the_training(world, tmp_path, monkeypatch):
+    given, splits = {}, []
+    for owner, name in ((bipeft.Search, "__init__"), (bipeft, "apply"), (bipeft, "train"), (bipeft, "evaluate_on")):
+        def note(*args, function=getattr(owner, name), name=name, **more):
+            bound = inspect.signature(function).bind(*args, **more)
+            bound.apply_defaults()
+            given.setdefault(name, bound.arguments)
+            if name == "evaluate_on":
+                splits.append(bound.arguments["split"])
+            return function(*args, **more)
+        monkeypatch.setattr(owner, name, note)
+    line = ("--task custom --data-dir {root}/data --model {root}/model --epochs 3 --search-epochs 4 --warmup-epochs 2 "
+            "--triggers 3 --window 2 --tau 0.25 --gamma 0.5 --budget 0.1 --batch-size 2 --lr 0.05 --arch-lr 0.02 "
+            "--weight-decay 0.003 --accumulate 2 --seed 7 --ranks 2 3")
+    assert go(world, tmp_path, line) == 0
+    searched, trained = given["__init__"], given["train"]
+    size = bipeft.Structure.load(tmp_path / "structure.json").geometry["parameters"]
+    half = math.ceil(len(bipeft.load_splits("custom", world / "data", 7)["train"]) / 2 / 2)
+    for key, value in {"budget": int(0.1 * size), "steps": 4 * half, "warmup": 2 * half, "triggers": 3, "tau": 0.25,
+                       "gamma": 0.5, "window": 2, "lr": 0.05, "arch_lr": 0.02, "weight_decay": 0.003, "seed": 7,
+                       "accumulate": 2}.items():
+        assert searched[key] == value, key
+    assert searched["space"].ranks == (2, 3) and given["apply"]["seed"] == bipeft.derive(7, 14)
+    for key, value in {"epochs": 3, "lr": 0.05, "weight_decay": 0.003, "seed": 7, "accumulate": 2}.items():
+        assert trained[key] == value, key
+    assert splits == ["validation"] * 3 + ["test"] * 2            # one look at test, with the modules and without
 
 
 def crash_after_first_step(world, out, monkeypatch):
