@@ -54,6 +54,7 @@ import string
 import sys
 import time
 import zipfile
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -223,7 +224,7 @@ def rank_instability(history):
     the first from the last, in nats (reading 8).   Returns lambda, [N]; lower is more stable.
     """
     first, last = history[0], history[-1]
-    divergence = (first * (first.log() - last.log())).sum(1)
+    divergence = torch.where(first > 0, first * (first.log() - last.log()), 0.0).sum(1)      # 0 · log 0 is 0
     return history.std(0, unbiased=False).mean(1) * divergence
 
 
@@ -607,10 +608,10 @@ def kinds_of(space):
 
 
 def check_ranks(ranks):
-    """Candidate ranks as a tuple.   Raises UsageError if they do not ascend from 1 or more."""
+    """Candidate ranks as a tuple.   Raises UsageError if they do not ascend from 1 or more, to 4096 at most."""
     ranks = tuple(ranks)
-    if not ranks or ranks[0] < 1 or any(a >= b for a, b in zip(ranks, ranks[1:])):
-        raise UsageError(f"ranks {ranks} must be whole numbers from 1 up, each larger than the one before")
+    if not ranks or ranks[0] < 1 or ranks[-1] > 4096 or any(a >= b for a, b in zip(ranks, ranks[1:])):
+        raise UsageError(f"ranks {ranks} must be whole numbers from 1 to 4096, each larger than the one before")
     return ranks
 
 
@@ -751,11 +752,13 @@ class Space(Peft):
         self.register_buffer("costs", torch.tensor(costs, device=device))
         self._number_rows()
 
-    def _number_rows(self, longest=512):
-        """Cuts the weights into rows, of which each has one factor (see `enter`).   longest: where to cut
-        a row once more, for `segment_sum` alone.
+    def _number_rows(self):
+        """Cuts the weights into rows; gives each the index of its factor among 1, gate, [N], mask and state, [N·R].
+
+        So all of a LoRA's A has factor 1, and row r of its B the state of the module's component r (see
+        `Searchable.scaled`). A row is cut once more after 512 numbers, for `segment_sum` alone.
         """
-        count, top = len(self), self.ranks[-1]
+        count, top, longest = len(self), self.ranks[-1], 512
         factors, lengths, rows_of, self.carries_rank = [], [], [], []
         for n, m in enumerate(self.modules_):
             before = len(lengths)
@@ -781,7 +784,8 @@ class Space(Peft):
 
         gate: [N], 0 or 1 (or soft).   rank_weights: [N, K], rows summing to 1.   Both may carry
         gradients.   skip_shut: a module whose gate is 0 computes nothing.
-        Returns the factor of every row of the weights, [rows], and state, [N, R], functions of both.
+        Returns the factor of every row of the weights, [rows], and state, [N, R], functions of both. (A prefix has
+        no factors: it reads its state from `prefix_state`, a leaf of its own.)
         """
         mask = slice_mask(rank_weights, self.leading)                          # [N, R]
         state = gate[:, None] * mask                                           # [N, R]
@@ -963,29 +967,26 @@ class Search:
         settled = F.one_hot(self.choice, sampled.shape[1]).to(sampled.dtype)
         return gate, torch.where(self.fixed[:, None], settled, sampled)
 
-    def model_pass(self, wanted, gate, rank_weights, skip_shut, batch):
-        """`gradients` of the whole batch, of all its parts and processes; as CUDA graphs where they run, which
-        can't skip what is shut.
-        """
-        def one(part):
-            if self.replay.enabled:
-                return self.replay(wanted, gate=gate, rank_weights=rank_weights, **part)
-            return self.gradients(wanted, gate, rank_weights, skip_shut, **part)
-        return mean_over_parts(one, batch, self.accumulate)
+    def model_pass(self, wanted, gate, rank_weights, batch):
+        """`gradients` of the whole batch, of all its parts and processes; as CUDA graphs where they run."""
+        return mean_over_parts(lambda part: self.replay(wanted, gate=gate, rank_weights=rank_weights, **part),
+                               batch, self.accumulate)
 
-    def gradients(self, wanted, gate, rank_weights, skip_shut=False, **batch):
+    def gradients(self, wanted, gate, rank_weights, **batch):
         """Loss of a batch under an architecture, and its gradients for what is wanted.
 
         wanted: some of "gate", [N], "ranks", [N, K], and "weights", [P]; a tensor comes back for each.
         """
         space = self.space
         gate, rank_weights = gate.detach().requires_grad_(), rank_weights.detach().requires_grad_()
-        factors, state = space.enter(gate, rank_weights, skip_shut)
+        # A shut module is computed for the sake of its gate alone, and by graphs, which can't skip it.
+        factors, state = space.enter(gate, rank_weights, "gate" not in wanted and not self.replay.enabled)
         loss = loss_of(self.model(**batch))
         asked = [p if carries or wanted != ("ranks",) else p.detach()        # the pass for Phi needs few of them
                  for p, carries in zip(space.tensors, space.carries_rank)]
         scaled, of_state = flat_gradients(loss, asked, [space.prefix_state])
-        # The network has seen w · factor: the chain rule, once for w and once for the factor.
+        # The network has seen w · factor, and g is its gradient for that. So by the chain rule the gradient for w
+        # is factor · g, and that for the factor of a row is the sum of w · g over the row.
         scaled = scaled.to(space.weights.dtype)
         by_row = segment_sum(scaled * space.weights, space.row_lengths)
         through = torch.autograd.grad((factors, state), (gate, rank_weights), (by_row, of_state.view_as(state)))
@@ -1002,7 +1003,7 @@ class Search:
 
         # Update Delta W by gradient descent: the sampled architecture, as constants.
         gate, rank_weights = self.architecture(noise)
-        train_loss, train_gradient = self.model_pass(("weights",), gate, rank_weights, True, train_batch)
+        train_loss, train_gradient = self.model_pass(("weights",), gate, rank_weights, train_batch)
         train_magnitude = self.magnitude(train_gradient)              # w and G of one moment
         for group in self.weight_optimizer.param_groups:
             group["lr"] = self.lr * (1 - self.step_number / self.steps)
@@ -1010,16 +1011,15 @@ class Search:
         self.weight_optimizer.step()
 
         # Optimise Theta with Phi held; the same backward pass gives G(D_val).
-        theta_loss, gate_gradient, val_gradient = self.model_pass(
-            ("gate", "weights"), gate, rank_weights, False, theta_batch)
+        theta_loss, gate_gradient, val_gradient = self.model_pass(("gate", "weights"), gate, rank_weights, theta_batch)
         val_magnitude = self.magnitude(val_gradient)
         descend(self.theta_optimizer, self.theta, gate, gate_gradient, self.kept)
 
         # Then Phi with the updated Theta held: the same noise, so that only Theta has moved.
         losses = [train_loss, theta_loss]
-        if self.fixed_count < self.kept_count:
+        if self.fixed_count < self.kept_count:                        # a kept module's rank is still open
             gate, rank_weights = self.architecture(noise)
-            phi_loss, rank_gradient = self.model_pass(("ranks",), gate, rank_weights, True, phi_batch)
+            phi_loss, rank_gradient = self.model_pass(("ranks",), gate, rank_weights, phi_batch)
             descend(self.phi_optimizer, self.phi, rank_weights, rank_gradient, ~self.fixed)
             losses.append(phi_loss)
         self.history.append(self.phi.detach().double().softmax(1))
@@ -1033,7 +1033,8 @@ class Search:
         self.indicators = torch.cat([self.indicators, now[None]])[-(self.window + 1):]
         beta = stability(self.indicators, self.window)
 
-        # If beta_t >= tau, select. All numbers come to the host at once, those of a selection that may be due, too.
+        # If beta_t >= tau, select. The host reads the device once a step; so what a trigger would now select is
+        # worked out in every step after the warm-up, read with beta, and dropped unless beta_t >= tau.
         expected = expected_parameters(*self.expectation())
         self.step_number += 1
         warm = self.step_number > max(self.warmup, self.window)       # H + 1 indicators exist
@@ -1288,11 +1289,17 @@ def to_examples(name, row, training):
     if name == "custom":
         target = str(row["target"]).strip()
         return [Example(str(row["source"]), target, (target,))]
-    row = {key: ", ".join(value) if key == "entities" else value for key, value in row.items()}
+    row = dict(row)
+    if name == "record":
+        for key in ("entities", "answers"):
+            if not isinstance(row[key], list) or not all(isinstance(text, str) for text in row[key]):
+                raise UsageError(f"a row of record has {key} that are no list of texts, which a .csv can't hold: "
+                                 "give a .jsonl or .parquet")
+        row["entities"] = ", ".join(row["entities"])
     if name == "multirc":
         row["paragraph"] = " ".join(re.sub(r"</?[a-zA-Z][^<>]*>", " ", str(row["paragraph"])).split())
     if name == "record":
-        row["passage"] = re.sub(r"([.?!\"'])?\n@highlight\n", lambda mark: (mark[1] or ".") + " ", row["passage"])
+        row["passage"] = re.sub(r"([.?!\"'])?\n@highlight\n", lambda mark: (mark[1] or ".") + " ", str(row["passage"]))
     source = " ".join([name, *(f"{key}: {row[key]}" for key in task.fields)])
     if name == "record":
         answers = tuple(dict.fromkeys(row["answers"]))
@@ -1432,7 +1439,7 @@ def pearson(predictions, answers):
     gold = np.array([float(right[0]) for right in answers])
     said = [float(p) if re.fullmatch(r"\d(\.\d*)?", p) and float(p) <= 5 else (0.0 if g > 2.5 else 5.0)
             for p, g in zip(predictions, gold)]
-    if np.std(said) == 0 or np.std(gold) == 0:
+    if len(set(said)) == 1 or len(set(gold)) == 1:
         return 0.0
     return 100 * float(np.corrcoef(said, gold)[0, 1])
 
@@ -1757,8 +1764,10 @@ class Replay:
     """Runs a function of tensors; on a GPU as a CUDA graph for each shape: one launch, not thousands.
 
     function: called as function(key, **tensors), returns tensors, asks the device for no value.
-    A shape runs as it is when it comes first, which a recording needs, and is recorded when it comes
-    again. All graphs share the memory of their insides, so that what one returns is copied at once.
+    A shape runs as it is when it comes first, and is recorded when it comes again: what libraries set up
+    when first asked, on the stream that is recorded later, must not happen during a recording. All graphs
+    share the memory of their insides, so that what one returns is copied at once. Dropout in a replayed
+    graph follows torch.manual_seed as ever.
     """
 
     def __init__(self, function, enabled):
@@ -1839,7 +1848,7 @@ def mean_over_parts(function, batch, parts=1):
     batch: this process's part, tensors of the same first dimension, which goes through the function in
     `parts` pieces; those of other processes come in by one all-reduce.   Returns a list of tensors, each
     the mean weighed by numbers of labels (of rows, if the batch has none): a batch in parts gives what
-    it gives as a whole, within rounding.
+    it gives as a whole, but for rounding and the draws of dropout.
     """
     if parts == world() == 1:
         return function(batch)
@@ -1853,7 +1862,7 @@ def mean_over_parts(function, batch, parts=1):
         total = total + torch.cat([torch.where(count > 0, flat * count, 0), count[None]])
     all_reduce(total)
     mean = total[:-1] / total[-1].clamp(min=1)
-    return [part.view(t.shape) for part, t in zip(mean.split([t.numel() for t in found]), found)]
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(mean.split([t.numel() for t in found]), found)]
 
 
 def all_reduce(tensor, operation=dist.ReduceOp.SUM):
@@ -1957,8 +1966,8 @@ class Settings:
         kinds_of(self.space)
         for key in ("max_length", "budget", "triggers", "window", "epochs", "search_epochs", "lr", "arch_lr",
                     "batch_size", "accumulate"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise UsageError(f"{flag(key)} {getattr(self, key)} must be a number above 0")
+            if not 0 < getattr(self, key) < 1e12:
+                raise UsageError(f"{flag(key)} {getattr(self, key)} must be a number above 0, and no vast one")
         for key in ("warmup_epochs", "weight_decay", "save_every"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise UsageError(f"{flag(key)} {getattr(self, key)} must be a number, 0 or above")
@@ -1966,6 +1975,8 @@ class Settings:
         for key in ("tau", "gamma"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UsageError(f"{flag(key)} {getattr(self, key)} must lie in 0 .. 1")
+        if self.accumulate > self.batch_size:
+            raise UsageError(f"--accumulate {self.accumulate} parts of --batch-size {self.batch_size} would be empty")
         if min(self.seed) < 0 or len(set(self.seed)) < len(self.seed):
             raise UsageError(f"--seed {' '.join(map(str, self.seed))} must be different numbers, none negative")
         if self.dtype not in ("float32", "bfloat16", "float16"):
@@ -1980,10 +1991,13 @@ class Settings:
         """Whether a GPU runs CUDA graphs."""
         return not (self.eager or self.checkpointing)
 
-    def identity(self, seed):
-        """What a resumed run must have in common with the one it goes on from."""
+    def identity(self, seed, structure=None):
+        """What a resumed run must have in common with the one it goes on from.   structure: what --structure holds."""
         left_out = ("out", "fresh", "save_every", "device", "eager", "accumulate", "checkpointing", "seed")
         kept = {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
+        if structure is not None:
+            content = json.dumps(dataclasses.asdict(structure), sort_keys=True)
+            kept["structure"] += f" ({zlib.crc32(content.encode()):08x})"
         return json.loads(json.dumps({**kept, "seed": seed}))
 
 
@@ -2022,8 +2036,15 @@ def load_backbone(name, dtype, device, seed):
         config = transformers.AutoConfig.from_pretrained(name)
         if config.model_type not in ("t5", "mt5"):
             raise UsageError(NO_T5.format(f"{name}, a {config.model_type},"))
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, dtype=getattr(torch, dtype))
+        model, told = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), output_loading_info=True)
+        if told["missing_keys"]:                                                  # they would be made up at random
+            raise OSError(f"it has no {', '.join(sorted(told['missing_keys'])[:2])} ..")
+        if None in (config.pad_token_id, config.decoder_start_token_id):
+            raise OSError("its config has no pad_token_id or no decoder_start_token_id")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            raise OSError(f"its tokenizer has {len(tokenizer):,} words, more than its weights")
         files = (Path(name) / file for file in ("tokenizer.json", "spiece.model"))
         if Path(name).is_dir() and not any(file.is_file() for file in files):
             raise OSError("there is no tokenizer.json or spiece.model")       # transformers would make an empty one up
@@ -2277,7 +2298,9 @@ def evaluate_on(split, settings, model, tokenizer, tokens, splits):
 
 def run(settings, seed, out):
     """One seed from data to test score; writes the folder `out`.   Returns the metrics."""
-    with deterministic(), Folder(out, settings.identity(seed), settings.fresh, settings.save_every) as folder:
+    given = Structure.load(settings.structure) if settings.structure else None
+    identity = settings.identity(seed, given)
+    with deterministic(), Folder(out, identity, settings.fresh, settings.save_every) as folder:
         if folder.metrics:
             print(f"{out} holds this run, finished: nothing to do (--fresh starts over)")
             with folder.reading("metrics.json"):
@@ -2287,7 +2310,6 @@ def run(settings, seed, out):
         device = choose_device(settings.device)
         if settings.task == "toy":
             torch.set_num_threads(1)            # so small a model only waits for further threads
-        given = Structure.load(settings.structure) if settings.structure else None
         splits = load_splits(settings.task, settings.data_dir, seed)
         model, tokenizer = load_backbone(settings.model, settings.dtype, device, seed)
         if device.type == "cuda":
@@ -2321,7 +2343,7 @@ def run(settings, seed, out):
             peft.save(folder.path / "peft.safetensors")
         metrics = measure(settings, seed, model, tokenizer, tokens, splits, peft, structure)
         metrics |= {"validation": best, "search_seconds": seconds, "train_seconds": train_seconds,
-                    "ratio": seconds / train_seconds if seconds else None, "settings": settings.identity(seed)}
+                    "ratio": seconds / train_seconds if seconds else None, "settings": identity}
         folder.finish(metrics, log)
         print(results(metrics) + f"\nwritten to {folder.path}", flush=True)
         return metrics

@@ -8,6 +8,7 @@ against an oracle: a loop over modules in the paper's notation, on random inputs
 """
 
 import copy
+import dataclasses
 import errno
 import importlib.util
 import inspect
@@ -29,6 +30,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import datasets
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
@@ -393,6 +395,12 @@ def test_eq_9_instability_by_hand():
     # 1/2 · (1/8 + 1/8) · 1/2 ln(4/3) = 0.01798. (A sample sigma gives 0.02543, the other KL 0.01635.)
     history = tensor([[0.5, 0.5]], [[0.25, 0.75]])
     assert close(bipeft.rank_instability(history), [math.log(4 / 3) / 16], 1e-6)
+
+
+def test_eq_9_a_weight_of_zero_is_no_nan():
+    # (0, 1) -> (1/4, 3/4): KL = 0 · log 0 + 1 · ln(4/3), sigma 1/8 of each; to (1, 0) it is infinite, the least stable
+    assert close(bipeft.rank_instability(tensor([[0.0, 1.0]], [[0.25, 0.75]])), [math.log(4 / 3) / 8], 1e-6)
+    assert bipeft.rank_instability(tensor([[0.0, 1.0]], [[1.0, 0.0]])).tolist() == [math.inf]
 
 
 def test_eq_9_middle_steps_count_in_sigma_alone():
@@ -1529,7 +1537,7 @@ def test_importing_and_searching_leave_the_global_random_states_alone():
     space = bipeft.Space(model, "all")
     structure = bipeft.search(model, space, [some_batch()], [some_batch(1)], 2000, 3, triggers=2)
     space.detach()
-    bipeft.apply(model, structure)
+    bipeft.train(model, bipeft.apply(model, structure), [some_batch()], lambda: 0.0, 2, 0.01)
     assert random_states() == before
 
 
@@ -1669,6 +1677,18 @@ def test_record_repeats_an_example_for_each_answer_in_training_alone():
     training = bipeft.to_examples("record", row, True)
     assert [(e.target, e.answers) for e in training] == [("A", ("A", "B")), ("B", ("A", "B"))]
     assert [e.answers for e in bipeft.to_examples("record", row, False)] == [("A", "B")]
+
+
+@pytest.mark.parametrize("change", [{"answers": "['A']"}, {"entities": "A, B"}, {"answers": [3]}, {"entities": [None]}])
+def test_record_without_lists_of_texts_is_refused(change):
+    """As it comes out of a .csv."""
+    with pytest.raises(UsageError, match=f"{next(iter(change))} that are no list of texts"):
+        bipeft.to_examples("record", {"passage": "p", "query": "q", "entities": ["A"], "answers": ["A"], **change}, True)
+
+
+def test_record_takes_a_number_for_a_passage():
+    row = {"passage": 7, "query": "q", "entities": ["A"], "answers": ["A"]}
+    assert bipeft.to_examples("record", row, True)[0].source.endswith("passage: 7")
 
 
 @pytest.mark.parametrize("before, after", [
@@ -1856,6 +1876,13 @@ def test_a_perfect_prediction_is_100(metric):
     assert math.isclose(bipeft.METRICS[metric](["0", "1", "1"], answers_of("011")), 100)
 
 
+def test_pearson_of_constants_is_zero():
+    # np.std of three times 0.2 is 2.8e-17, not 0
+    answers = [("0.2",), ("0.2",), ("0.2",)]
+    assert bipeft.pearson(["0.2"] * 3, answers) == bipeft.pearson(["0.2", "0.4", "0.6"], answers) == 0
+    assert bipeft.pearson(["0.4"] * 50, [("0.6",)] * 49 + [("0.8",)]) == 0
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_pearson_against_its_sums(seed):
     said, gold = random_answers(seed, bipeft.FIFTHS, ("", "7.0", "nan", "two"))
@@ -2026,7 +2053,6 @@ def test_training_leaves_the_best_epochs_weights():
 
 
 def test_the_learning_rate_of_training_falls_linearly():
-    # Adam's first steps on a constant-sign gradient are lr each; the whole way of T steps is lr · (1 + .. + 1/T)
     model, rates = tiny_t5(), []
     peft = bipeft.Peft(model, [("encoder.final_layer_norm", "bitfit", 1)])
     batches = bipeft.Batches([([5, 6], [7, 1])] * 4, 1, "cpu")
@@ -2137,6 +2163,12 @@ def test_two_processes_and_batches_in_parts_find_what_one_finds(tmp_path):
         assert np.allclose(found["losses"], one["losses"], atol=1e-6), other
     a, b = (torch.load(tmp_path / f"two-{n}", weights_only=True) for n in (0, 1))
     assert all(torch.equal(a[key], b[key]) for key in ("theta", "phi", "smoothed", "weights"))     # to the last bit
+
+
+def test_parts_keep_their_types():
+    found = bipeft.mean_over_parts(lambda part: [part["x"].mean(), part["x"].mean().double()],
+                                   {"x": torch.tensor([1.0, 2.0])}, 2)
+    assert [t.dtype for t in found] == [torch.float32, torch.float64] and [float(t) for t in found] == [1.5, 1.5]
 
 
 def test_training_in_parts_is_training_as_a_whole():
@@ -2273,13 +2305,19 @@ def world(tmp_path_factory):
     """A folder with a tiny model, tasks, structures and runs, whole ones and spoilt ones, that tests only read."""
     root = tmp_path_factory.mktemp("world")
     model = tiny_t5(tie_word_embeddings=False)
-    for name in ("model", "no_weights", "no_tokenizer", "corrupt_config", "corrupt_weights"):
+    for name in ("model", "no_weights", "no_tokenizer", "corrupt_config", "corrupt_weights", "half_the_weights",
+                 "no_start", "many_words"):
         model.save_pretrained(root / name)
         if name != "no_tokenizer":
             word_tokenizer(WORDS).save_pretrained(root / name)
     (root / "no_weights" / "model.safetensors").unlink()
     (root / "corrupt_weights" / "model.safetensors").write_bytes(b"\x00\x01garbage")
     (root / "corrupt_config" / "config.json").write_text('{"model_type": "t5", ')
+    weights = {key: t.clone() for key, t in model.state_dict().items() if not key.startswith("decoder.")}
+    safetensors.torch.save_file(weights, root / "half_the_weights" / "model.safetensors", {"format": "pt"})
+    config = json.loads((root / "no_start" / "config.json").read_text())
+    (root / "no_start" / "config.json").write_text(json.dumps({**config, "decoder_start_token_id": None}))
+    word_tokenizer([*WORDS, *(f"w{n}" for n in range(50))]).save_pretrained(root / "many_words")
     bert().save_pretrained(root / "bert")
     word_tokenizer(WORDS).save_pretrained(root / "bert")
     (root / "empty").mkdir()
@@ -2350,7 +2388,7 @@ def write_structures(root, model):
     spoil("twice", modules=[first, first])
     spoil("half_a_rank", kind="lora", rank=4.0)
     spoil("rank_below_zero", kind="lora", rank=-1, ranks=[-1, 4])
-    spoil("vast_rank", kind="lora", rank=10**9, ranks=[4, 10**9])
+    spoil("vast_rank", kind="lora", rank=4000, ranks=[4, 4000])
     spoil("rank_in_words", kind="lora", rank="four", ranks=["four"])
     spoil("rank_of_a_bias", name="encoder.block.0.layer.0.SelfAttention.q", kind="bitfit", rank=4)
     spoil("other_space", space="s1")
@@ -2454,6 +2492,9 @@ BAD = [
     ("--task rte --data-dir {root}/data --model {root}/corrupt_weights", "{root}/corrupt_weights can't be loaded"),
     ("--task rte --data-dir {root}/data --model {root}/corrupt_config", "{root}/corrupt_config can't be loaded"),
     ("--task rte --data-dir {root}/data --model {root}/no_tokenizer", "{root}/no_tokenizer can't be loaded"),
+    ("--task rte --data-dir {root}/data --model {root}/half_the_weights", "can't be loaded it has no decoder."),
+    ("--task rte --data-dir {root}/data --model {root}/no_start", "can't be loaded no decoder_start_token_id"),
+    ("--task rte --data-dir {root}/data --model {root}/many_words", "can't be loaded tokenizer words weights"),
     ("--task rte --data-dir {root}/data --model {root}/bert", "{root}/bert bert no T5"),
     (RTE + " --structure {root}/nowhere.json", "no structure file {root}/nowhere.json"),
     (RTE + " --structure {root}/data", "{root}/data no structure"),
@@ -2485,6 +2526,9 @@ BAD = [
     (RTE + " --structure {root}/structures/deep.json", "deep.json no structure"),
     (RTE + " --structure {root}/structures", "structures no structure.json directory"),
     ("--accumulate 0", "--accumulate 0 above 0"),
+    ("--accumulate 33", "--accumulate 33 --batch-size 32 empty"),
+    ("--max-length 99999999999999999999", "--max-length above 0 vast"),
+    ("--ranks 1 2000000000", "ranks (1, 2000000000) from 1 to 4096"),
     ("--accumulate -1", "--accumulate -1 above 0"),
     ("--save-every -1", "--save-every -1 0 or above"),
     ("--device meta", "--device meta cpu"),
@@ -2594,8 +2638,6 @@ def test_training_data_is_halved_between_weights_and_architecture(world, tmp_pat
 
 
 def test_the_weights_file_holds_the_modules_alone(finished):
-    import safetensors.torch
-
     out, _ = finished
     structure = bipeft.Structure.load(out / "structure.json")
     stored = safetensors.torch.load_file(out / "peft.safetensors")
@@ -2769,6 +2811,29 @@ def test_every_setting_reaches_the_search_and_the_training(world, tmp_path, monk
     for key, value in {"epochs": 3, "lr": 0.05, "weight_decay": 0.003, "seed": 7, "accumulate": 2}.items():
         assert trained[key] == value, key
     assert splits == ["validation"] * 3 + ["test"] * 2            # one look at test, with the modules and without
+
+
+def test_the_most_frequent_answer_is_that_of_train(monkeypatch):
+    # "no" is two of three in train and one of four in test: always saying it scores 25
+    monkeypatch.setattr(bipeft, "evaluate_on", lambda *_: 0.0)
+    splits = {key: [bipeft.Example("x", text, (text,)) for text in texts.split()]
+              for key, texts in (("train", "no yes no"), ("test", "yes yes no yes"))}
+    model = tiny_t5()
+    space = bipeft.Space(model, "bitfit")
+    structure = space.structure([True] * len(space), [0] * len(space), 10**6)
+    metrics = bipeft.measure(bipeft.Settings(task="custom"), 0, model, None, None, splits, space, structure)
+    assert metrics["test_most_frequent"] == 25
+
+
+def test_a_structure_changed_in_its_file_is_another_run(world, tmp_path, capfd):
+    line = RTE + f" --epochs 1 --structure {tmp_path}/given.json"
+    good = json.loads((world / "structures" / "good.json").read_text())
+    (tmp_path / "given.json").write_text(json.dumps(good))
+    assert go(world, tmp_path / "run", line) == 0 and go(world, tmp_path / "run", line) == 0
+    (tmp_path / "given.json").write_text(json.dumps({**good, "modules": good["modules"][1:]}))
+    capfd.readouterr()
+    assert go(world, tmp_path / "run", line) == 2
+    assert "another run: its --structure is" in capfd.readouterr().err
 
 
 def crash_after_first_step(world, out, monkeypatch):
@@ -3021,8 +3086,8 @@ def test_help_names_every_flag(capfd):
         bipeft.main(["--help"])
     said = capfd.readouterr().out
     assert ended.value.code == 0
-    for name in ("task", "model", "data-dir", "space", "ranks", "budget", "structure", "seed", "out", "device"):
-        assert f"--{name} " in said
+    for f in dataclasses.fields(bipeft.Settings):
+        assert f"\n  {bipeft.flag(f.name)}" in said
     assert "per cent" not in said and "ten thousand" in said
 
 

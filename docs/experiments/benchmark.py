@@ -46,7 +46,7 @@ import bipeft
 
 SHAPES = {"large": {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16},
           "tiny": {"d_model": 64, "d_kv": 16, "d_ff": 256, "num_layers": 2, "num_heads": 4}}
-PASSES = {"ΔW": (("weights",), True), "Θ": (("gate", "weights"), False), "Φ": (("ranks",), True)}
+PASSES = {"ΔW": ("weights",), "Θ": ("gate", "weights"), "Φ": ("ranks",)}
 TIMES = {"start": None, "half-way": (0.5, 0.5), "end": (0.1, 3)}         # modules kept, ranks left open
 
 
@@ -265,8 +265,8 @@ def parts(search, batches, when):
     noise = [bipeft.gumbel_noise(p.shape, generator).to(p.device) for p in (search.theta, search.phi)]
     gate, rank_weights = search.architecture(noise)
 
-    def one_pass(wanted, skip, batch):
-        found[wanted] = search.model_pass(wanted, gate, rank_weights, skip, batch)
+    def one_pass(wanted, batch):
+        found[wanted] = search.model_pass(wanted, gate, rank_weights, batch)
 
     def rest(**changed):
         before = {key: getattr(search, key) for key in changed}
@@ -277,8 +277,8 @@ def parts(search, batches, when):
             del search.model_pass
             vars(search).update(before)
 
-    functions = {f"c {name} pass, {when}": functools.partial(one_pass, *kind, batch)
-                 for (name, kind), batch in zip(PASSES.items(), batches)}
+    functions = {f"c {name} pass, {when}": functools.partial(one_pass, wanted, batch)
+                 for (name, wanted), batch in zip(PASSES.items(), batches)}
     functions[f"c the rest, {when}"] = rest
     if when == "start":              # with so many triggers to come each removes and fixes next to nothing
         functions["c the rest with a trigger, start"] = functools.partial(rest, warmup=0, tau=-1.0)
