@@ -1028,17 +1028,17 @@ class Search:
         similarity = alignment(train_gradient, val_gradient, space.levels)
         current = sensitivity(train_magnitude, val_magnitude, similarity)
         self.smoothed = torch.where(self.kept, smooth(self.smoothed, current, self.gamma), self.smoothed)
-        cost = expected_cost(self.phi.detach(), space.costs, self.fixed, self.choice)
+        keep, cost = self.expectation()                               # p_n, C_n
         now = importance_indicator(self.smoothed, cost, self.kept, self.budget)
         self.indicators = torch.cat([self.indicators, now[None]])[-(self.window + 1):]
         beta = stability(self.indicators, self.window)
 
         # If beta_t >= tau, select. The host reads the device once a step; so what a trigger would now select is
         # worked out in every step after the warm-up, read with beta, and dropped unless beta_t >= tau.
-        expected = expected_parameters(*self.expectation())
+        expected = expected_parameters(keep, cost)
         self.step_number += 1
         warm = self.step_number > max(self.warmup, self.window)       # H + 1 indicators exist
-        chosen = self.selection() if warm and self.triggers_done < self.triggers else {}
+        chosen = self.selection(keep, cost) if warm and self.triggers_done < self.triggers else {}
         whole = sum(t.detach().sum() for t in (space.weights, self.theta, self.phi, self.smoothed))
         read = to_host({"losses": torch.stack(losses), "beta": beta, "expected": expected, "whole": whole, **chosen})
         losses, (beta,), (expected,), (whole,) = (read[key] for key in ("losses", "beta", "expected", "whole"))
@@ -1063,10 +1063,12 @@ class Search:
         return (keep_probability(self.theta.detach(), self.kept, certain),
                 expected_cost(self.phi.detach(), self.space.costs, self.fixed, self.choice))
 
-    def selection(self):
-        """The body of Algorithm 1's `if beta_t >= tau`: what a trigger would make of b, d, k* and v, and R_z."""
+    def selection(self, keep, cost):
+        """The body of Algorithm 1's `if beta_t >= tau`: what a trigger would make of b, d, k* and v, and R_z.
+
+        keep, cost: p_n and C_n now, [N].
+        """
         phi, remaining = self.phi.detach(), self.triggers - self.triggers_done
-        keep, cost = self.expectation()
         # Estimate E_t; calculate R_z; remove from the least sensitive up; update b.
         expected = expected_parameters(keep, cost)
         reduction = expected_reduction(expected, self.budget, self.triggers, self.triggers_done)
@@ -1103,7 +1105,7 @@ class Search:
 
     def trigger(self):
         """One selection now."""
-        chosen = self.selection()
+        chosen = self.selection(*self.expectation())
         self.select(chosen, to_host(chosen))
 
     def run(self, train_batches, val_batches, backbone="", after_step=None):
