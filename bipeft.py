@@ -874,7 +874,8 @@ class Structure:
                 raise UsageError(f"{m['name']}.{m['kind']} has rank {m['rank']}, "
                                  f"not {f'one of {self.ranks}' if ranked else None}")
             if m["parameters"] < (m["rank"] or 1):
-                raise UsageError(f"{m['name']}.{m['kind']} has rank {m['rank']}, larger than its parameters")
+                raise UsageError(f"{m['name']}.{m['kind']} of rank {m['rank']} has {m['parameters']} parameters; "
+                                 "no module has none, or a rank larger than its parameters")
         if not self.parameters <= self.budget < math.inf:                       # a budget of nan, too
             raise UsageError(f"it holds {self.parameters:,} parameters, more than its budget of {self.budget:,}")
 
@@ -1586,7 +1587,7 @@ class Batches:
 
     def __iter__(self):
         on_gpu = torch.device(self.device).type == "cuda"
-        least = math.ceil(self.batch_size / world()) if on_gpu else 1
+        least = math.ceil(min(self.batch_size, len(self.tokens)) / world()) if on_gpu else 1
         for indices in self.order():
             rows = [self.tokens[i] for i in indices[rank()::world()]]
             yield collate(rows + [([1], [-100])] * (least - len(rows)), self.device, on_gpu)
