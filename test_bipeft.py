@@ -2025,6 +2025,17 @@ def test_inputs_are_cut_to_the_maximum_length():
     assert len(source) == 4 and source[-1] == 1 and target == [6, 1]
 
 
+def test_batches_for_a_gpu_are_of_few_shapes(monkeypatch):
+    # lengths 4, 41 and 10: the first two are padded to 64, the third to 32 and with a row that no loss counts
+    monkeypatch.setattr(bipeft, "to_device", lambda t, device: t)
+    tokens = [([5] * n + [1], [7, 1]) for n in (3, 40, 9)]
+    first, last = bipeft.Batches(tokens, 2, "cuda")
+    assert first["input_ids"].shape == (2, 64) and first["labels"].shape == (2, 4)
+    assert last["input_ids"].shape == (2, 32) and last["labels"].tolist() == [[7, 1, -100, -100], [-100] * 4]
+    (whole,) = bipeft.Batches(tokens, 10**9, "cuda")                   # no more rows than there are examples
+    assert whole["input_ids"].shape == (3, 64)
+
+
 def test_predictions_come_in_the_order_of_the_examples_and_without_dropout():
     model, tokenizer = tiny_t5(seed=1, tie_word_embeddings=False, dropout_rate=0.3), word_tokenizer(WORDS)
     model.shared.weight.data *= 0.05                     # what is read weighs more than the last word written
