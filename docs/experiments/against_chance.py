@@ -46,7 +46,7 @@ def examples_of(name, data_dir, seed):
 
 def random_structure(space, budget, seed):
     """Modules in random order, each at a random rank, or the largest smaller one that fits."""
-    rng, costs, free = random.Random(seed), space.costs.tolist(), budget
+    rng, costs, free = random.Random(seed), space.sizes.tolist(), budget
     kept, choice = [False] * len(space), [0] * len(space)
     for n in rng.sample(range(len(space)), len(space)):
         fitting = [k for k in range(rng.randrange(len(space.ranks)) + 1) if costs[n][k] <= free]
@@ -107,9 +107,10 @@ class Bench:
                 looks["s"] = run.smoothed.tolist()
         structure = bipeft.search(
             self.model, space, *(self.batches(part, self.seed) for part in half), self.budget, self.args.search_steps,
-            after_step=after_step, warmup=self.args.search_warmup, lr=lr, seed=self.seed, graphs=self.graphs)
+            after_step=after_step, warmup=self.args.search_warmup, lr=lr, seed=self.seed,
+            run_pass=bipeft.fast_pass(self.model, space, self.graphs))
         n = len(space)
-        kept, choice = bipeft.fill_budget(looks["s"], space.costs.tolist(), [False] * n, [0] * n, self.budget)
+        kept, choice = bipeft.fill_budget(looks["s"], space.sizes.tolist(), [False] * n, [0] * n, self.budget)
         found = {"bipeft": structure, "one-look": space.structure(kept, choice, self.budget)}
         space.detach()
         learnt = np.mean(losses[self.args.search_warmup - 25:self.args.search_warmup])

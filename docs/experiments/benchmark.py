@@ -156,7 +156,8 @@ class Bench:
         """A Search that never triggers of its own."""
         budget = int(self.args.budget * 1e-4 * bipeft.geometry(model)["parameters"])
         space = bipeft.Space(model, self.args.space, (1, 4, 8), 0)
-        return bipeft.Search(model, space, budget, 10**6, warmup=10**6, triggers=10**6, graphs=graphs)
+        run_pass = bipeft.fast_pass(model, space, graphs)
+        return bipeft.Search(model, space, budget, 10**6, warmup=10**6, triggers=10**6, run_pass=run_pass)
 
 
 def frozen_pass(bench):
@@ -216,11 +217,11 @@ def search_steps(bench):
             step = functools.partial(search.step, *batches)
             if when == "half-way" and bench.graphs:
                 bench.measure({"d step, half-way, graphs of the start": step})
-            search.replay.forget()
+            search.run_pass = bipeft.fast_pass(search.model, search.space, bench.graphs)       # new graphs
             bench.clear()
             first, also = bench.once(step), parts(search, batches, when) if "c" in bench.args.sections else {}
             bench.measure({f"d step, {when}": step, **also},
-                          f"{search.kept_count} modules, {search.kept_count - search.fixed_count} open ranks")
+                          f"{int(search.kept.sum())} modules, {int((search.kept & ~search.fixed).sum())} open ranks")
             if bench.graphs:
                 bench.row(f"d recording, {when}", [first - median(bench.ms[f"d step, {when}"])])
             if when == "start":
@@ -231,7 +232,6 @@ def search_steps(bench):
                 bench.row(f"d host synchronisations, {when}", note=f"{len(lines)}: {' '.join(lines[:9])}")
     if bench.graphs:
         with bench.attempt("d step, start, graphs off"):
-            search.replay.forget()
             search.space.detach()
             search = bench.search(search.model, False)
             bench.measure({"a frozen backbone, eager, in turns with the next": frozen_pass(bench)[0],
@@ -255,8 +255,7 @@ def advance(search, keep, leave_open):
     choice = torch.randint(0, 3, kept.shape, generator=generator).to(device)
     search.choice = torch.where(search.fixed, search.choice, choice)
     search.kept, search.fixed = kept.to(device), fixed.to(device)
-    search.kept_count, search.fixed_count = int(kept.sum()), int((kept & fixed).sum())
-    search.space.remove(gone.tolist())
+    search.freeze()
 
 
 def parts(search, batches, when):
@@ -266,15 +265,14 @@ def parts(search, batches, when):
     gate, rank_weights = search.architecture(noise)
 
     def one_pass(wanted, batch):
-        found[wanted] = search.model_pass(wanted, gate, rank_weights, batch)
+        found[wanted] = search.run_pass(wanted, gate, rank_weights, batch)
 
     def rest(**changed):
-        before = {key: getattr(search, key) for key in changed}
-        vars(search).update(changed, model_pass=lambda wanted, *more, **others: found[wanted])
+        before = {key: getattr(search, key) for key in (*changed, "run_pass")}
+        vars(search).update(changed, run_pass=lambda wanted, *more: found[wanted])
         try:
             search.step(*batches)
         finally:
-            del search.model_pass
             vars(search).update(before)
 
     functions = {f"c {name} pass, {when}": functools.partial(one_pass, wanted, batch)
@@ -304,7 +302,7 @@ def retraining(bench):
     space, budget, n = search.space, search.budget, len(search.kept)
     torch.manual_seed(0)
     smoothed, choice = torch.rand(n).tolist(), torch.randint(0, 3, (n,)).tolist()
-    structure = space.structure(*bipeft.fill_budget(smoothed, space.costs.tolist(), [True] * n, choice, budget), budget)
+    structure = space.structure(*bipeft.fill_budget(smoothed, space.sizes.tolist(), [True] * n, choice, budget), budget)
     space.detach()
     del search, space
     peft, together, clock = bipeft.apply(model, structure), 5 if bench.cuda else 1, []

@@ -80,7 +80,7 @@ def position(folder):
     except Exception:
         return "a checkpoint that can't be read"
     state = stored.get(stored["phase"], {})                     # {}: no step of this phase is in it yet
-    return f"{stored['phase']} {state.get('step', state.get('step_number', 0))}"
+    return f"{stored['phase']} {state.get('step', state.get('steps_done', 0))}"
 
 
 def content(path):

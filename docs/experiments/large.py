@@ -76,8 +76,8 @@ def measure(shape, flags, args, device):
         torch.cuda.reset_peak_memory_stats()
     model = build(shape, checkpointing, device, torch.bfloat16)
     space = bipeft.Space(model, "s2")
-    search = bipeft.Search(model, space, int(space.costs[:, -1].sum()) // 20, 1000, warmup=500, graphs=graphs,
-                           accumulate=accumulate)
+    search = bipeft.Search(model, space, int(space.sizes[:, -1].sum()) // 20, 1000, warmup=500,
+                           run_pass=bipeft.fast_pass(model, space, graphs and cuda, accumulate))
     torch.manual_seed(bipeft.rank())
     batches, times = [batch_of(args.batch_size // bipeft.world(), args, device) for _ in range(3)], []
     for _ in range(2 + args.repeats):                      # the first runs as it is, the second records

@@ -62,7 +62,7 @@ class Student(nn.Module):
 
 def tiny_t5(seed, width=32):
     """A random T5 of 2 + 2 layers whose blocks matter: small embeddings, sharp attention, clear output."""
-    with bipeft.own_randomness("cpu"), torch.no_grad():
+    with torch.random.fork_rng([]), torch.no_grad():
         torch.manual_seed(seed)
         t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(
             vocab_size=VOCABULARY, d_model=width, d_kv=width // 4, d_ff=2 * width, num_layers=2, num_heads=4,
@@ -83,7 +83,7 @@ def teach(student, space, seed):
     chosen = sorted(rng.sample(range(len(space)), PLACES))
     kept = [n in chosen for n in range(len(space))]
     choice = [rng.randrange(len(RANKS)) if ranked else 0 for ranked in space.ranked.tolist()]
-    whole = space.structure(kept, choice, int(space.costs[:, -1].sum()))
+    whole = space.structure(kept, choice, int(space.sizes[:, -1].sum()))
     teacher = bipeft.apply(student, whole, seed)
 
     def batches(count):
@@ -102,7 +102,7 @@ def teach(student, space, seed):
         module.active = True
     teacher.detach()
     budget = int(SHARE * whole.parameters)
-    kept, choice = bipeft.fill_budget(missed, space.costs.tolist(), kept, choice, budget)
+    kept, choice = bipeft.fill_budget(missed, space.sizes.tolist(), kept, choice, budget)
     return train, test, whole, space.structure(kept, choice, budget)
 
 
@@ -117,7 +117,8 @@ def retrain(student, structure, train, test, steps, seed):
     tensors = list(peft.modules_.parameters())
     optimizer = torch.optim.AdamW([peft.weights], lr=TRAIN_LR, weight_decay=1e-4)
     for step in range(steps):
-        (peft.weights.grad,) = bipeft.flat_gradients(student(**train[step % len(train)]), tensors)
+        found = torch.autograd.grad(student(**train[step % len(train)]), tensors, materialize_grads=True)
+        peft.weights.grad = torch.cat([g.flatten() for g in found])
         optimizer.param_groups[0]["lr"] = TRAIN_LR * (1 - step / steps)
         optimizer.step()
     loss = loss_on(student, test)
@@ -127,7 +128,7 @@ def retrain(student, structure, train, test, steps, seed):
 
 def fill(space, score, choice, budget):
     """The structure of the highest-scored modules that fit, at the ranks given while they do."""
-    costs = space.costs.tolist()
+    costs = space.sizes.tolist()
     given, nothing = [[row[k]] for row, k in zip(costs, choice)], [0] * len(space)
     kept, _ = bipeft.fill_budget(score, given, nothing, nothing, budget)
     return space.structure(*bipeft.fill_budget(score, costs, kept, choice, budget), budget)

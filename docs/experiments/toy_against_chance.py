@@ -51,7 +51,7 @@ def one_seed(seed, budget, epochs):
                                      triggers=TRIGGERS, lr=LR, seed=seed)}
     nothing = [0] * len(space)
     found["one look"] = space.structure(
-        *bipeft.fill_budget(look["s"], space.costs.tolist(), nothing, nothing, budget), budget)
+        *bipeft.fill_budget(look["s"], space.sizes.tolist(), nothing, nothing, budget), budget)
     found |= {f"random {i}": random_structure(space, budget, 1000 * seed + i) for i in range(3)}
     space.detach()
     results = {}
