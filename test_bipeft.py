@@ -1314,45 +1314,109 @@ def test_the_papers_settings_are_the_defaults():
         assert abs(p.std() / 1e-3 - 1) < 5 / math.sqrt(2 * p.numel()) and abs(p.mean()) < 5e-3 / math.sqrt(p.numel())
 
 
-def trigger_by_hand(search, v_before):
-    """3.3 and 3.4 as loops over modules. Returns b, d, k* after the trigger, and v."""
-    n_modules, z, z_max = len(search.space), search.triggers_done, search.triggers
+def moment(search):
+    """Copies of what a trigger reads and writes."""
+    return SimpleNamespace(**{key: getattr(search, key).detach().clone() for key in (
+        "theta", "phi", "kept", "fixed", "choice", "smoothed")}, triggers_done=search.triggers_done)
+
+
+def trigger_by_hand(search, now, v_before, history):
+    """3.3 and 3.4 as loops over modules, for the moment `now`; history: Phi of each step since the last trigger.
+
+    Returns b, d, k* after the trigger, v, E_t and R_z.
+    """
+    n_modules, z, z_max = len(search.space), now.triggers_done, search.triggers
     q, dim, ranked = search.space.costs.tolist(), search.space.ranks, search.space.ranked.tolist()
-    b, d, k_star, s = (x.tolist() for x in (search.kept, search.fixed, search.choice, search.smoothed))
-    theta, phi = (torch.as_tensor(x).detach().double().softmax(1).tolist() for x in (search.theta, search.phi))
+    b, d, k_star, s = (x.tolist() for x in (now.kept, now.fixed, now.choice, now.smoothed))
+    theta, *phi = (x.double().softmax(1).tolist() for x in (now.theta, *history))
     p = [b[n] * (1 if z >= 0.9 * z_max else theta[n][1]) for n in range(n_modules)]
-    cost = [q[n][k_star[n]] if d[n] else sum(x * w for x, w in zip(q[n], phi[n])) for n in range(n_modules)]
-    reduction, removed = (sum(x * c for x, c in zip(p, cost)) - search.budget) / (z_max - z), 0.0        # Eq. 7, 6
+    cost = [q[n][k_star[n]] if d[n] else sum(x * w for x, w in zip(q[n], phi[-1][n])) for n in range(n_modules)]
+    expected = sum(x * c for x, c in zip(p, cost))                                                       # Eq. 7
+    reduction, removed = (expected - search.budget) / (z_max - z), 0.0                                   # Eq. 6
     for n in sorted((n for n in range(n_modules) if b[n]), key=lambda n: s[n]):
         removed += p[n] * cost[n]
         if removed > reduction:
             break
         b[n], d[n] = False, True
-    best = [max(range(len(dim)), key=lambda k: phi[n][k]) for n in range(n_modules)]
+    best = [max(range(len(dim)), key=lambda k: phi[-1][n][k]) for n in range(n_modules)]
     v = [dim[k_star[n] if d[n] else best[n]] * (b[n] and ranked[n]) for n in range(n_modules)]
-    instability = bipeft.rank_instability(torch.stack(search.history)).tolist()
+    instability = []                                                                                     # Eq. 9
+    for n in range(n_modules):
+        divergence = sum(x * math.log(x / y) for x, y in zip(phi[0][n], phi[-1][n]))
+        instability.append(sum(np.std([step[n][k] for step in phi]) for k in range(len(dim))) / len(dim) * divergence)
     still_open = [n for n in range(n_modules) if not d[n]]
     y = math.floor(len(still_open) * cosine(v_before, v) / (z_max - z) + 1e-9)                           # Eq. 10
     for n in sorted(still_open, key=lambda n: instability[n])[:y if z < z_max - 1 else None]:
         d[n], k_star[n] = True, best[n]
-    return b, d, k_star, v
+    return b, d, k_star, v, expected, reduction
 
 
-@pytest.mark.parametrize("space", ["s1", "s2"])
-def test_a_trigger_is_the_papers_by_hand(space):
-    search, batches = a_search(space, triggers=10, warmup=99, steps=20)
-    removed, v = [], [search.space.ranks[k] * on for k, on in zip(search.phi.argmax(1).tolist(),
-                                                                           search.space.ranked.tolist())]
-    for _ in range(10):
-        for _ in range(2):
-            search.step(*batches[:3])
-        assert len(search.history) == 3                              # the steps since, both ends included
-        b, d, k_star, v = trigger_by_hand(search, v)
-        search.trigger()
+# Steps of Phi as narrow as 1e-5 differ by less than float32 could tell apart in Eq. 9.
+@pytest.mark.parametrize("space, arch_lr", [("s1", 0.01), ("s2", 1e-5)])
+def test_a_trigger_is_the_papers_by_hand(space, arch_lr):
+    search, batches = a_search(space, triggers=10, steps=24, arch_lr=arch_lr)
+    ranked, removed = search.space.ranked.tolist(), []
+    v = [search.space.ranks[k] * on for k, on in zip(search.phi.argmax(1).tolist(), ranked)]
+    history = [search.phi.detach().clone()]
+    for step in range(1, 24):
+        before = moment(search)
+        search.tau = 0.0 if step > 4 and step % 2 else 2.0           # a trigger every second step, and none between
+        line = search.step(*batches[:3])
+        now = SimpleNamespace(**{**vars(before), "smoothed": search.smoothed, "theta": search.theta.detach(),
+                                 "phi": search.phi.detach().clone()})
+        history.append(now.phi)
+        b, d, k_star, v_then, expected, reduction = trigger_by_hand(search, now, v, history)
+        # where p = 1 nothing but C_n, of float64, is in E_t
+        assert math.isclose(line["expected"], expected, rel_tol=1e-12 if before.triggers_done == 9 else 1e-6)
+        if search.tau:
+            assert line["triggers"] == before.triggers_done and line["reduction"] is None
+            continue
+        assert line["triggers"] == before.triggers_done + 1
+        assert math.isclose(line["reduction"], reduction, rel_tol=1e-5, abs_tol=1e-3)
         assert (search.kept.tolist(), search.fixed.tolist()) == (b, d)
+        assert (line["kept"], line["fixed"]) == (sum(b), sum(x and y for x, y in zip(b, d)))
         assert [k for k, on in zip(search.choice.tolist(), d) if on] == [k for k, on in zip(k_star, d) if on]
         removed.append(b.count(False))
-    assert all(d) and removed[-1] < len(b) and len(set(removed)) > 2                # step by step
+        v, history = v_then, history[-1:]
+    assert len(removed) == 10 and all(d) and removed[-1] < len(b) and len(set(removed)) > 2         # step by step
+
+
+def test_triggers_that_the_steps_left_no_room_for_come_one_by_one():
+    # as by hand, each from what the one before left; from the second on no step has moved Phi, and so no lambda is
+    # above 0, and ties go to the first
+    search, batches = a_search("s2", steps=3, triggers=12, warmup=99)
+    history = [search.phi.detach().clone()]
+    v = [search.space.ranks[k] * on for k, on in zip(search.phi.argmax(1).tolist(), search.space.ranked.tolist())]
+    for _ in range(3):
+        search.step(*batches[:3])
+        history.append(search.phi.detach().clone())
+    now, select, done = moment(search), search.select, []
+    search.select = lambda *args: (done.append(search.triggers_done), select(*args))
+    for now.triggers_done in range(12):
+        b, d, k_star, v, _, _ = trigger_by_hand(search, now, v, history)
+        now.kept, now.fixed, now.choice, history = flags(*b), flags(*d), torch.tensor(k_star), history[-1:]
+    structure = search.finish()
+    assert done == list(range(12)) and search.ended_early == 12
+    assert (search.kept.tolist(), search.fixed.tolist()) == (b, d)
+    kept, choice = bipeft.fill_budget(search.smoothed.tolist(), search.space.costs.tolist(), b, k_star, search.budget)
+    assert structure == search.space.structure(kept, choice, search.budget)
+
+
+def test_the_weights_learn_on_the_training_batches_and_the_architecture_on_the_others():
+    model, train, val, read = tiny_t5(), [some_batch(n) for n in (1, 2)], [some_batch(n) for n in (3, 4, 5)], []
+    numbers = {str(batch["input_ids"].tolist()): n for n, batch in enumerate((*train, *val), 1)}
+    model.register_forward_pre_hook(
+        lambda _, args, batch: read.append(numbers[str(batch["input_ids"].tolist())]), with_kwargs=True)
+    bipeft.search(model, bipeft.Space(model, "lora"), train, val, 2000, 4, triggers=9, warmup=9)
+    # a step: one for Delta W out of 1, 2; one for Theta and one for Phi out of 3, 4, 5; again from the start at the end
+    assert read == [1, 3, 4, 2, 5, 3, 1, 4, 5, 2, 3, 4]
+
+
+def test_a_beta_equal_to_tau_triggers():
+    # with gamma = 1 every s-bar stays 0, and so the same modules, the first that fit, are important in every step
+    search, batches = a_search("bitfit", steps=4, tau=1.0, gamma=1.0, window=2, triggers=1)
+    _, states = followed(search, batches)
+    assert [(line["beta"], line["triggers"]) for line, _ in states] == [(0, 0), (0, 0), (1, 1)]
 
 
 @pytest.mark.parametrize("space", ["s1", "s2"])
@@ -1393,7 +1457,7 @@ def followed(search, batches):
     states = []
     structure = search.run(batches, batches[:0:-1], after_step=lambda run, line: states.append((line, SimpleNamespace(
         theta=run.theta.detach().clone(), phi=run.phi.detach().clone(), kept=run.kept.clone(), fixed=run.fixed.clone(),
-        choice=run.choice.clone()))))
+        choice=run.choice.clone(), smoothed=run.smoothed.clone()))))
     return structure, states
 
 
@@ -1407,6 +1471,7 @@ def test_what_is_decided_never_moves_again(space):
         assert torch.equal(after.theta[~before.kept], before.theta[~before.kept])           # bitwise
         assert torch.equal(after.phi[before.fixed], before.phi[before.fixed])
         assert torch.equal(after.choice[before.fixed], before.choice[before.fixed])
+        assert torch.equal(after.smoothed[~before.kept], before.smoothed[~before.kept])     # that of its last step
     assert any((~state.kept).any() and not state.fixed.all() for _, state in states)        # gradually, not at once
     assert states[-1][1].fixed.all()                                               # the last trigger fixes all
 
