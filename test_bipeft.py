@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,10 +60,31 @@ def quick_and_tidy(tmp_path_factory):
     """One thread, since on tensors this small a second one only waits; the data cache goes to a temporary folder."""
     before = torch.get_num_threads(), datasets.config.HF_DATASETS_CACHE
     torch.set_num_threads(1)
-    datasets.config.HF_DATASETS_CACHE = str(tmp_path_factory.mktemp("cache"))
+    datasets.config.HF_DATASETS_CACHE = os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     yield
     torch.set_num_threads(before[0])
     datasets.config.HF_DATASETS_CACHE = before[1]
+    del os.environ["HF_DATASETS_CACHE"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ahead(request, quick_and_tidy, tmp_path_factory):
+    """What runs in processes of its own starts before all tests, one after the other, for the second core.
+
+    {name: future of its results}, of what the tests that were asked for need.
+    """
+    asked = {item.name for item in request.session.items}
+    folder, pool, started = tmp_path_factory.mktemp("ahead"), ThreadPoolExecutor(1), {}
+    if asked & {"test_two_processes_and_batches_in_parts_find_what_one_finds",
+                "test_a_process_that_dies_ends_the_others_with_one_line_and_a_signal_stops_all"}:
+        started["torchruns"] = pool.submit(run_torchruns, folder)
+    if asked & {"test_a_run_killed_as_it_writes_goes_on_to_the_same_end", "test_the_program_runs_as_a_script"}:
+        try:
+            started["kills"] = pool.submit(run_kills, request.getfixturevalue("world"), folder)
+        except Exception:
+            pass                                                     # the tests that need that folder will tell
+    yield started
+    pool.shutdown(cancel_futures=True)
 
 
 VERSIONS = {
@@ -2186,10 +2208,7 @@ def test_training_goes_on_bit_for_bit_from_its_saved_state(tmp_path):
 
 
 def shared_search(path, accumulate=1):
-    """30 steps of a search in float64 on this process's share of the batches; what it came to goes to a file."""
-    if "RANK" in os.environ:
-        torch.distributed.init_process_group("gloo")
-    torch.set_num_threads(1)
+    """24 steps of a search in float64 on this process's share of the batches; what it came to goes to a file."""
     rng = random.Random(0)
     tokens = [([rng.randrange(3, 40) for _ in range(rng.randrange(2, 9))], [rng.randrange(3, 40)] * rng.randrange(1, 4))
               for _ in range(13)]           # batches of 4, 4, 4 and 1, at which one process has nothing to do
@@ -2199,7 +2218,7 @@ def shared_search(path, accumulate=1):
     space._flatten()
     batches = [bipeft.Batches(tokens, 4, "cpu", seed) for seed in (1, 2)]
     lines = []
-    search = bipeft.Search(model, space, int(space.costs[:, -1].sum()) // 5, 30, warmup=10, triggers=15, tau=0.5,
+    search = bipeft.Search(model, space, int(space.costs[:, -1].sum()) // 5, 24, warmup=9, triggers=10, tau=0.5,
                            lr=1e-2, accumulate=accumulate)
     structure = search.run(*batches, after_step=lambda _, line: lines.append(line))
     texts = bipeft.predict(model, tiny_tokenizer(), tokens, 3, "cpu")
@@ -2212,12 +2231,49 @@ def tiny_tokenizer():
     return word_tokenizer([str(n) for n in range(40)])
 
 
-def torchrun(code, *more, processes=2, **options):
-    """Starts python -c `code` in several processes that know of each other."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--no-python",
-         sys.executable, "-c", code, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+def small_toy(out, die_at=None, by=None):
+    """The program on a small toy. Its second process sends itself a signal after so many steps.   Returns the exit code."""
+    def step(self, *batches, step=bipeft.Search.step):
+        if bipeft.rank() == 1 and self.step_number == die_at:
+            os.kill(os.getpid(), by)
+        return step(self, *batches)
+
+    splits = {key: value[:count] for (key, value), count in zip(bipeft.toy_splits(0).items(), (400, 30, 30))}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bipeft.Search, "step", step)
+        patched.setattr(bipeft, "toy_splits", lambda seed: splits)
+        patched.setattr(bipeft.toy_backbone, "__defaults__", (5, 64))
+        try:
+            return bipeft.main(["--task", "toy", "--epochs", "1", "--search-epochs", "1", "--warmup-epochs", "0",
+                                "--triggers", "5", "--batch-size", "8", "--save-every", "5", "--out", str(out)])
+        except SystemExit as ended:
+            return ended.code
+
+
+def first_torchrun(folder):
+    """Process 1 of two is killed."""
+    sys.exit(small_toy(f"{folder}/run", 12, signal.SIGKILL))
+
+
+def second_torchrun(folder):
+    """The same run goes on in new processes, of which one is told to stop; then to its end. Then `shared_search`."""
+    torch.set_num_threads(1)
+    assert small_toy(f"{folder}/run", 17, signal.SIGTERM) == 128 + signal.SIGTERM
+    assert small_toy(f"{folder}/run") == 0
+    shared_search(f"{folder}/two")
+
+
+def run_torchruns(folder):
+    """Both of them.   Returns (folder, [(exit code, standard output, error, seconds) of each])."""
+    ended = []
+    for which in ("first_torchrun", "second_torchrun"):
+        started = time.monotonic()
+        process = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python",
+             sys.executable, "-c", f"import test_bipeft; test_bipeft.{which}(r'{folder}')"], capture_output=True,
+            text=True, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=150)
+        ended.append((process.returncode, process.stdout, process.stderr, time.monotonic() - started))
+    return folder, ended
 
 
 def test_the_mean_over_parts_is_weighed_by_labels_and_passes_over_empty_parts():
@@ -2244,20 +2300,21 @@ def test_deterministic_algorithms_are_for_the_run_alone():
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
-def test_two_processes_and_batches_in_parts_find_what_one_finds(tmp_path):
-    together = torchrun(f"import test_bipeft; test_bipeft.shared_search(r'{tmp_path}/two')")
+def test_two_processes_and_batches_in_parts_find_what_one_finds(ahead, tmp_path):
     shared_search(tmp_path / "one")
     shared_search(tmp_path / "parts", accumulate=3)
-    assert together.wait(120) == 0, together.communicate()[1]
+    folder, (_, (code, _, error, _)) = ahead["torchruns"].result()
+    assert code == 0, error
+    files = {"two-0": folder, "two-1": folder, "parts-0": tmp_path}
     one = torch.load(tmp_path / "one-0", weights_only=True)
-    assert one["triggers"] == 15 and 0 < len(one["modules"]) and len(one["losses"]) >= 25
-    for other in ("two-0", "two-1", "parts-0"):
-        found = torch.load(tmp_path / other, weights_only=True)
+    assert one["triggers"] == 10 and 0 < len(one["modules"]) and len(one["losses"]) >= 19
+    for other in files:
+        found = torch.load(files[other] / other, weights_only=True)
         assert found["modules"] == one["modules"] and found["texts"] == one["texts"], other
         for key in ("theta", "phi", "smoothed", "weights"):
             assert (found[key] - one[key]).abs().max() < 1e-5, (other, key)
         assert np.allclose(found["losses"], one["losses"], atol=1e-6), other
-    a, b = (torch.load(tmp_path / f"two-{n}", weights_only=True) for n in (0, 1))
+    a, b = (torch.load(folder / f"two-{n}", weights_only=True) for n in (0, 1))
     assert all(torch.equal(a[key], b[key]) for key in ("theta", "phi", "smoothed", "weights"))     # to the last bit
 
 
@@ -2362,33 +2419,16 @@ def test_every_process_pretrains_the_same_toy(monkeypatch):
     assert all(torch.equal(alone[key], other[key]) for key in alone)
 
 
-def test_a_process_that_dies_ends_the_others_with_one_line_and_a_signal_stops_all(tmp_path):
-    code = ("import sys, os, signal, bipeft, torch\n"
-            "step = bipeft.Search.step\n"
-            "def die(self, *batches):\n"
-            "    if bipeft.rank() == 1 and self.step_number == (12 if sys.argv[1] == 'SIGKILL' else 17):\n"
-            "        os.kill(os.getpid(), getattr(signal, sys.argv[1]))\n"
-            "    return step(self, *batches)\n"
-            "bipeft.Search.step = step if sys.argv[1] == 'live' else die\n"
-            "bipeft.toy_backbone.__defaults__ = (5, 64)\n"
-            "sys.exit(bipeft.main(sys.argv[2:]))")
-    flags = ["--task", "toy", "--epochs", "1", "--search-epochs", "1", "--warmup-epochs", "0", "--triggers", "5",
-             "--save-every", "5", "--out", str(tmp_path / "out")]
-    started = time.monotonic()
-    first = torchrun(code, "SIGKILL", *flags)
-    out, error = first.communicate(timeout=100)
-    assert first.returncode != 0 and time.monotonic() - started < 60
+def test_a_process_that_dies_ends_the_others_with_one_line_and_a_signal_stops_all(ahead):
+    folder, ((code, _, error, seconds), (code_2, out_2, error_2, _)) = ahead["torchruns"].result()
+    assert code != 0 and seconds < 60
     lines = [line for line in error.splitlines() if line.startswith("bipeft.py: ")]
     assert len(lines) == 1 and "lost another one of this run" in lines[0] and "the same command" in lines[0], error
-    assert (tmp_path / "out" / "checkpoint.pt").exists() and not (tmp_path / "out" / "metrics.json").exists()
-    told = torchrun(code, "SIGTERM", *flags)                                       # one of them alone
-    out, error = told.communicate(timeout=100)
-    assert "stopped by signal 15 after step 18" in out and "lost another" not in error, (out, error)
-    again = torchrun(code, "live", *flags)
-    out, error = again.communicate(timeout=100)
-    assert again.returncode == 0, error
-    assert "going on from" in out and out.count("written to") == 1                 # one process prints
-    assert (tmp_path / "out" / "metrics.json").exists()
+    assert code_2 == 0, error_2
+    stopped = out_2.index("stopped by signal 15 after step 18")                    # one of them alone was told
+    assert "going on from" in out_2[:stopped] and "lost another" not in error_2, (out_2, error_2)
+    assert "going on from" in out_2[stopped:] and out_2.count("written to") == 1   # one process prints
+    assert (folder / "run" / "metrics.json").exists() and not (folder / "run" / "checkpoint.pt").exists()
 
 
 # ==================================================================================================
@@ -2506,15 +2546,6 @@ def write_structures(root, model):
                                 ("other_run", "metrics.json", b'{"settings": {"task": "rte", "seed": 7}}')):
         (root / "runs" / name).mkdir(parents=True)
         (root / "runs" / name / file).write_bytes(content)
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    """As with HF_HUB_OFFLINE=1: the hub is out of reach, and is known to be at once."""
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
 QUICK = "--task custom --data-dir {root}/data --model {root}/model --epochs 6 --search-epochs 4 --warmup-epochs 1 " \
@@ -2645,7 +2676,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("line, words", BAD, ids=[line.replace("{root}/", "") or "empty" for line, _ in BAD])
-def test_a_mistake_is_told_in_one_line(world, tmp_path, monkeypatch, capfd, offline, line, words):
+def test_a_mistake_is_told_in_one_line(world, tmp_path, monkeypatch, capfd, line, words):
     monkeypatch.chdir(tmp_path)                                   # where a run without --out would write
     assert bipeft.main(line.format(root=world).split()) == 2
     _, error = capfd.readouterr()
@@ -2663,7 +2694,7 @@ def test_after_a_mistake_the_corrected_command_runs(world, tmp_path, capfd, mist
     assert go(world, tmp_path / "run", line, "--budget 600") == 0, capfd.readouterr().err
 
 
-def test_a_mistake_with_fresh_destroys_nothing(world, finished, tmp_path, offline):
+def test_a_mistake_with_fresh_destroys_nothing(world, finished, tmp_path):
     for name, content in contents(finished[0]).items():
         (tmp_path / name).write_bytes(content)
     for mistake in ("--budget 1", "--ranks 8 4", "--model nowhere", "--structure {root}/structures/wrong_name.json"):
@@ -3147,14 +3178,26 @@ def test_half_a_downloaded_file_is_one_line(world, tmp_path, capfd, file, left):
     assert f"{tmp_path} can't be loaded (" in error and error.count("\n") == 1, error
 
 
-def test_a_run_killed_as_it_writes_goes_on_to_the_same_end(world, finished, tmp_path, monkeypatch):
-    """The short form of docs/experiments/kill.py: SIGKILL twice, 0.1 s after a process's first write."""
-    monkeypatch.setattr(sys, "path", [str(HERE / "docs" / "experiments"), *sys.path])
+def run_kills(root, folder):
+    """A run as a script: SIGKILL twice, 0.1 s after a process's first write, and to its end; then a mistake.
+
+    Returns (its folder, what `trial` says, what the mistake says and its exit code).
+    """
+    sys.path.insert(0, str(HERE / "docs" / "experiments"))
     from kill import trial
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    where, _, differs = trial(QUICK.format(root=world).split(), tmp_path / "run", finished[0], [(0.1, True)] * 2, 1, 0)
+    line, out = QUICK.format(root=root).split(), folder / "killed"
+    told = trial(line, out, out, [(0.1, True)] * 2, 1, 0)                  # the test itself compares, with `finished`
+    bad = subprocess.run([sys.executable, str(Path(bipeft.__file__).resolve()), *line, "--tau", "3"],
+                         capture_output=True, text=True, cwd=folder)
+    return out, told, (bad.stdout, bad.stderr, bad.returncode)
+
+
+def test_a_run_killed_as_it_writes_goes_on_to_the_same_end(ahead, finished):
+    """The short form of docs/experiments/kill.py."""
+    out, (where, _, differs), _ = ahead["kills"].result()
+    from kill import difference
     assert where and differs is None, (where, differs)
+    assert difference(out, finished[0]) is None
 
 
 def test_a_checkpoint_of_other_settings_is_not_gone_on_with(world, tmp_path, monkeypatch, capfd):
@@ -3163,18 +3206,14 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_with(world, tmp_path, mon
     assert "another run: its --triggers is 4, now it is 3" in capfd.readouterr().err
 
 
-def test_the_program_runs_as_a_script(world, finished, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-                   "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    line = [sys.executable, str(Path(bipeft.__file__).resolve()), *QUICK.format(root=world).split()]
-    good, bad = (subprocess.Popen([*line, *more], cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE) for more in (["--out", "out"], ["--tau", "3"]))
-    said, error = good.communicate(timeout=120)
-    assert good.returncode == 0 and error == ""
-    for words in ("budget 2,000", "parameters", "validation", "most frequent answer", "written to out"):
+def test_the_program_runs_as_a_script(ahead, finished):
+    out, _, bad = ahead["kills"].result()
+    said = Path(f"{out}.txt").read_text()                                    # standard output and error
+    for words in ("budget 2,000", "parameters", "validation", "most frequent answer", f"written to {out}"):
         assert words in said
-    assert_same_end(finished[0], tmp_path / "out")
-    assert bad.communicate(timeout=120) == ("", "bipeft.py: --tau 3.0 must lie in 0 .. 1\n") and bad.returncode == 2
+    assert "arning" not in said and "Traceback" not in said
+    assert_same_end(finished[0], out)
+    assert bad == ("", "bipeft.py: --tau 3.0 must lie in 0 .. 1\n", 2)
 
 
 def test_help_names_every_flag(capfd):
