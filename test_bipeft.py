@@ -42,6 +42,7 @@ import bipeft
 from bipeft import UsageError
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE / "docs" / "experiments"))            # of two there short forms are run here
 SHARED = HERE.parent / "shared"
 SEEDS = range(12)
 RANKS = (1, 4, 8)
@@ -3140,7 +3141,6 @@ def run_kills(root, folder):
 
     Returns (its folder, what `trial` says, what the mistake says and its exit code).
     """
-    sys.path.insert(0, str(HERE / "docs" / "experiments"))
     from kill import trial
     line, out = QUICK.format(root=root).split(), folder / "killed"
     told = trial(line, out, out, [(0.1, True)] * 2, 1, 0)                  # the test itself compares, with `finished`
@@ -3221,11 +3221,7 @@ def test_a_pretrained_model_on_real_rows(tmp_path):
 
 def test_the_search_finds_better_than_random_structures():
     """The short form of docs/experiments/teacher_student.py: a teacher's labels, under half its size."""
-    sys.path.insert(0, str(HERE / "docs" / "experiments"))
-    try:
-        from teacher_student import compare
-    finally:
-        sys.path.pop(0)
+    from teacher_student import compare
     losses = compare(seed=3, warmup=40, triggers=15, search_steps=80, train_steps=60)
     assert losses["bipeft"] < sorted(losses["random"])[2] < losses["bare"]          # the median of five
 
