@@ -1424,14 +1424,33 @@ def test_triggers_that_the_steps_left_no_room_for_come_one_by_one():
     assert structure == search.space.structure(kept, choice, search.budget)
 
 
+class Told(list):
+    """Batches that note which epochs they are told of."""
+
+    def set_epoch(self, epoch):
+        self.epochs = [*vars(self).get("epochs", []), epoch]
+
+
 def test_the_weights_learn_on_the_training_batches_and_the_architecture_on_the_others():
-    model, train, val, read = tiny_t5(), [some_batch(n) for n in (1, 2)], [some_batch(n) for n in (3, 4, 5)], []
+    model, train, val, read = tiny_t5(), Told(map(some_batch, (1, 2))), Told(map(some_batch, (3, 4, 5))), []
     numbers = {str(batch["input_ids"].tolist()): n for n, batch in enumerate((*train, *val), 1)}
     model.register_forward_pre_hook(
         lambda _, args, batch: read.append(numbers[str(batch["input_ids"].tolist())]), with_kwargs=True)
     bipeft.search(model, bipeft.Space(model, "lora"), train, val, 2000, 4, triggers=9, warmup=9)
     # a step: one for Delta W out of 1, 2; one for Theta and one for Phi out of 3, 4, 5; again from the start at the end
     assert read == [1, 3, 4, 2, 5, 3, 1, 4, 5, 2, 3, 4]
+    assert train.epochs == [0, 1] and val.epochs == [0, 1, 2]
+
+
+def test_dropout_is_drawn_anew_in_every_step():
+    model, seeds, batches = tiny_t5(dropout_rate=0.1), [], [some_batch()]
+    model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
+    space = bipeft.Space(model, "lora")
+    structure = bipeft.search(model, space, batches, batches, 2000, 3, triggers=9, warmup=9)
+    space.detach()
+    assert len(seeds) == 9 and seeds[::3] == seeds[1::3] == seeds[2::3]             # one seed for a step's passes
+    bipeft.train(model, bipeft.apply(model, structure), batches, lambda: 0.0, 3, 0.01)
+    assert len(seeds) == 12 and len(set(seeds)) == 6
 
 
 def test_a_beta_equal_to_tau_triggers():
