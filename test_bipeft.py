@@ -783,6 +783,23 @@ def test_the_gradient_to_a_shut_gate_is_what_the_module_would_add(kind, role):
     assert close(through, (added * towards).sum(), 1e-4) and through != 0
 
 
+def test_initial_weights_are_kaiming_uniform_zero_or_for_a_prefix_of_deviation_002():
+    # uniform within 1/sqrt(fan in), whose deviation is bound/sqrt(3); five deviations of a deviation: 5/sqrt(2n)
+    generator = torch.Generator().manual_seed(0)
+    lora = bipeft.LoRA(nn.Linear(400, 30), 8, generator)
+    adapter = bipeft.SerialAdapter(SimpleNamespace(wo=nn.Linear(1, 400)), 8, generator)
+    factors = bipeft.LowRankAdapter(SimpleNamespace(o=nn.Linear(1, 6400)), 8, generator)
+    for p, fan_in in ((lora.A, 400), (adapter.down, 400), (factors.down_in, 6400), (factors.down_out, 8),
+                      (factors.up_in, 200)):
+        assert p.abs().max() <= fan_in ** -0.5
+        assert abs(p.std() * (3 * fan_in) ** 0.5 - 1) < 5 / (2 * p.numel()) ** 0.5
+    for p in (lora.B, adapter.up, adapter.up_bias, adapter.down_bias, factors.up_out, factors.down_bias, factors.up_bias):
+        assert not p.any()
+    prefix = bipeft.Prefix(SimpleNamespace(n_heads=8, key_value_proj_dim=64), 8, generator)
+    for p in (prefix.keys, prefix.values):
+        assert abs(p.std() / 0.02 - 1) < 5 / (2 * p.numel()) ** 0.5 and abs(p.mean()) < 0.1 / p.numel() ** 0.5
+
+
 def test_a_shut_gate_passes_no_gradient_to_the_modules_weights():
     for kind, role in PLACES:
         module, x, y = a_module(kind, role=role, scale=0.5)
