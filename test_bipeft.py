@@ -897,6 +897,17 @@ def test_the_gradient_to_a_shut_prefix_gate_is_the_derivative():
     assert close(found, torch.stack(expected), 1e-3)
 
 
+def test_prefix_attention_scales_all_scores_and_drops_out_in_training():
+    query, *given, mask, bias, keys, values = attention_case()
+
+    def found(query, training=False, **more):
+        module = SimpleNamespace(training=training, is_causal=False)
+        return bipeft.prefix_attention(module, query, *given, mask, position_bias=bias, **more,
+                                       prefix=(keys, values, torch.ones(3)))[0]
+    assert close(found(query, scaling=0.5), found(0.5 * query))
+    assert torch.equal(found(query, dropout=1.0), found(query)) and not found(query, training=True, dropout=1.0).any()
+
+
 def test_prefix_in_a_self_attention_of_t5():
     model = tiny_t5()
     attention, h = model.encoder.block[0].layer[0].SelfAttention, torch.randn(2, 5, 32)
@@ -1277,6 +1288,7 @@ def test_a_step_is_algorithm_1_done_by_hand(space, monkeypatch):
     (gate, ranks, _), (gate_2, ranks_2, _), (gate_3, ranks_3, _) = passes
     assert torch.equal(gate, gate_2) and torch.equal(ranks, ranks_2)         # the same sample in passes 1 and 2
     assert set(gate.tolist()) == {0.0, 1.0}
+    assert torch.equal(ranks[search.fixed], F.one_hot(search.choice[search.fixed], 3).float())
     after = search.space.weights.clone()
 
     def gradients(batch, weights, gate, ranks):
@@ -1631,6 +1643,21 @@ def test_one_seed_gives_one_structure_and_the_seed_matters():
         structure, states = followed(search, batches)
         runs.append((structure, [line["loss_train"] for line, _ in states]))
     assert runs[0] == runs[1] and runs[0][1] != runs[2][1]
+
+
+def test_the_seed_decides_theta_phi_the_samples_and_the_dropout(monkeypatch):
+    (one, batches), (two, _) = (a_search("s2", seed=seed) for seed in (1, 2))
+    assert not torch.equal(one.theta, two.theta) and not torch.equal(one.phi, two.phi)
+    with torch.no_grad():
+        two.theta.copy_(one.theta)
+        two.phi.copy_(one.phi)
+    passes, seeds = [gates_of(search, monkeypatch) for search in (one, two)], []
+    for search in (one, two):
+        with torch.random.fork_rng():
+            search.step(*batches[:3])
+            seeds.append(torch.initial_seed())
+    ((gate_1, ranks_1, _), *_), ((gate_2, ranks_2, _), *_) = passes
+    assert not torch.equal(gate_1, gate_2) and not torch.equal(ranks_1, ranks_2) and seeds[0] != seeds[1]
 
 
 @pytest.mark.parametrize("space", ["s1", "s2"])
