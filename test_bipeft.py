@@ -22,10 +22,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"                # the hub is out of reach, and is known to be at once
 
 import datasets
 import numpy as np
@@ -40,6 +42,7 @@ import bipeft
 from bipeft import UsageError
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE / "docs" / "experiments"))            # of two there short forms are run here
 SHARED = HERE.parent / "shared"
 SEEDS = range(12)
 RANKS = (1, 4, 8)
@@ -58,10 +61,31 @@ def quick_and_tidy(tmp_path_factory):
     """One thread, since on tensors this small a second one only waits; the data cache goes to a temporary folder."""
     before = torch.get_num_threads(), datasets.config.HF_DATASETS_CACHE
     torch.set_num_threads(1)
-    datasets.config.HF_DATASETS_CACHE = str(tmp_path_factory.mktemp("cache"))
+    datasets.config.HF_DATASETS_CACHE = os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     yield
     torch.set_num_threads(before[0])
     datasets.config.HF_DATASETS_CACHE = before[1]
+    del os.environ["HF_DATASETS_CACHE"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ahead(request, quick_and_tidy, tmp_path_factory):
+    """What runs in processes of its own starts before all tests, one after the other, for the second core.
+
+    {name: future of its results}, of what the tests that were asked for need.
+    """
+    asked = {item.name for item in request.session.items}
+    folder, pool, started = tmp_path_factory.mktemp("ahead"), ThreadPoolExecutor(1), {}
+    if asked & {"test_two_processes_and_batches_in_parts_find_what_one_finds",
+                "test_a_process_that_dies_ends_the_others_with_one_line_and_a_signal_stops_all"}:
+        started["torchruns"] = pool.submit(run_torchruns, folder)
+    if asked & {"test_a_run_killed_as_it_writes_goes_on_to_the_same_end", "test_the_program_runs_as_a_script"}:
+        try:
+            started["kills"] = pool.submit(run_kills, request.getfixturevalue("world"), folder)
+        except Exception:
+            pass                                                     # the tests that need that folder will tell
+    yield started
+    pool.shutdown(cancel_futures=True)
 
 
 VERSIONS = {
@@ -102,6 +126,17 @@ def randomise(peft, scale=0.3, seed=0):
     """Random weights in place of the initial ones, so that every module does something."""
     peft.weights.copy_(scale * torch.randn(len(peft.weights), generator=torch.Generator().manual_seed(seed)))
     return peft
+
+
+def over(seeds):
+    """Makes a test of one random case a test of many; where it fails the traceback shows the seed."""
+    def decorate(test):
+        def of_all_seeds():
+            for seed in seeds:
+                test(seed)
+        of_all_seeds.__name__, of_all_seeds.__doc__ = test.__name__, test.__doc__
+        return of_all_seeds
+    return decorate
 
 
 def tensor(*values, **more):
@@ -172,7 +207,7 @@ def test_eq_1_sensitivity_by_hand():
     assert bipeft.sensitivity(tensor(1.0, 2.0), tensor(4.0, 3.0), tensor(0.5, -1.0)).tolist() == [3, -1]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@over(SEEDS)
 def test_eq_1_to_3_against_a_loop(seed):
     w, g, h, lengths, bounds = random_modules(seed)
     f_tra, f_val, alpha, s = [], [], [], []
@@ -227,7 +262,7 @@ def test_eq_4_smooth_by_hand():
     assert bipeft.smooth(tensor(2.0), tensor(4.0), 0).tolist() == [4]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@over(SEEDS)
 def test_eq_4_smooth_against_its_closed_form(seed):
     # unrolled from s-bar_0 = 0:  s-bar_t = (1 - gamma) · sum over j of gamma^(t-j) · s_j
     rng, smoothed = random.Random(seed), torch.zeros(1)
@@ -247,7 +282,7 @@ def test_indicator_by_hand_stops_at_the_first_that_would_pass_the_budget():
     assert not bipeft.importance_indicator(s, cost, everything, 39).any()
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@over(SEEDS)
 def test_indicator_against_a_loop(seed):
     c = random_case(seed)
     cost = [row[k] for row, k in zip(c.costs, c.choice)]
@@ -287,7 +322,7 @@ def test_eq_5_of_empty_indicators():
     assert bipeft.stability(flags([0, 0], [0, 0]), 1) == 1
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@over(SEEDS)
 def test_eq_5_against_a_loop(seed):
     rng = random.Random(seed)
     n, h, t = rng.randint(1, 6), rng.randint(1, 5), rng.randint(1, 9)
@@ -308,13 +343,13 @@ def test_eq_6_reduction_by_hand():
     assert bipeft.expected_reduction(300.0, 400, 10, 0) == -10           # below the budget already
 
 
-@pytest.mark.parametrize("done", [10, 11, -1])
-def test_eq_6_refuses_a_trigger_that_is_not_left(done):
-    with pytest.raises(ValueError, match="no trigger is left"):
-        bipeft.expected_reduction(1000.0, 400, 10, done)
+def test_eq_6_refuses_a_trigger_that_is_not_left():
+    for done in (10, 11, -1):
+        with pytest.raises(ValueError, match="no trigger is left"):
+            bipeft.expected_reduction(1000.0, 400, 10, done)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@over(SEEDS)
 def test_eq_6_spread_over_all_triggers_ends_at_the_budget(seed):
     rng = random.Random(seed)
     expected, budget, triggers = rng.uniform(100, 999), rng.randint(1, 99), rng.randint(1, 30)
@@ -342,10 +377,17 @@ def test_eq_8_expected_cost_by_hand():
     assert close(found, [42.5, 40])
 
 
-@pytest.mark.parametrize("certain", [False, True])
-@pytest.mark.parametrize("seed", SEEDS)
-def test_eq_7_and_8_against_a_loop(seed, certain):
-    c = random_case(seed)
+def test_eq_8_is_exact_in_counts_that_float32_can_not_hold():
+    # float32 has no 2^24 + 1. Fixed: itself.  Open, softmax(0, 0) = (1/2, 1/2): (2^24 + 1 + 2^24 + 3) / 2 = 2^24 + 2,
+    # of which the first half alone, 2^23 + 1/2, would lose its half
+    costs = tensor([2 ** 24 + 1, 2 ** 24 + 3], [2 ** 24 + 1, 2 ** 24 + 3], [2 ** 24 + 1, 2 ** 24 + 2])
+    found = bipeft.expected_cost(torch.zeros(3, 2), costs, flags(1, 0, 0), tensor(0, 0, 0))
+    assert found.tolist() == [2 ** 24 + 1, 2 ** 24 + 2, 2 ** 24 + 1.5]
+
+
+@over(range(24))
+def test_eq_7_and_8_against_a_loop(seed):
+    c, certain = random_case(seed), seed % 2 == 1
     expected, cost = 0.0, []
     for n in range(c.n):
         weights = softmax(c.phi[n].tolist())
@@ -369,12 +411,12 @@ def test_select_modules_by_hand_stops_at_the_first_that_does_not_fit():
     assert bipeft.select_modules(s, expected, flags(1, 0, 1, 1), 50).tolist() == [False, False, False, True]
 
 
-@pytest.mark.parametrize("reduction", [0.0, -0.5, -1e9])
-def test_select_modules_removes_nothing_below_the_budget(reduction):
-    assert not bipeft.select_modules(tensor(1.0, 2.0), tensor(3.0, 4.0), flags(1, 1), reduction).any()
+def test_select_modules_removes_nothing_below_the_budget():
+    for reduction in (0.0, -0.5, -1e9):
+        assert not bipeft.select_modules(tensor(1.0, 2.0), tensor(3.0, 4.0), flags(1, 1), reduction).any()
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@over(SEEDS)
 def test_select_modules_against_a_loop(seed):
     c = random_case(seed)
     expected = (torch.rand(c.n, generator=c.generator).double() * 50 * flags(*c.kept)).tolist()
@@ -408,7 +450,7 @@ def test_eq_9_middle_steps_count_in_sigma_alone():
     assert bipeft.rank_instability(tensor([[0.5, 0.5]], [[0.9, 0.1]], [[0.5, 0.5]])).tolist() == [0]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@over(SEEDS)
 def test_eq_9_against_a_loop(seed):
     generator = torch.Generator().manual_seed(seed)
     steps, n, k = 1 + seed % 4, 1 + seed % 5, 1 + seed % 3
@@ -451,7 +493,7 @@ def test_eq_10_of_all_zero_potentials_fixes_nothing():
     assert bipeft.rank_quota(torch.zeros(2), torch.zeros(2), flags(0, 0), 2) == 0
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@over(SEEDS)
 def test_eq_10_and_select_ranks_against_a_loop(seed):
     c = random_case(seed)
     phi_before = torch.randn(c.n, c.k, generator=c.generator)
@@ -489,7 +531,7 @@ def test_select_ranks_by_hand():
     assert bipeft.select_ranks(instability, fixed, tensor(9)).tolist() == [True, True, True, False]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@over(SEEDS)
 def test_permuting_the_modules_permutes_the_answers(seed):
     c = random_case(seed)
     order = torch.randperm(c.n, generator=c.generator)
@@ -509,7 +551,7 @@ def test_permuting_the_modules_permutes_the_answers(seed):
     assert close(bipeft.stability(rows, 3), bipeft.stability(rows[:, order], 3))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@over(SEEDS)
 def test_removal_only_grows_and_ends_at_the_budget(seed):
     # p = 1 throughout: after Z triggers what is kept costs at most B plus the one module that did not fit R_z
     c = random_case(seed)
@@ -535,7 +577,7 @@ def test_fill_budget_never_changes_a_kept_rank():
     assert bipeft.fill_budget([1.0], [[10, 20]], [True], [0], 100) == ([True], [0])
 
 
-@pytest.mark.parametrize("seed", range(40))
+@over(range(40))
 def test_fill_budget_against_a_loop(seed):
     c = random_case(seed)
     kept, choice = list(c.kept), list(c.choice)
@@ -559,7 +601,7 @@ def test_fill_budget_against_a_loop(seed):
 # Gumbel-Softmax and the slice mask (3.5)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@over(SEEDS)
 def test_gumbel_softmax_is_one_hot_forwards_and_soft_backwards(seed):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(5, 3, generator=generator).requires_grad_()
@@ -677,16 +719,16 @@ def test_no_tensor_of_a_new_module_has_a_dead_gradient(kind, role):
 
 
 @pytest.mark.parametrize("kind", sorted(set(RANKED) & set(ADDING)))
-@pytest.mark.parametrize("rank", [1, 3, 8])
-def test_a_smaller_rank_is_the_leading_slice(kind, rank):
+def test_a_smaller_rank_is_the_leading_slice(kind):
     big, x, y = a_module(kind, 8, scale=0.5)
-    small, _, _ = a_module(kind, rank)
-    for p, q in zip(small.parameters(), big.parameters()):
-        p.data = q.data[tuple(slice(n) for n in p.shape)].clone()
-    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in big.parameters()) or rank == 8
-    expected = small(x, y)
-    assert not torch.allclose(expected, y)
-    assert close(put(big, torch.ones(()), leading(rank))(x, y), expected)
+    for rank in (1, 3, 8):
+        small, _, _ = a_module(kind, rank)
+        for p, q in zip(small.parameters(), big.parameters()):
+            p.data = q.data[tuple(slice(n) for n in p.shape)].clone()
+        assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in big.parameters()) or rank == 8
+        expected = small(x, y)
+        assert not torch.allclose(expected, y)
+        assert close(put(big, torch.ones(()), leading(rank))(x, y), expected)
 
 
 def test_lora_adds_b_a_x_without_extra_scaling():
@@ -739,6 +781,23 @@ def test_the_gradient_to_a_shut_gate_is_what_the_module_would_add(kind, role):
     gate = torch.zeros((), requires_grad=True)
     (through,) = torch.autograd.grad((put(module, gate, leading(4))(x, y) * towards).sum(), gate)
     assert close(through, (added * towards).sum(), 1e-4) and through != 0
+
+
+def test_initial_weights_are_kaiming_uniform_zero_or_for_a_prefix_of_deviation_002():
+    # uniform within 1/sqrt(fan in), whose deviation is bound/sqrt(3); five deviations of a deviation: 5/sqrt(2n)
+    generator = torch.Generator().manual_seed(0)
+    lora = bipeft.LoRA(nn.Linear(400, 30), 8, generator)
+    adapter = bipeft.SerialAdapter(SimpleNamespace(wo=nn.Linear(1, 400)), 8, generator)
+    factors = bipeft.LowRankAdapter(SimpleNamespace(o=nn.Linear(1, 6400)), 8, generator)
+    for p, fan_in in ((lora.A, 400), (adapter.down, 400), (factors.down_in, 6400), (factors.down_out, 8),
+                      (factors.up_in, 200)):
+        assert p.abs().max() <= fan_in ** -0.5
+        assert abs(p.std() * (3 * fan_in) ** 0.5 - 1) < 5 / (2 * p.numel()) ** 0.5
+    for p in (lora.B, adapter.up, adapter.up_bias, adapter.down_bias, factors.up_out, factors.down_bias, factors.up_bias):
+        assert not p.any()
+    prefix = bipeft.Prefix(SimpleNamespace(n_heads=8, key_value_proj_dim=64), 8, generator)
+    for p in (prefix.keys, prefix.values):
+        assert abs(p.std() / 0.02 - 1) < 5 / (2 * p.numel()) ** 0.5 and abs(p.mean()) < 0.1 / p.numel() ** 0.5
 
 
 def test_a_shut_gate_passes_no_gradient_to_the_modules_weights():
@@ -809,17 +868,16 @@ def test_a_shut_prefix_is_no_prefix():
         assert close(attend(*given, (size * keys, values, torch.zeros(3))), expected)
 
 
-@pytest.mark.parametrize("size", [1.0, 30.0, 1e4, 1e18])
 @pytest.mark.parametrize("gate", [0.0, 1.0])
-def test_the_gradient_to_a_prefix_gate_is_finite(size, gate):
+def test_the_gradient_to_a_prefix_gate_is_finite(gate):
     *given, keys, values = attention_case()
-    weight = torch.full((3,), gate, requires_grad=True)
-    keys = (size * keys).requires_grad_()
-    out = attend(*given, (keys, values, weight))
-    grads = torch.autograd.grad(out.square().sum(), (weight, keys))
-    assert all(g.isfinite().all() for g in grads)
-    if size == 1:
-        assert grads[0].abs().min() > 0
+    for size in (1.0, 30.0, 1e4, 1e18):
+        weight, larger = torch.full((3,), gate, requires_grad=True), (size * keys).requires_grad_()
+        out = attend(*given, (larger, values, weight))
+        grads = torch.autograd.grad(out.square().sum(), (weight, larger))
+        assert all(g.isfinite().all() for g in grads), size
+        if size == 1:
+            assert grads[0].abs().min() > 0
 
 
 def test_the_gradient_to_a_shut_prefix_gate_is_the_derivative():
@@ -837,6 +895,17 @@ def test_the_gradient_to_a_shut_prefix_gate_is_the_derivative():
     step = 1e-6 * torch.eye(3, dtype=torch.float64)
     expected = [(weighed(row) - weighed(-row)) / 2e-6 for row in step]
     assert close(found, torch.stack(expected), 1e-3)
+
+
+def test_prefix_attention_scales_all_scores_and_drops_out_in_training():
+    query, *given, mask, bias, keys, values = attention_case()
+
+    def found(query, training=False, **more):
+        module = SimpleNamespace(training=training, is_causal=False)
+        return bipeft.prefix_attention(module, query, *given, mask, position_bias=bias, **more,
+                                       prefix=(keys, values, torch.ones(3)))[0]
+    assert close(found(query, scaling=0.5), found(0.5 * query))
+    assert torch.equal(found(query, dropout=1.0), found(query)) and not found(query, training=True, dropout=1.0).any()
 
 
 def test_prefix_in_a_self_attention_of_t5():
@@ -920,22 +989,22 @@ def test_costs_are_the_sizes_of_real_tensors(version):
         peft.detach()
 
 
-@pytest.mark.parametrize("space, kinds", [("s1", {"serial", "parallel", "prefix"}), ("all", set(KINDS)),
-                                          ("lora", {"lora"}), ("prefix, lnfit,prefix", {"prefix", "lnfit"})])
-def test_a_space_is_a_name_or_a_list_of_kinds(space, kinds):
-    assert set(bipeft.Space(tiny_t5(), space).kinds) == kinds
+def test_a_space_is_a_name_or_a_list_of_kinds():
+    for space, kinds in (("s1", {"serial", "parallel", "prefix"}), ("all", set(KINDS)), ("lora", {"lora"}),
+                         ("prefix, lnfit,prefix", {"prefix", "lnfit"})):
+        assert set(bipeft.Space(tiny_t5(), space).kinds) == kinds
 
 
-@pytest.mark.parametrize("space", ["s3", "", "lora,", "lora,lroa", "S1"])
-def test_an_unknown_space_is_refused(space):
-    with pytest.raises(UsageError, match="unknown space"):
-        bipeft.Space(tiny_t5(), space)
+def test_an_unknown_space_is_refused():
+    for space in ("s3", "", "lora,", "lora,lroa", "S1"):
+        with pytest.raises(UsageError, match="unknown space"):
+            bipeft.Space(tiny_t5(), space)
 
 
-@pytest.mark.parametrize("ranks", [(), (0, 1), (8, 4), (4, 4), (-1,)])
-def test_ranks_must_ascend_from_one(ranks):
-    with pytest.raises(UsageError, match="ranks"):
-        bipeft.Space(tiny_t5(), "lora", ranks)
+def test_ranks_must_ascend_from_one():
+    for ranks in ((), (0, 1), (8, 4), (4, 4), (-1,)):
+        with pytest.raises(UsageError, match="ranks"):
+            bipeft.Space(tiny_t5(), "lora", ranks)
 
 
 def bert():
@@ -1017,8 +1086,7 @@ def same(a, b):
             and all(a[key] == b[key] for key in ("learn", "attention", "hooks")))
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("space", ["s1", "s2", "all"])
+@pytest.mark.parametrize("version, space", [("v1.0", "s1"), ("v1.1", "s2"), *((version, "all") for version in VERSIONS)])
 def test_attaching_and_detaching_leaves_the_backbone_as_it_was(version, space):
     model = tiny_t5(**VERSIONS[version])
     model.encoder.final_layer_norm.weight.requires_grad_(False)
@@ -1220,6 +1288,7 @@ def test_a_step_is_algorithm_1_done_by_hand(space, monkeypatch):
     (gate, ranks, _), (gate_2, ranks_2, _), (gate_3, ranks_3, _) = passes
     assert torch.equal(gate, gate_2) and torch.equal(ranks, ranks_2)         # the same sample in passes 1 and 2
     assert set(gate.tolist()) == {0.0, 1.0}
+    assert torch.equal(ranks[search.fixed], F.one_hot(search.choice[search.fixed], 3).float())
     after = search.space.weights.clone()
 
     def gradients(batch, weights, gate, ranks):
@@ -1297,45 +1366,127 @@ def test_the_papers_settings_are_the_defaults():
         assert abs(p.std() / 1e-3 - 1) < 5 / math.sqrt(2 * p.numel()) and abs(p.mean()) < 5e-3 / math.sqrt(p.numel())
 
 
-def trigger_by_hand(search, v_before):
-    """3.3 and 3.4 as loops over modules. Returns b, d, k* after the trigger, and v."""
-    n_modules, z, z_max = len(search.space), search.triggers_done, search.triggers
+def moment(search):
+    """Copies of what a trigger reads and writes."""
+    return SimpleNamespace(**{key: getattr(search, key).detach().clone() for key in (
+        "theta", "phi", "kept", "fixed", "choice", "smoothed")}, triggers_done=search.triggers_done)
+
+
+def trigger_by_hand(search, now, v_before, history):
+    """3.3 and 3.4 as loops over modules, for the moment `now`; history: Phi of each step since the last trigger.
+
+    Returns b, d, k* after the trigger, v, E_t and R_z.
+    """
+    n_modules, z, z_max = len(search.space), now.triggers_done, search.triggers
     q, dim, ranked = search.space.costs.tolist(), search.space.ranks, search.space.ranked.tolist()
-    b, d, k_star, s = (x.tolist() for x in (search.kept, search.fixed, search.choice, search.smoothed))
-    theta, phi = (torch.as_tensor(x).detach().double().softmax(1).tolist() for x in (search.theta, search.phi))
+    b, d, k_star, s = (x.tolist() for x in (now.kept, now.fixed, now.choice, now.smoothed))
+    theta, *phi = (x.double().softmax(1).tolist() for x in (now.theta, *history))
     p = [b[n] * (1 if z >= 0.9 * z_max else theta[n][1]) for n in range(n_modules)]
-    cost = [q[n][k_star[n]] if d[n] else sum(x * w for x, w in zip(q[n], phi[n])) for n in range(n_modules)]
-    reduction, removed = (sum(x * c for x, c in zip(p, cost)) - search.budget) / (z_max - z), 0.0        # Eq. 7, 6
+    cost = [q[n][k_star[n]] if d[n] else sum(x * w for x, w in zip(q[n], phi[-1][n])) for n in range(n_modules)]
+    expected = sum(x * c for x, c in zip(p, cost))                                                       # Eq. 7
+    reduction, removed = (expected - search.budget) / (z_max - z), 0.0                                   # Eq. 6
     for n in sorted((n for n in range(n_modules) if b[n]), key=lambda n: s[n]):
         removed += p[n] * cost[n]
         if removed > reduction:
             break
         b[n], d[n] = False, True
-    best = [max(range(len(dim)), key=lambda k: phi[n][k]) for n in range(n_modules)]
+    best = [max(range(len(dim)), key=lambda k: phi[-1][n][k]) for n in range(n_modules)]
     v = [dim[k_star[n] if d[n] else best[n]] * (b[n] and ranked[n]) for n in range(n_modules)]
-    instability = bipeft.rank_instability(torch.stack(search.history)).tolist()
+    deviation = np.std(phi, axis=0)                                                                # [N, K]
+    instability = [sum(deviation[n]) / len(dim) * sum(x * math.log(x / y) for x, y in zip(phi[0][n], phi[-1][n]))
+                   for n in range(n_modules)]                                                            # Eq. 9
     still_open = [n for n in range(n_modules) if not d[n]]
     y = math.floor(len(still_open) * cosine(v_before, v) / (z_max - z) + 1e-9)                           # Eq. 10
     for n in sorted(still_open, key=lambda n: instability[n])[:y if z < z_max - 1 else None]:
         d[n], k_star[n] = True, best[n]
-    return b, d, k_star, v
+    return b, d, k_star, v, expected, reduction
 
 
-@pytest.mark.parametrize("space", ["s1", "s2"])
-def test_a_trigger_is_the_papers_by_hand(space):
-    search, batches = a_search(space, triggers=10, warmup=99, steps=20)
-    removed, v = [], [search.space.ranks[k] * on for k, on in zip(search.phi.argmax(1).tolist(),
-                                                                           search.space.ranked.tolist())]
-    for _ in range(10):
-        for _ in range(2):
-            search.step(*batches[:3])
-        assert len(search.history) == 3                              # the steps since, both ends included
-        b, d, k_star, v = trigger_by_hand(search, v)
-        search.trigger()
+# Steps of Phi as narrow as 1e-5 differ by less than float32 could tell apart in Eq. 9.
+@pytest.mark.parametrize("space, arch_lr", [("s1", 0.01), ("s2", 1e-5)])
+def test_a_trigger_is_the_papers_by_hand(space, arch_lr):
+    search, batches = a_search(space, triggers=10, steps=24, arch_lr=arch_lr)
+    ranked, removed = search.space.ranked.tolist(), []
+    v = [search.space.ranks[k] * on for k, on in zip(search.phi.argmax(1).tolist(), ranked)]
+    history = [search.phi.detach().clone()]
+    for step in range(1, 24):
+        before = moment(search)
+        search.tau = 0.0 if step > 4 and step % 2 else 2.0           # a trigger every second step, and none between
+        line = search.step(*batches[:3])
+        now = SimpleNamespace(**{**vars(before), "smoothed": search.smoothed, "theta": search.theta.detach(),
+                                 "phi": search.phi.detach().clone()})
+        history.append(now.phi)
+        b, d, k_star, v_then, expected, reduction = trigger_by_hand(search, now, v, history)
+        # where p = 1 nothing but C_n, of float64, is in E_t
+        assert math.isclose(line["expected"], expected, rel_tol=1e-12 if before.triggers_done == 9 else 1e-6)
+        if search.tau:
+            assert line["triggers"] == before.triggers_done and line["reduction"] is None
+            continue
+        assert line["triggers"] == before.triggers_done + 1
+        assert math.isclose(line["reduction"], reduction, rel_tol=1e-5, abs_tol=1e-3)
         assert (search.kept.tolist(), search.fixed.tolist()) == (b, d)
+        assert (line["kept"], line["fixed"]) == (sum(b), sum(x and y for x, y in zip(b, d)))
         assert [k for k, on in zip(search.choice.tolist(), d) if on] == [k for k, on in zip(k_star, d) if on]
         removed.append(b.count(False))
-    assert all(d) and removed[-1] < len(b) and len(set(removed)) > 2                # step by step
+        v, history = v_then, history[-1:]
+    assert len(removed) == 10 and all(d) and removed[-1] < len(b) and len(set(removed)) > 2         # step by step
+
+
+def test_triggers_that_the_steps_left_no_room_for_come_one_by_one():
+    # as by hand, each from what the one before left; from the second on no step has moved Phi, and so no lambda is
+    # above 0, and ties go to the first
+    search, batches = a_search("s2", steps=3, triggers=12, warmup=99)
+    history = [search.phi.detach().clone()]
+    v = [search.space.ranks[k] * on for k, on in zip(search.phi.argmax(1).tolist(), search.space.ranked.tolist())]
+    for _ in range(3):
+        search.step(*batches[:3])
+        history.append(search.phi.detach().clone())
+    now, select, done = moment(search), search.select, []
+    search.select = lambda *args: (done.append(search.triggers_done), select(*args))
+    for now.triggers_done in range(12):
+        b, d, k_star, v, _, _ = trigger_by_hand(search, now, v, history)
+        now.kept, now.fixed, now.choice, history = flags(*b), flags(*d), torch.tensor(k_star), history[-1:]
+    structure = search.finish()
+    assert done == list(range(12)) and search.ended_early == 12
+    assert (search.kept.tolist(), search.fixed.tolist()) == (b, d)
+    kept, choice = bipeft.fill_budget(search.smoothed.tolist(), search.space.costs.tolist(), b, k_star, search.budget)
+    assert structure == search.space.structure(kept, choice, search.budget)
+
+
+class Told(list):
+    """Batches that note which epochs they are told of."""
+
+    def set_epoch(self, epoch):
+        self.epochs = [*vars(self).get("epochs", []), epoch]
+
+
+def test_the_weights_learn_on_the_training_batches_and_the_architecture_on_the_others():
+    model, train, val, read = tiny_t5(), Told(map(some_batch, (1, 2))), Told(map(some_batch, (3, 4, 5))), []
+    numbers = {str(batch["input_ids"].tolist()): n for n, batch in enumerate((*train, *val), 1)}
+    model.register_forward_pre_hook(
+        lambda _, args, batch: read.append(numbers[str(batch["input_ids"].tolist())]), with_kwargs=True)
+    bipeft.search(model, bipeft.Space(model, "lora"), train, val, 2000, 4, triggers=9, warmup=9)
+    # a step: one for Delta W out of 1, 2; one for Theta and one for Phi out of 3, 4, 5; again from the start at the end
+    assert read == [1, 3, 4, 2, 5, 3, 1, 4, 5, 2, 3, 4]
+    assert train.epochs == [0, 1] and val.epochs == [0, 1, 2]
+
+
+def test_dropout_is_drawn_anew_in_every_step():
+    model, seeds, batches = tiny_t5(dropout_rate=0.1), [], [some_batch()]
+    model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
+    space = bipeft.Space(model, "lora")
+    structure = bipeft.search(model, space, batches, batches, 2000, 3, triggers=9, warmup=9)
+    space.detach()
+    assert len(seeds) == 9 and seeds[::3] == seeds[1::3] == seeds[2::3]             # one seed for a step's passes
+    bipeft.train(model, bipeft.apply(model, structure), batches, lambda: 0.0, 3, 0.01)
+    assert len(seeds) == 12 and len(set(seeds)) == 6
+
+
+def test_a_beta_equal_to_tau_triggers():
+    # with gamma = 1 every s-bar stays 0, and so the same modules, the first that fit, are important in every step
+    search, batches = a_search("bitfit", steps=4, tau=1.0, gamma=1.0, window=2, triggers=1)
+    _, states = followed(search, batches)
+    assert [(line["beta"], line["triggers"]) for line, _ in states] == [(0, 0), (0, 0), (1, 1)]
 
 
 @pytest.mark.parametrize("space", ["s1", "s2"])
@@ -1376,7 +1527,7 @@ def followed(search, batches):
     states = []
     structure = search.run(batches, batches[:0:-1], after_step=lambda run, line: states.append((line, SimpleNamespace(
         theta=run.theta.detach().clone(), phi=run.phi.detach().clone(), kept=run.kept.clone(), fixed=run.fixed.clone(),
-        choice=run.choice.clone()))))
+        choice=run.choice.clone(), smoothed=run.smoothed.clone()))))
     return structure, states
 
 
@@ -1390,6 +1541,7 @@ def test_what_is_decided_never_moves_again(space):
         assert torch.equal(after.theta[~before.kept], before.theta[~before.kept])           # bitwise
         assert torch.equal(after.phi[before.fixed], before.phi[before.fixed])
         assert torch.equal(after.choice[before.fixed], before.choice[before.fixed])
+        assert torch.equal(after.smoothed[~before.kept], before.smoothed[~before.kept])     # that of its last step
     assert any((~state.kept).any() and not state.fixed.all() for _, state in states)        # gradually, not at once
     assert states[-1][1].fixed.all()                                               # the last trigger fixes all
 
@@ -1457,8 +1609,8 @@ def test_steps_that_run_out_still_end_in_a_selection():
         assert search.fixed.all() and search.kept.sum() < len(search.space)
 
 
-@pytest.mark.parametrize("space", ["s1", "s2", "all", "lora"])
-@pytest.mark.parametrize("share", [0.005, 0.1, 0.5, 0.97])
+@pytest.mark.parametrize("space, share", [("s1", 0.1), ("s1", 0.97), ("s2", 0.005), ("s2", 0.5), ("all", 0.1),
+                                          ("lora", 0.005), ("lora", 0.5)])
 def test_the_found_structure_keeps_the_budget_and_uses_it(space, share):
     model = tiny_t5()
     spread = bipeft.Space(model, space)
@@ -1491,6 +1643,21 @@ def test_one_seed_gives_one_structure_and_the_seed_matters():
         structure, states = followed(search, batches)
         runs.append((structure, [line["loss_train"] for line, _ in states]))
     assert runs[0] == runs[1] and runs[0][1] != runs[2][1]
+
+
+def test_the_seed_decides_theta_phi_the_samples_and_the_dropout(monkeypatch):
+    (one, batches), (two, _) = (a_search("s2", seed=seed) for seed in (1, 2))
+    assert not torch.equal(one.theta, two.theta) and not torch.equal(one.phi, two.phi)
+    with torch.no_grad():
+        two.theta.copy_(one.theta)
+        two.phi.copy_(one.phi)
+    passes, seeds = [gates_of(search, monkeypatch) for search in (one, two)], []
+    for search in (one, two):
+        with torch.random.fork_rng():
+            search.step(*batches[:3])
+            seeds.append(torch.initial_seed())
+    ((gate_1, ranks_1, _), *_), ((gate_2, ranks_2, _), *_) = passes
+    assert not torch.equal(gate_1, gate_2) and not torch.equal(ranks_1, ranks_2) and seeds[0] != seeds[1]
 
 
 @pytest.mark.parametrize("space", ["s1", "s2"])
@@ -1570,13 +1737,16 @@ def test_a_search_on_a_backbone_of_another_precision(dtype):
     assert search.space.weights.dtype == torch.float32
 
 
-@pytest.mark.parametrize("budget", [0, -3, 31, 10**9])
-def test_a_budget_outside_the_space_is_refused(budget):
-    # the smallest modules of S2 here, BitFit and LNFit, hold 32
+def test_a_budget_outside_the_space_is_refused():
+    # the smallest modules of S2 here, BitFit and LNFit, hold 32; all of it fits the whole, so that nothing is to choose
     model = tiny_t5()
     space = bipeft.Space(model, "s2")
-    with pytest.raises(UsageError, match="budget"):
-        bipeft.search(model, space, [some_batch()], [some_batch()], budget, 3)
+    whole = int(space.costs[:, -1].sum())
+    for budget in (0, -3, 31, whole, 10**9):
+        with pytest.raises(UsageError, match="budget"):
+            bipeft.search(model, space, [some_batch()], [some_batch()], budget, 3)
+    for budget in (32, whole - 1):
+        assert bipeft.Search(model, space, budget, 3).budget == budget
 
 
 def test_a_search_without_batches_is_refused():
@@ -1664,12 +1834,12 @@ def test_all_thirteen_tasks_of_the_paper_are_there():
         assert found == ((512, 16) if name == "record" else (128, 32) if glue else (256, 32))
 
 
-@pytest.mark.parametrize("label, target", [(0.0, "0.0"), (5.0, "5.0"), (2.5, "2.4"), (0.1, "0.0"), (0.11, "0.2"),
-                                           (3.8, "3.8"), (4.91, "5.0"), ("1.25", "1.2"), (4, "4.0")])
-def test_stsb_is_rounded_to_the_nearest_fifth(label, target):
+def test_stsb_is_rounded_to_the_nearest_fifth():
     # 0.11·5 = 0.55 -> 1 -> 0.2;  2.5·5 = 12.5 is a tie, which goes to the even 12, as in T5 (np.round)
-    (example,) = bipeft.to_examples("stsb", {"sentence1": "", "sentence2": "", "label": label}, True)
-    assert example.target == target == f"{np.round(float(label) * 5) / 5:.1f}"
+    for label, target in ((0.0, "0.0"), (5.0, "5.0"), (2.5, "2.4"), (0.1, "0.0"), (0.11, "0.2"), (3.8, "3.8"),
+                          (4.91, "5.0"), ("1.25", "1.2"), (4, "4.0")):
+        (example,) = bipeft.to_examples("stsb", {"sentence1": "", "sentence2": "", "label": label}, True)
+        assert example.target == target == f"{np.round(float(label) * 5) / 5:.1f}"
 
 
 def test_record_repeats_an_example_for_each_answer_in_training_alone():
@@ -1699,13 +1869,12 @@ def test_record_highlights_become_sentences(before, after):
     assert bipeft.to_examples("record", row, True)[0].source.endswith(f"passage: {after}")
 
 
-@pytest.mark.parametrize("name, label", [
-    ("rte", -1), ("rte", 2), ("mnli", 3), ("cola", "yes"), ("stsb", 5.2), ("stsb", -1), ("boolq", None),
-    ("stsb", math.nan), ("rte", 0.7)])
-def test_a_label_outside_the_task_is_refused(name, label):
-    row = {**{key: "x" for key in bipeft.TASKS[name].fields}, "label": label}
-    with pytest.raises(UsageError, match="label"):
-        bipeft.to_examples(name, row, True)
+def test_a_label_outside_the_task_is_refused():
+    for name, label in (("rte", -1), ("rte", 2), ("mnli", 3), ("cola", "yes"), ("stsb", 5.2), ("stsb", -1),
+                        ("boolq", None), ("stsb", math.nan), ("rte", 0.7)):
+        row = {**{key: "x" for key in bipeft.TASKS[name].fields}, "label": label}
+        with pytest.raises(UsageError, match="label"):
+            bipeft.to_examples(name, row, True)
 
 
 # Splits
@@ -1836,7 +2005,7 @@ def random_answers(seed, labels=("0", "1"), invalid=("", "2 1", "maybe")):
     return said, gold
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@over(SEEDS)
 def test_binary_metrics_against_their_textbook_definitions(seed):
     said, gold = random_answers(seed)
     # what is no label is wrong: the other one
@@ -1883,7 +2052,7 @@ def test_pearson_of_constants_is_zero():
     assert bipeft.pearson(["0.4"] * 50, [("0.6",)] * 49 + [("0.8",)]) == 0
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@over(SEEDS)
 def test_pearson_against_its_sums(seed):
     said, gold = random_answers(seed, bipeft.FIFTHS, ("", "7.0", "nan", "two"))
     x = [float(p) if p in bipeft.FIFTHS else (0.0 if float(g) > 2.5 else 5.0) for p, g in zip(said, gold)]
@@ -2101,10 +2270,7 @@ def test_training_goes_on_bit_for_bit_from_its_saved_state(tmp_path):
 
 
 def shared_search(path, accumulate=1):
-    """30 steps of a search in float64 on this process's share of the batches; what it came to goes to a file."""
-    if "RANK" in os.environ:
-        torch.distributed.init_process_group("gloo")
-    torch.set_num_threads(1)
+    """24 steps of a search in float64 on this process's share of the batches; what it came to goes to a file."""
     rng = random.Random(0)
     tokens = [([rng.randrange(3, 40) for _ in range(rng.randrange(2, 9))], [rng.randrange(3, 40)] * rng.randrange(1, 4))
               for _ in range(13)]           # batches of 4, 4, 4 and 1, at which one process has nothing to do
@@ -2114,7 +2280,7 @@ def shared_search(path, accumulate=1):
     space._flatten()
     batches = [bipeft.Batches(tokens, 4, "cpu", seed) for seed in (1, 2)]
     lines = []
-    search = bipeft.Search(model, space, int(space.costs[:, -1].sum()) // 5, 30, warmup=10, triggers=15, tau=0.5,
+    search = bipeft.Search(model, space, int(space.costs[:, -1].sum()) // 5, 24, warmup=9, triggers=10, tau=0.5,
                            lr=1e-2, accumulate=accumulate)
     structure = search.run(*batches, after_step=lambda _, line: lines.append(line))
     texts = bipeft.predict(model, tiny_tokenizer(), tokens, 3, "cpu")
@@ -2127,12 +2293,49 @@ def tiny_tokenizer():
     return word_tokenizer([str(n) for n in range(40)])
 
 
-def torchrun(code, *more, processes=2, **options):
-    """Starts python -c `code` in several processes that know of each other."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--no-python",
-         sys.executable, "-c", code, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+def small_toy(out, die_at=None, by=None):
+    """The program on a small toy; after so many steps its second process signals itself.   Returns the exit code."""
+    def step(self, *batches, step=bipeft.Search.step):
+        if bipeft.rank() == 1 and self.step_number == die_at:
+            os.kill(os.getpid(), by)
+        return step(self, *batches)
+
+    splits = {key: value[:count] for (key, value), count in zip(bipeft.toy_splits(0).items(), (400, 30, 30))}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bipeft.Search, "step", step)
+        patched.setattr(bipeft, "toy_splits", lambda seed: splits)
+        patched.setattr(bipeft.toy_backbone, "__defaults__", (5, 64))
+        try:
+            return bipeft.main(["--task", "toy", "--epochs", "1", "--search-epochs", "1", "--warmup-epochs", "0",
+                                "--triggers", "5", "--batch-size", "8", "--save-every", "5", "--out", str(out)])
+        except SystemExit as ended:
+            return ended.code
+
+
+def first_torchrun(folder):
+    """Process 1 of two is killed."""
+    sys.exit(small_toy(f"{folder}/run", 12, signal.SIGKILL))
+
+
+def second_torchrun(folder):
+    """The same run goes on in new processes, of which one is told to stop; then to its end. Then `shared_search`."""
+    torch.set_num_threads(1)
+    assert small_toy(f"{folder}/run", 17, signal.SIGTERM) == 128 + signal.SIGTERM
+    assert small_toy(f"{folder}/run") == 0
+    shared_search(f"{folder}/two")
+
+
+def run_torchruns(folder):
+    """Both of them.   Returns (folder, [(exit code, standard output, error, seconds) of each])."""
+    ended = []
+    for which in ("first_torchrun", "second_torchrun"):
+        started = time.monotonic()
+        process = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python",
+             sys.executable, "-c", f"import test_bipeft; test_bipeft.{which}(r'{folder}')"], capture_output=True,
+            text=True, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=150)
+        ended.append((process.returncode, process.stdout, process.stderr, time.monotonic() - started))
+    return folder, ended
 
 
 def test_the_mean_over_parts_is_weighed_by_labels_and_passes_over_empty_parts():
@@ -2159,20 +2362,21 @@ def test_deterministic_algorithms_are_for_the_run_alone():
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
-def test_two_processes_and_batches_in_parts_find_what_one_finds(tmp_path):
-    together = torchrun(f"import test_bipeft; test_bipeft.shared_search(r'{tmp_path}/two')")
+def test_two_processes_and_batches_in_parts_find_what_one_finds(ahead, tmp_path):
     shared_search(tmp_path / "one")
     shared_search(tmp_path / "parts", accumulate=3)
-    assert together.wait(120) == 0, together.communicate()[1]
+    folder, (_, (code, _, error, _)) = ahead["torchruns"].result()
+    assert code == 0, error
+    files = {"two-0": folder, "two-1": folder, "parts-0": tmp_path}
     one = torch.load(tmp_path / "one-0", weights_only=True)
-    assert one["triggers"] == 15 and 0 < len(one["modules"]) and len(one["losses"]) >= 25
-    for other in ("two-0", "two-1", "parts-0"):
-        found = torch.load(tmp_path / other, weights_only=True)
+    assert one["triggers"] == 10 and 0 < len(one["modules"]) and len(one["losses"]) >= 19
+    for other in files:
+        found = torch.load(files[other] / other, weights_only=True)
         assert found["modules"] == one["modules"] and found["texts"] == one["texts"], other
         for key in ("theta", "phi", "smoothed", "weights"):
             assert (found[key] - one[key]).abs().max() < 1e-5, (other, key)
         assert np.allclose(found["losses"], one["losses"], atol=1e-6), other
-    a, b = (torch.load(tmp_path / f"two-{n}", weights_only=True) for n in (0, 1))
+    a, b = (torch.load(folder / f"two-{n}", weights_only=True) for n in (0, 1))
     assert all(torch.equal(a[key], b[key]) for key in ("theta", "phi", "smoothed", "weights"))     # to the last bit
 
 
@@ -2277,33 +2481,16 @@ def test_every_process_pretrains_the_same_toy(monkeypatch):
     assert all(torch.equal(alone[key], other[key]) for key in alone)
 
 
-def test_a_process_that_dies_ends_the_others_with_one_line_and_a_signal_stops_all(tmp_path):
-    code = ("import sys, os, signal, bipeft, torch\n"
-            "step = bipeft.Search.step\n"
-            "def die(self, *batches):\n"
-            "    if bipeft.rank() == 1 and self.step_number == (12 if sys.argv[1] == 'SIGKILL' else 17):\n"
-            "        os.kill(os.getpid(), getattr(signal, sys.argv[1]))\n"
-            "    return step(self, *batches)\n"
-            "bipeft.Search.step = step if sys.argv[1] == 'live' else die\n"
-            "bipeft.toy_backbone.__defaults__ = (5, 64)\n"
-            "sys.exit(bipeft.main(sys.argv[2:]))")
-    flags = ["--task", "toy", "--epochs", "1", "--search-epochs", "1", "--warmup-epochs", "0", "--triggers", "5",
-             "--save-every", "5", "--out", str(tmp_path / "out")]
-    started = time.monotonic()
-    first = torchrun(code, "SIGKILL", *flags)
-    out, error = first.communicate(timeout=100)
-    assert first.returncode != 0 and time.monotonic() - started < 60
+def test_a_process_that_dies_ends_the_others_with_one_line_and_a_signal_stops_all(ahead):
+    folder, ((code, _, error, seconds), (code_2, out_2, error_2, _)) = ahead["torchruns"].result()
+    assert code != 0 and seconds < 60
     lines = [line for line in error.splitlines() if line.startswith("bipeft.py: ")]
     assert len(lines) == 1 and "lost another one of this run" in lines[0] and "the same command" in lines[0], error
-    assert (tmp_path / "out" / "checkpoint.pt").exists() and not (tmp_path / "out" / "metrics.json").exists()
-    told = torchrun(code, "SIGTERM", *flags)                                       # one of them alone
-    out, error = told.communicate(timeout=100)
-    assert "stopped by signal 15 after step 18" in out and "lost another" not in error, (out, error)
-    again = torchrun(code, "live", *flags)
-    out, error = again.communicate(timeout=100)
-    assert again.returncode == 0, error
-    assert "going on from" in out and out.count("written to") == 1                 # one process prints
-    assert (tmp_path / "out" / "metrics.json").exists()
+    assert code_2 == 0, error_2
+    stopped = out_2.index("stopped by signal 15 after step 18")                    # one of them alone was told
+    assert "going on from" in out_2[:stopped] and "lost another" not in error_2, (out_2, error_2)
+    assert "going on from" in out_2[stopped:] and out_2.count("written to") == 1   # one process prints
+    assert (folder / "run" / "metrics.json").exists() and not (folder / "run" / "checkpoint.pt").exists()
 
 
 # ==================================================================================================
@@ -2349,19 +2536,16 @@ def write_data(root):
         "no_column": [{k: v for k, v in row.items() if k != "sentence2"} for row in good],
         "no_label": [{k: v for k, v in row.items() if k != "label"} for row in good],
         "unlabelled": [{**row, "label": -1} for row in good],
-        "words_as_labels": [{**row, "label": "entailment"} for row in good],
         "few": good[:3],
     }
     for what, rows in changes.items():
         write_split(root / "bad" / what, "rte", "train", good)
         write_split(root / "bad" / what, "rte", "validation", rows)
     for what, ending, content in (("empty", "jsonl", ""), ("header", "csv", "sentence1,sentence2,label\n"),
-                                  ("corrupt", "parquet", "PAR1 no"), ("broken", "jsonl", '{"sentence1": "a", \n'),
+                                  ("corrupt", "parquet", "PAR1 no"),
                                   ("uneven", "csv", "sentence1,sentence2,label\na,b,0\na,b,c,d,e\n")):
         write_split(root / "bad" / what, "rte", "validation", good)
         (root / "bad" / what / "rte" / f"train.{ending}").write_text(content)
-    write_split(root / "bad" / "no_target", "custom", "train", [{"source": "a"}] * 5)
-    write_split(root / "bad" / "no_target", "custom", "validation", [{"source": "a"}] * 5)
     rows = [{"paragraph": None, "question": "q", "answer": "a", "label": 1}] + [
         {"paragraph": "p", "question": "q", "answer": "a", "label": 1}] * 4
     for split in ("train", "validation"):
@@ -2392,21 +2576,14 @@ def write_structures(root, model):
     spoil("wrong_place", name="encoder.block.0.layer.0.layer_norm", kind="lora", rank=4)
     spoil("wrong_count", parameters=first["parameters"] + 1)
     spoil("other_backbone", geometry={**good.geometry, "d_ff": 2048})
-    spoil("no_geometry", geometry=[])
     spoil("no_modules", modules=[])
     spoil("no_space", space="s9")
     spoil("modules_of_text", modules="all")
     spoil("twice", modules=[first, first])
-    spoil("half_a_rank", kind="lora", rank=4.0)
-    spoil("rank_below_zero", kind="lora", rank=-1, ranks=[-1, 4])
     spoil("vast_rank", kind="lora", rank=4000, ranks=[4, 4000])
-    spoil("rank_in_words", kind="lora", rank="four", ranks=["four"])
     spoil("rank_of_a_bias", name="encoder.block.0.layer.0.SelfAttention.q", kind="bitfit", rank=4)
     spoil("other_space", space="s1")
     spoil("budget_nan", budget=math.nan)
-    spoil("budget_in_words", budget="much")
-    (folder / "void.json").write_text("")
-    (folder / "half.json").write_bytes((folder / "good.json").read_bytes()[:400])
     (folder / "deep.json").write_text("[" * 100_000)
     (folder / "corrupt.json").write_text('{"backbone": ')
     (folder / "list.json").write_text("[1, 2]")
@@ -2414,22 +2591,10 @@ def write_structures(root, model):
     for name, file, content in (("structure_alone", "structure.json", b"{}"),
                                 ("corrupt_metrics", "metrics.json", b"{"),
                                 ("corrupt_checkpoint", "checkpoint.pt", b"PK\x03"),
-                                ("empty_checkpoint", "checkpoint.pt", b""),
-                                ("garbage_checkpoint", "checkpoint.pt", bytes(range(256)) * 20),
-                                ("empty_metrics", "metrics.json", b""),
                                 ("strange_metrics", "metrics.json", b"[1]"),
                                 ("other_run", "metrics.json", b'{"settings": {"task": "rte", "seed": 7}}')):
         (root / "runs" / name).mkdir(parents=True)
         (root / "runs" / name / file).write_bytes(content)
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    """As with HF_HUB_OFFLINE=1: the hub is out of reach, and is known to be at once."""
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
 QUICK = "--task custom --data-dir {root}/data --model {root}/model --epochs 6 --search-epochs 4 --warmup-epochs 1 " \
@@ -2440,7 +2605,6 @@ BAD = [
     # arguments, and words that the message must hold
     ("--task sst3", "unknown task sst3 rte"),
     ("--space s3", "unknown space s3 s1 s2 lora"),
-    ("--space lora,lroa", "lroa"),
     ("--no-such-flag 1", "--no-such-flag --help"),
     ("--bud 100", "--bud"),
     ("stray", "stray"),
@@ -2448,51 +2612,28 @@ BAD = [
     ("--budget ten", "--budget ten"),
     ("--triggers 1.5", "--triggers 1.5"),
     ("--budget 0", "--budget above 0"),
-    ("--budget -5", "--budget -5 above 0"),
     ("--budget nan", "--budget nan"),
-    ("--budget inf", "--budget inf"),
     (RTE + " --budget 1", "budget smallest module 32"),
     (RTE + " --budget 1e9", "budget whole space"),
-    (RTE + " --budget 1e-9", "budget smallest"),
     ("--gamma 2", "--gamma 2 0 .. 1"),
-    ("--tau -1", "--tau -1 0 .. 1"),
     ("--tau nan", "--tau nan"),
-    ("--triggers 0", "--triggers 0 above 0"),
-    ("--window 0", "--window 0 above 0"),
-    ("--epochs 0", "--epochs 0 above 0"),
-    ("--search-epochs 0", "--search-epochs above 0"),
-    ("--warmup-epochs -1", "--warmup-epochs -1"),
-    ("--batch-size 0", "--batch-size above 0"),
-    ("--max-length 0", "--max-length above"),
     ("--lr 0", "--lr above 0"),
-    ("--lr inf", "--lr inf"),
-    ("--arch-lr -1", "--arch-lr above 0"),
-    ("--weight-decay -1", "--weight-decay"),
     ("--seed -1", "--seed -1 negative"),
     ("--seed 0 0", "--seed different"),
-    ("--lr inf", "--lr inf above 0"),
-    ("--weight-decay -1", "--weight-decay 0 or above"),
-    ("--seed 0 -2", "--seed -2 negative"),
     ("--dtype int8", "--dtype int8 bfloat16"),
     ("--device nonsense", "--device nonsense cpu"),
     (RTE + " --ranks 8 4", "ranks 8 4"),
-    (RTE + " --ranks 0 4", "ranks 0 4"),
-    (RTE + " --ranks 4 4", "ranks 4 4"),
     ("--task custom", "custom --data-dir source target"),
     ("--task rte --data-dir {root}/nowhere", "no folder {root}/nowhere --data-dir"),
-    ("--task rte --data-dir {root}/a_file", "no folder {root}/a_file"),
     ("--task cola --data-dir {root}/data", "{root}/data no cola/train"),
     ("--task rte --data-dir {root}/bad/one_split", "no rte/validation"),
     ("--task rte --data-dir {root}/bad/no_column", "validation.parquet no column sentence2 sentence1"),
     ("--task rte --data-dir {root}/bad/no_label", "validation.parquet no column label"),
-    ("--task custom --data-dir {root}/bad/no_target", "no column target"),
     ("--task rte --data-dir {root}/bad/empty", "train.jsonl"),
     ("--task rte --data-dir {root}/bad/header", "train.csv"),
     ("--task rte --data-dir {root}/bad/unlabelled", "label -1 rte 0 .. 1"),
-    ("--task rte --data-dir {root}/bad/words_as_labels", "label entailment rte"),
     ("--task rte --data-dir {root}/bad/few", "rte too few rows"),
     ("--task rte --data-dir {root}/bad/corrupt", "train.parquet can't be read"),
-    ("--task rte --data-dir {root}/bad/broken", "train.jsonl can't be read"),
     ("--task rte --data-dir {root}/bad/uneven", "train.csv can't be read"),
     ("--task multirc --data-dir {root}/bad/null --model {root}/model", "paragraph"),
     ("--task rte", "rte hub --data-dir"),
@@ -2508,7 +2649,6 @@ BAD = [
     ("--task rte --data-dir {root}/data --model {root}/many_words", "can't be loaded tokenizer words weights"),
     ("--task rte --data-dir {root}/data --model {root}/bert", "{root}/bert bert no T5"),
     (RTE + " --structure {root}/nowhere.json", "no structure file {root}/nowhere.json"),
-    (RTE + " --structure {root}/data", "{root}/data no structure"),
     (RTE + " --structure {root}/structures/corrupt.json", "corrupt.json no structure"),
     (RTE + " --structure {root}/structures/list.json", "list.json no structure"),
     (RTE + " --structure {root}/structures/no_text.json", "no_text.json no structure"),
@@ -2520,28 +2660,18 @@ BAD = [
     (RTE + " --structure {root}/structures/wrong_place.json", "encoder.block.0.layer.0.layer_norm lora"),
     (RTE + " --structure {root}/structures/wrong_count.json", "parameters tensors hold"),
     (RTE + " --structure {root}/structures/other_backbone.json", "another backbone d_ff 2048 48"),
-    (RTE + " --structure {root}/structures/no_geometry.json", "structure"),
     (RTE + " --structure {root}/structures/no_modules.json", "modules"),
     (RTE + " --structure {root}/structures/no_space.json", "s9"),
     (RTE + " --structure {root}/structures/twice.json", "encoder.block.0"),
-    (RTE + " --structure {root}/structures/half_a_rank.json", "half_a_rank.json rank [1, 4, 8]"),
-    (RTE + " --structure {root}/structures/rank_below_zero.json", "rank_below_zero.json ranks (-1, 4)"),
     (RTE + " --structure {root}/structures/vast_rank.json", "vast_rank.json rank larger than its parameters"),
-    (RTE + " --structure {root}/structures/rank_in_words.json", "rank_in_words.json no structure"),
     (RTE + " --structure {root}/structures/rank_of_a_bias.json", "rank_of_a_bias.json rank"),
     (RTE + " --structure {root}/structures/other_space.json", "other_space.json kind space s1"),
     (RTE + " --structure {root}/structures/budget_nan.json", "budget_nan.json more than its budget nan"),
-    (RTE + " --structure {root}/structures/budget_in_words.json", "budget_in_words.json no structure"),
-    (RTE + " --structure {root}/structures/void.json", "void.json no structure"),
-    (RTE + " --structure {root}/structures/half.json", "half.json no structure"),
     (RTE + " --structure {root}/structures/deep.json", "deep.json no structure"),
     (RTE + " --structure {root}/structures", "structures no structure.json directory"),
-    ("--accumulate 0", "--accumulate 0 above 0"),
     ("--accumulate 33", "--accumulate 33 --batch-size 32 empty"),
     ("--max-length 99999999999999999999", "--max-length above 0 vast"),
     ("--ranks 1 2000000000", "ranks (1, 2000000000) from 1 to 4096"),
-    ("--accumulate -1", "--accumulate -1 above 0"),
-    ("--save-every -1", "--save-every -1 0 or above"),
     ("--device meta", "--device meta cpu"),
     ("--checkpointing 1", "unrecognized 1 --help"),
     (RTE + " --budget 600 --out /proc/nowhere", "--out /proc/nowhere another"),
@@ -2551,16 +2681,13 @@ BAD = [
     ("--task toy --out {root}/runs/other_run", "other_run another run --out --fresh"),
     ("--task toy --out {root}/runs/structure_alone", "structure_alone --out --fresh"),
     ("--task toy --out {root}/runs/corrupt_checkpoint", "checkpoint.pt can't be read --fresh"),
-    ("--task toy --out {root}/runs/empty_checkpoint", "checkpoint.pt can't be read --fresh"),
-    ("--task toy --out {root}/runs/garbage_checkpoint", "checkpoint.pt can't be read --fresh"),
-    ("--task toy --out {root}/runs/empty_metrics", "metrics.json can't be read --fresh"),
     ("--task toy --out {root}/runs/corrupt_metrics", "metrics.json can't be read --fresh"),
     ("--task toy --out {root}/runs/strange_metrics", "strange_metrics --fresh"),
 ]
 
 
 @pytest.mark.parametrize("line, words", BAD, ids=[line.replace("{root}/", "") or "empty" for line, _ in BAD])
-def test_a_mistake_is_told_in_one_line(world, tmp_path, monkeypatch, capfd, offline, line, words):
+def test_a_mistake_is_told_in_one_line(world, tmp_path, monkeypatch, capfd, line, words):
     monkeypatch.chdir(tmp_path)                                   # where a run without --out would write
     assert bipeft.main(line.format(root=world).split()) == 2
     _, error = capfd.readouterr()
@@ -2571,14 +2698,23 @@ def test_a_mistake_is_told_in_one_line(world, tmp_path, monkeypatch, capfd, offl
     assert not list(tmp_path.rglob("checkpoint.pt")) and not list(tmp_path.rglob("metrics.json"))
 
 
-@pytest.mark.parametrize("mistake", ["--budget 1", "--ranks 8 4", "--structure {root}/structures/wrong_name.json"])
-def test_after_a_mistake_the_corrected_command_runs(world, tmp_path, capfd, mistake):
+def test_every_number_has_its_bounds():
+    above_0 = "max-length budget triggers window epochs search-epochs lr arch-lr batch-size accumulate".split()
+    for line, bound in (*((f"--{flag} 0", "above 0") for flag in above_0), ("--budget inf", "above 0"),
+                        *((f"--{flag} -1", "0 or above") for flag in ("warmup-epochs", "weight-decay", "save-every")),
+                        ("--tau -1", "0 .. 1"), ("--seed 0 -2", "negative")):
+        with pytest.raises(UsageError, match=f"^{line}.* {bound}"):
+            bipeft.parse(line.split())
+
+
+def test_after_a_mistake_the_corrected_command_runs(world, tmp_path, capfd):
     line = RTE + " --epochs 1 --search-epochs 1 --batch-size 12"
-    assert go(world, tmp_path / "run", line, mistake.format(root=world)) == 2
+    for mistake in ("--budget 1", "--ranks 8 4", "--structure {root}/structures/wrong_name.json"):
+        assert go(world, tmp_path / "run", line, mistake.format(root=world)) == 2
     assert go(world, tmp_path / "run", line, "--budget 600") == 0, capfd.readouterr().err
 
 
-def test_a_mistake_with_fresh_destroys_nothing(world, finished, tmp_path, offline):
+def test_a_mistake_with_fresh_destroys_nothing(world, finished, tmp_path):
     for name, content in contents(finished[0]).items():
         (tmp_path / name).write_bytes(content)
     for mistake in ("--budget 1", "--ranks 8 4", "--model nowhere", "--structure {root}/structures/wrong_name.json"):
@@ -2807,21 +2943,21 @@ def test_every_setting_reaches_the_search_and_the_training(world, tmp_path, monk
                 splits.append(bound.arguments["split"])
             return function(*args, **more)
         monkeypatch.setattr(owner, name, note)
-    line = ("--task custom --data-dir {root}/data --model {root}/model --epochs 3 --search-epochs 4 --warmup-epochs 2 "
-            "--triggers 3 --window 2 --tau 0.25 --gamma 0.5 --budget 0.1 --batch-size 2 --lr 0.05 --arch-lr 0.02 "
+    line = ("--task custom --data-dir {root}/data --model {root}/model --epochs 2 --search-epochs 3 --warmup-epochs 1 "
+            "--triggers 4 --window 2 --tau 0.25 --gamma 0.5 --budget 0.1 --batch-size 4 --lr 0.05 --arch-lr 0.02 "
             "--weight-decay 0.003 --accumulate 2 --seed 7 --ranks 2 3")
     assert go(world, tmp_path, line) == 0
     searched, trained = given["__init__"], given["train"]
     size = bipeft.Structure.load(tmp_path / "structure.json").geometry["parameters"]
-    half = math.ceil(len(bipeft.load_splits("custom", world / "data", 7)["train"]) / 2 / 2)
-    for key, value in {"budget": int(0.1 * size), "steps": 4 * half, "warmup": 2 * half, "triggers": 3, "tau": 0.25,
+    half = math.ceil(len(bipeft.load_splits("custom", world / "data", 7)["train"]) / 2 / 4)
+    for key, value in {"budget": int(0.1 * size), "steps": 3 * half, "warmup": half, "triggers": 4, "tau": 0.25,
                        "gamma": 0.5, "window": 2, "lr": 0.05, "arch_lr": 0.02, "weight_decay": 0.003, "seed": 7,
                        "accumulate": 2}.items():
         assert searched[key] == value, key
     assert searched["space"].ranks == (2, 3) and given["apply"]["seed"] == bipeft.derive(7, 14)
-    for key, value in {"epochs": 3, "lr": 0.05, "weight_decay": 0.003, "seed": 7, "accumulate": 2}.items():
+    for key, value in {"epochs": 2, "lr": 0.05, "weight_decay": 0.003, "seed": 7, "accumulate": 2}.items():
         assert trained[key] == value, key
-    assert splits == ["validation"] * 3 + ["test"] * 2            # one look at test, with the modules and without
+    assert splits == ["validation"] * 2 + ["test"] * 2            # one look at test, with the modules and without
 
 
 def test_the_most_frequent_answer_is_that_of_train(monkeypatch):
@@ -2895,8 +3031,9 @@ def test_numbers_that_go_wrong_end_the_run_and_leave_the_checkpoint(world, finis
         left = stopped(world, tmp_path / "run", capfd, f"at {step}:", "bfloat16", "float32", "smaller --lr")
     state = left[phase[0]]
     assert state["step_number" if phase[0] == "search" else "step"] == 3 and torch.isfinite(state["weights"]).all()
-    assert go(world, tmp_path / "run") == 0
-    assert_same_end(finished[0], tmp_path / "run")
+    if spoil == "gradient":
+        assert go(world, tmp_path / "run") == 0
+        assert_same_end(finished[0], tmp_path / "run")
 
 
 def cut_short(write, name, from_write, error):
@@ -3052,24 +3189,35 @@ def test_an_interrupted_download_is_one_line(world, finished, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
-@pytest.mark.parametrize("left", [0.0, 0.5, 0.99])
-def test_half_a_downloaded_file_is_one_line(world, tmp_path, capfd, file, left):
-    for path in (world / "model").iterdir():
-        content = path.read_bytes()
-        (tmp_path / path.name).write_bytes(content[:int(left * len(content))] if path.name == file else content)
-    assert go(world, tmp_path / "run", f"--task rte --data-dir {{root}}/data --model {tmp_path}") == 2
-    error = capfd.readouterr().err
-    assert f"{tmp_path} can't be loaded (" in error and error.count("\n") == 1, error
+def test_half_a_downloaded_file_is_one_line(world, tmp_path, capfd, file):
+    for left in (0.0, 0.5, 0.99):
+        for path in (world / "model").iterdir():
+            content = path.read_bytes()
+            (tmp_path / path.name).write_bytes(content[:int(left * len(content))] if path.name == file else content)
+        assert go(world, tmp_path / "run", f"--task rte --data-dir {{root}}/data --model {tmp_path}") == 2
+        error = capfd.readouterr().err
+        assert f"{tmp_path} can't be loaded (" in error and error.count("\n") == 1, error
 
 
-def test_a_run_killed_as_it_writes_goes_on_to_the_same_end(world, finished, tmp_path, monkeypatch):
-    """The short form of docs/experiments/kill.py: SIGKILL twice, 0.1 s after a process's first write."""
-    monkeypatch.setattr(sys, "path", [str(HERE / "docs" / "experiments"), *sys.path])
+def run_kills(root, folder):
+    """A run as a script: SIGKILL twice, 0.1 s after a process's first write, and to its end; then a mistake.
+
+    Returns (its folder, what `trial` says, what the mistake says and its exit code).
+    """
     from kill import trial
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    where, _, differs = trial(QUICK.format(root=world).split(), tmp_path / "run", finished[0], [(0.1, True)] * 2, 1, 0)
+    line, out = QUICK.format(root=root).split(), folder / "killed"
+    told = trial(line, out, out, [(0.1, True)] * 2, 1, 0)                  # the test itself compares, with `finished`
+    bad = subprocess.run([sys.executable, str(Path(bipeft.__file__).resolve()), *line, "--tau", "3"],
+                         capture_output=True, text=True, cwd=folder)
+    return out, told, (bad.stdout, bad.stderr, bad.returncode)
+
+
+def test_a_run_killed_as_it_writes_goes_on_to_the_same_end(ahead, finished):
+    """The short form of docs/experiments/kill.py."""
+    out, (where, _, differs), _ = ahead["kills"].result()
+    from kill import difference
     assert where and differs is None, (where, differs)
+    assert difference(out, finished[0]) is None
 
 
 def test_a_checkpoint_of_other_settings_is_not_gone_on_with(world, tmp_path, monkeypatch, capfd):
@@ -3078,18 +3226,14 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_with(world, tmp_path, mon
     assert "another run: its --triggers is 4, now it is 3" in capfd.readouterr().err
 
 
-def test_the_program_runs_as_a_script(world, finished, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-                   "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    line = [sys.executable, str(Path(bipeft.__file__).resolve()), *QUICK.format(root=world).split()]
-    good, bad = (subprocess.Popen([*line, *more], cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE) for more in (["--out", "out"], ["--tau", "3"]))
-    said, error = good.communicate(timeout=120)
-    assert good.returncode == 0 and error == ""
-    for words in ("budget 2,000", "parameters", "validation", "most frequent answer", "written to out"):
+def test_the_program_runs_as_a_script(ahead, finished):
+    out, _, bad = ahead["kills"].result()
+    said = Path(f"{out}.txt").read_text()                                    # standard output and error
+    for words in ("budget 2,000", "parameters", "validation", "most frequent answer", f"written to {out}"):
         assert words in said
-    assert_same_end(finished[0], tmp_path / "out")
-    assert bad.communicate(timeout=120) == ("", "bipeft.py: --tau 3.0 must lie in 0 .. 1\n") and bad.returncode == 2
+    assert "arning" not in said and "Traceback" not in said
+    assert_same_end(finished[0], out)
+    assert bad == ("", "bipeft.py: --tau 3.0 must lie in 0 .. 1\n", 2)
 
 
 def test_help_names_every_flag(capfd):
@@ -3140,12 +3284,8 @@ def test_a_pretrained_model_on_real_rows(tmp_path):
 
 def test_the_search_finds_better_than_random_structures():
     """The short form of docs/experiments/teacher_student.py: a teacher's labels, under half its size."""
-    sys.path.insert(0, str(HERE / "docs" / "experiments"))
-    try:
-        from teacher_student import compare
-    finally:
-        sys.path.pop(0)
-    losses = compare(seed=3)
+    from teacher_student import compare
+    losses = compare(seed=3, warmup=40, triggers=15, search_steps=80, train_steps=60)
     assert losses["bipeft"] < sorted(losses["random"])[2] < losses["bare"]          # the median of five
 
 
