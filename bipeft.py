@@ -57,6 +57,7 @@ import zipfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from transformers import DynamicCache, EncoderDecoderCache
 
 
 class UsageError(ValueError):
@@ -1251,6 +1253,7 @@ class Task:
     epochs: int
     warmup_epochs: int
     suite: str = "glue"
+    answer: str = "label"           # the column that holds the target
     carve: bool = False             # validation comes out of train, and the original one is the test
     defaults: dict = field(default_factory=dict)      # of Settings, where they are not the paper's
 
@@ -1271,10 +1274,10 @@ TASKS = {
     "boolq": Task(("question", "passage"), BINARY, "accuracy", 15, 2, "super_glue", defaults=SUPERGLUE),
     "cb": Task(("premise", "hypothesis"), THREE, "accuracy", 40, 4, "super_glue", defaults=SUPERGLUE),
     "multirc": Task(("question", "answer", "paragraph"), BINARY, "F1", 40, 4, "super_glue", defaults=SUPERGLUE),
-    "record": Task(("query", "entities", "passage"), (), "token F1", 1, 1, "super_glue", carve=True,
-                   defaults={"max_length": 512, "batch_size": 16}),
+    "record": Task(("query", "entities", "passage"), (), "token F1", 1, 1, "super_glue", "answers", True,
+                   {"max_length": 512, "batch_size": 16}),
     "wic": Task(("word", *PAIR), BINARY, "accuracy", 15, 2, "super_glue", defaults=SUPERGLUE),
-    "custom": Task(("source",), (), "accuracy", 10, 1, "none"),
+    "custom": Task(("source",), (), "accuracy", 10, 1, "none", "target"),
     "toy": Task((), ("good", "bad"), "accuracy", 7, 4, "none",
                 defaults={"model": "toy", "lr": 3e-3, "budget": 0.03, "triggers": 30, "search_epochs": 5}),
 }
@@ -1285,35 +1288,34 @@ def to_examples(name, row, training):
 
     Raises UsageError for a label outside the task.
     """
-    task = TASKS[name]
-    for key in (*task.fields, {"custom": "target", "record": "answers"}.get(name, "label")):
+    task, row = TASKS[name], dict(row)
+    for key in (*task.fields, task.answer):
         if row[key] is None or row[key] == []:
             raise UsageError(f"a row of {name} has no {key}: fill it in, or leave the row out")
     if name == "custom":
         target = str(row["target"]).strip()
         return [Example(str(row["source"]), target, (target,))]
-    row = dict(row)
-    if name == "record":
-        for key in ("entities", "answers"):
-            if not isinstance(row[key], list) or not all(isinstance(text, str) for text in row[key]):
-                raise UsageError(f"a row of record has {key} that are no list of texts, which a .csv can't hold: "
-                                 "give a .jsonl or .parquet")
-        row["entities"] = ", ".join(row["entities"])
     if name == "multirc":
         row["paragraph"] = " ".join(re.sub(r"</?[a-zA-Z][^<>]*>", " ", str(row["paragraph"])).split())
     if name == "record":
-        row["passage"] = re.sub(r"([.?!\"'])?\n@highlight\n", lambda mark: (mark[1] or ".") + " ", str(row["passage"]))
+        for key in ("entities", "answers"):
+            if not isinstance(row[key], list) or not all(isinstance(text, str) for text in row[key]):
+                raise UsageError(f"a row of record has {key} that are no list of texts, which a .csv can't "
+                                 "hold: give a .jsonl or .parquet")
+        row["entities"] = ", ".join(row["entities"])
+        row["passage"] = re.sub(r"([.?!\"'])?\n@highlight\n", lambda m: (m[1] or ".") + " ", str(row["passage"]))
     source = " ".join([name, *(f"{key}: {row[key]}" for key in task.fields)])
     if name == "record":
         answers = tuple(dict.fromkeys(row["answers"]))
         return [Example(source, answer, answers) for answer in (answers if training else answers[:1])]
     try:
-        target = f"{round(float(row['label']) * 5) / 5:.1f}" if task.labels is FIFTHS else f"{float(row['label']):g}"
+        number = float(row["label"])
+        target = f"{round(number * 5) / 5:.1f}" if task.labels is FIFTHS else f"{number:g}"
     except (TypeError, ValueError, OverflowError):
         target = str(row["label"])
     if target not in task.labels:
-        raise UsageError(f"the label {row['label']!r} is none of {name}'s ({task.labels[0]} .. {task.labels[-1]}): "
-                         "is this split without labels?")
+        raise UsageError(f"the label {row['label']!r} is none of {name}'s ({task.labels[0]} .. {task.labels[-1]}):"
+                         " is this split without labels?")
     return [Example(source, target, (target,))]
 
 
@@ -1348,58 +1350,49 @@ def load_splits(name, data_dir, seed):
     return splits
 
 
+READERS = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv"}       # of datasets, by a file's ending
+
+
 def find_file(name, split, data_dir):
     """The file of a split in a person's folder, DIR/<task>/<split>.parquet, .jsonl or .csv, or None."""
     folders = [Path(data_dir) / name] + ([Path(data_dir)] if name == "custom" else [])
-    candidates = [folder / f"{split}{ending}" for folder in folders for ending in (".parquet", ".jsonl", ".csv")]
+    candidates = [folder / f"{split}{ending}" for folder in folders for ending in READERS]
     return next((path for path in candidates if path.is_file()), None)
 
 
 def read_split(name, split, data_dir):
-    """The rows of a split, from a folder or the hub, with the columns checked.   Raises UsageError."""
+    """The rows of a split, from a folder or the hub, with the columns checked.   Raises UsageError.
+
+    SuperGLUE's own repository holds a loading script, which `datasets` 4 and later do not run; its
+    automatic conversion to parquet is a branch of the same repository.
+    """
     import datasets        # only where data is read: the rest of the file works without it
 
     datasets.disable_progress_bars()
-    if data_dir is None:
-        where, rows = "the hub", load_from_hub(name, split)
-    else:
-        if not Path(data_dir).is_dir():
-            raise UsageError(f"there is no folder {data_dir}: --data-dir names one that holds {name}/{split}.parquet")
+    task, where, source = TASKS[name], f"{name} on the hub", ("nyu-mll/glue", name)
+    more = {}
+    if data_dir is not None:
         where = find_file(name, split, data_dir)
         if where is None:
-            raise UsageError(f"{data_dir} has no {name}/{split}.parquet, .jsonl or .csv")
-        builder = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv"}[where.suffix]
-        try:
-            rows = datasets.load_dataset(builder, data_files={"train": str(where)}, split="train")
-        except Exception as error:
-            raise UsageError(f"{where} can't be read as {builder} ({one_line(error.__cause__ or error)})") from None
+            raise UsageError(f"there is no {Path(data_dir) / name / split}.parquet, .jsonl or .csv: --data-dir "
+                             "names the folder that holds it")
+        source, more = (READERS[where.suffix],), {"data_files": {split: str(where)}}
+    elif task.suite == "super_glue":
+        source, more = ("aps/super_glue",), {"revision": "refs/convert/parquet",
+                                             "data_files": {split: f"{name}/{split}/*.parquet"}}
+    try:
+        rows = datasets.load_dataset(*source, split=split, **more)
+    except Exception as error:
+        raise UsageError(f"{where} can't be read ({one_line(error.__cause__ or error)}): mend the file or the "
+                         "network, or give other files with --data-dir") from None
     if name == "rte" and "premise" in rows.column_names:       # SuperGLUE's copy of the same examples
         rows = rows.rename_columns({"premise": "sentence1", "hypothesis": "sentence2"})
-    answer = {"record": "answers", "custom": "target"}.get(name, "label")
-    for column in (*TASKS[name].fields, answer):
+    for column in (*task.fields, task.answer):
         if column not in rows.column_names:
             raise UsageError(f"{where} has no column '{column}'; it has {', '.join(rows.column_names)}")
     if len(rows) == 0:
         raise UsageError(f"{where}: the {split} split of {name} is empty")
     return rows.to_list()
-
-
-def load_from_hub(name, split):
-    """A GLUE or SuperGLUE split from the hub.   Raises UsageError without a network.
-
-    SuperGLUE's own repository holds a loading script, which `datasets` 4 and later do not run; its
-    automatic conversion to parquet is a branch of the same repository.
-    """
-    import datasets
-
-    try:
-        if TASKS[name].suite == "glue":
-            return datasets.load_dataset("nyu-mll/glue", name, split=split)
-        return datasets.load_dataset("aps/super_glue", revision="refs/convert/parquet", split=split,
-                                     data_files={split: f"{name}/{split}/*.parquet"})
-    except Exception as error:
-        raise UsageError(f"{name} can't be had from the hub ({one_line(error)}): check the network, "
-                         "or give local files with --data-dir") from None
 
 
 # The metrics: predicted texts and, for each, the texts that count as right. All return per cent.
@@ -1624,17 +1617,19 @@ def predict(model, tokenizer, tokens, batch_size, device):
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
         batch = collate([tokens[i] for i in rows], device)
-        made = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                              max_new_tokens=longest, num_beams=1, do_sample=False, use_cache=True)
+        del batch["labels"]
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())     # generate's own has the encoder's depth
+        made = model.generate(**batch, past_key_values=cache, max_new_tokens=longest, num_beams=1, do_sample=False)
         for i, text in zip(rows, tokenizer.batch_decode(made, skip_special_tokens=True)):
             texts[i] = text.strip()
     model.train(was_training)
-    texts = {i: text for part in gather(texts) for i, text in part.items()}
+    for part in gather(texts):
+        texts.update(part)
     return [texts[i] for i in range(len(tokens))]
 
 
 def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed=0, graphs=False, accumulate=1,
-          state=None, after_step=None):
+          state=None, after_step=lambda state, line: None):
     """Trains the attached modules anew, and leaves them as they were after their best epoch.
 
     batches: a Batches or any iterable with a length.   evaluate: called after each epoch, returns
@@ -1642,44 +1637,38 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
     `after_step` was given, to go on from.   after_step: called as after_step(state, line) after every
     step, `line` holding the step, the loss and, after an epoch's last, the score.   Returns the best.
     """
-    weights = peft.weights
-
     def gradient(_, **batch):
         loss = loss_of(model(**batch))
         return loss.detach(), flat_gradients(loss, peft.tensors)[0].to(weights.dtype)
 
+    weights, total = peft.weights, epochs * len(batches)
     replay = Replay(gradient, graphs and weights.is_cuda)
     optimizer = torch.optim.AdamW([weights], lr=lr, weight_decay=weight_decay, fused=True)
-    total, step, best, best_weights = epochs * len(batches), 0, -math.inf, weights.clone()
+    done, best, best_weights = 0, -math.inf, weights.clone()
     if state is not None:
-        step, best, best_weights = state["step"], state["best"], state["best_weights"].to(weights.device)
+        done, best, best_weights = state["step"], state["best"], state["best_weights"].to(weights.device)
         weights.copy_(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
     model.train()
     peft.refresh()
     try:
         with own_randomness(weights.device):
-            for batch in stream(batches, step):
-                if step >= total:
-                    break
+            for step, batch in zip(range(done, total), stream(batches, done)):
                 torch.manual_seed(derive(seed, 10, step, rank()))       # dropout
                 loss, weights.grad = mean_over_parts(lambda part: replay("train", **part), batch, accumulate)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * (1 - step / total)
+                optimizer.param_groups[0]["lr"] = lr * (1 - step / total)
                 optimizer.step()
                 peft.refresh()
-                step += 1
                 read = to_host({"loss": loss, "whole": weights.sum()})
-                line = {"step": step, "steps": total, "loss": read["loss"][0]}
-                check_losses(read["loss"], *read["whole"], f"training step {step}")
-                if step % len(batches) == 0:
+                check_losses(read["loss"], *read["whole"], f"training step {step + 1}")
+                line = {"step": step + 1, "steps": total, "loss": read["loss"][0]}
+                if line["step"] % len(batches) == 0:
                     line["score"] = evaluate()
                     model.train()
                     if line["score"] > best:
                         best, best_weights = line["score"], weights.clone()
-                if after_step is not None:
-                    after_step({"step": step, "best": best, "best_weights": best_weights, "weights": weights,
-                                "optimizer": optimizer.state_dict()}, line)
+                after_step({"step": step + 1, "best": best, "best_weights": best_weights, "weights": weights,
+                            "optimizer": optimizer.state_dict()}, line)
         weights.copy_(best_weights)
     finally:
         peft.use(weights)
@@ -1885,20 +1874,6 @@ def gather(value):
     return values
 
 
-def from_first(function):
-    """What a function returns on process 0, on all of them; its UsageError, too."""
-    result, message = None, None
-    if rank() == 0:
-        try:
-            result = function()
-        except UsageError as error:
-            message = str(error)
-    result, message = gather((result, message))[0]
-    if message is not None:
-        raise UsageError(message)
-    return result
-
-
 @contextlib.contextmanager
 def peers():
     """Says in one line that another process is gone, where torch says it in a hundred."""
@@ -1925,83 +1900,71 @@ def option(default, group, text, **more):
 class Settings:
     """Everything that a person can set; the defaults are the paper's. None: as the task has it."""
 
-    task: str = option("rte", "task", "which data set: " + ", ".join(TASKS))
+    task: str = option("rte", "task", "which data set (%(default)s)", choices=tuple(TASKS))
     model: str = option(None, "task", "a T5 on the hub or in a folder (google-t5/t5-large)")
     data_dir: str = option(None, "task", "folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub")
     max_length: int = option(None, "task", "input tokens (GLUE 128, SuperGLUE 256, ReCoRD 512)", type=int)
-    space: str = option("s2", "search", "s1, s2, all, or a comma list of " + ", ".join(KINDS))
-    ranks: tuple = option((1, 4, 8), "search", "Dim, the candidate ranks", type=int, nargs="+")
-    budget: float = option(None, "search", "B: below 1 a fraction of the backbone, else a count (1.39e-4)", type=float)
-    triggers: int = option(None, "search", "Z, how many times modules and ranks are selected (100; toy 30)", type=int)
-    tau: float = option(0.85, "search", "tau, the stability that triggers", type=float)
-    gamma: float = option(0.85, "search", "gamma, how much of the past s-bar keeps", type=float)
-    window: int = option(5, "search", "H, the steps over which stability is measured", type=int)
+    space: str = option("s2", "search", "s1, s2 (the default), all, or a comma list of " + ", ".join(KINDS))
+    ranks: tuple = option((1, 4, 8), "search", "Dim, the candidate ranks (1 4 8)", type=int, nargs="+")
+    budget: float = option(None, "search", "B: under 1 a share of the backbone, else a count (1.39e-4)", type=float)
+    triggers: int = option(None, "search", "Z, how often modules and ranks are selected (100; toy 30)", type=int)
+    tau: float = option(0.85, "search", "tau, the stability that triggers (%(default)s)", type=float)
+    gamma: float = option(0.85, "search", "gamma, how much of the past s-bar keeps (%(default)s)", type=float)
+    window: int = option(5, "search", "H, the steps over which stability is measured (%(default)s)", type=int)
     search_epochs: int = option(None, "search", "passes over half of train, at most (as --epochs)", type=int)
     warmup_epochs: int = option(None, "search", "of these before the first trigger (the task's)", type=int)
-    arch_lr: float = option(0.01, "search", "learning rate of Theta and Phi", type=float)
+    arch_lr: float = option(0.01, "search", "learning rate of Theta and Phi (%(default)s)", type=float)
     structure: str = option(None, "search", "a structure.json to train: no search")
     epochs: int = option(None, "training", "passes over train (the task's: 1 to 40)", type=int)
     lr: float = option(None, "training", "learning rate of Delta W, falling linearly (3e-4)", type=float)
-    weight_decay: float = option(1e-4, "training", "of Delta W, Theta and Phi", type=float)
-    batch_size: int = option(None, "training", "examples a step, of all processes together (32, ReCoRD 16)", type=int)
-    accumulate: int = option(1, "training", "parts that a batch goes through the model in, to save memory", type=int)
+    weight_decay: float = option(1e-4, "training", "of Delta W, Theta and Phi (%(default)s)", type=float)
+    batch_size: int = option(None, "training", "examples a step, over all processes (32, ReCoRD 16)", type=int)
+    accumulate: int = option(1, "training", "parts that a batch is computed in, to save memory (1)", type=int)
     checkpointing: bool = option(False, "training", "recompute activations, to save memory; no CUDA graphs",
                                  action="store_true")
-    seed: tuple = option((0,), "run", "one or several: splits, initial weights, draws", type=int, nargs="+")
+    seed: tuple = option((0,), "run", "one or several: splits, initial weights, draws (0)", type=int, nargs="+")
     out: str = option(None, "run", "folder to write (runs/<task>-<space>-<seed>)")
     device: str = option("auto", "run", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
-    dtype: str = option("float32", "run", "of the backbone: float32, bfloat16 or float16")
+    dtype: str = option("float32", "run", "of the backbone", choices=("float32", "bfloat16", "float16"))
     eager: bool = option(False, "run", "on a GPU: no CUDA graphs; shut modules are skipped", action="store_true")
     save_every: int = option(0, "run", "steps between checkpoints; 0: about a minute", type=int)
     fresh: bool = option(False, "run", "start over instead of resuming", action="store_true")
 
     def complete(self):
         """Fills in what the task decides and checks the rest.   Raises UsageError."""
-        if self.task not in TASKS:
-            raise UsageError(f"unknown task '{self.task}': choose {', '.join(TASKS)}")
         task = TASKS[self.task]
-        usual = {"model": "google-t5/t5-large", "max_length": 128, "budget": 1.39e-4, "lr": 3e-4, "batch_size": 32,
-                 "triggers": 100, "epochs": task.epochs, "warmup_epochs": task.warmup_epochs, **task.defaults}
-        for key, value in usual.items():
-            if getattr(self, key, None) is None:
+        usual = {"model": "google-t5/t5-large", "max_length": 128, "budget": 1.39e-4, "lr": 3e-4,
+                 "batch_size": 32, "triggers": 100, "epochs": task.epochs, "warmup_epochs": task.warmup_epochs}
+        for key, value in {**usual, **task.defaults}.items():
+            if getattr(self, key) is None:
                 setattr(self, key, value)
         self.search_epochs = self.epochs if self.search_epochs is None else self.search_epochs
-        kinds_of(self.space)
-        for key in ("max_length", "budget", "triggers", "window", "epochs", "search_epochs", "lr", "arch_lr",
-                    "batch_size", "accumulate"):
-            if not 0 < getattr(self, key) < 1e12:
-                raise UsageError(f"{flag(key)} {getattr(self, key)} must be a number above 0, and no vast one")
-        for key in ("warmup_epochs", "weight_decay", "save_every"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise UsageError(f"{flag(key)} {getattr(self, key)} must be a number, 0 or above")
-        check_ranks(self.ranks)
-        for key in ("tau", "gamma"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise UsageError(f"{flag(key)} {getattr(self, key)} must lie in 0 .. 1")
+        for keys, fits, words in (
+                (("max_length", "budget", "triggers", "window", "epochs", "search_epochs", "lr", "arch_lr",
+                  "batch_size", "accumulate"), lambda x: 0 < x < 1e12, "be a number above 0, and no vast one"),
+                (("warmup_epochs", "weight_decay", "save_every"), lambda x: 0 <= x < math.inf,
+                 "be a number, 0 or above"), (("tau", "gamma"), lambda x: 0 <= x <= 1, "lie in 0 .. 1")):
+            for key in keys:
+                if not fits(getattr(self, key)):
+                    raise UsageError(f"{flag(key)} {getattr(self, key)} must {words}")
+        kinds_of(self.space), check_ranks(self.ranks)
         if self.accumulate > self.batch_size:
             raise UsageError(f"--accumulate {self.accumulate} parts of --batch-size {self.batch_size} would be empty")
         if min(self.seed) < 0 or len(set(self.seed)) < len(self.seed):
             raise UsageError(f"--seed {' '.join(map(str, self.seed))} must be different numbers, none negative")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise UsageError(f"--dtype {self.dtype} must be float32, bfloat16 or float16")
         if self.task == "custom" and self.data_dir is None:
             raise UsageError("--task custom needs --data-dir, a folder with train and validation files "
                              "whose columns are source and target")
         return self
 
-    @property
-    def graphs(self):
-        """Whether a GPU runs CUDA graphs."""
-        return not (self.eager or self.checkpointing)
-
     def identity(self, seed, structure=None):
-        """What a resumed run must have in common with the one it goes on from.   structure: what --structure holds."""
-        left_out = ("out", "fresh", "save_every", "device", "eager", "accumulate", "checkpointing", "seed")
-        kept = {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
+        """What a resumed run must share with the one it goes on from.   structure: what --structure holds."""
+        free = ("out", "fresh", "save_every", "device", "eager", "accumulate", "checkpointing")
+        kept = {k: v for k, v in dataclasses.asdict(self).items() if k not in free} | {"seed": seed}
         if structure is not None:
             content = json.dumps(dataclasses.asdict(structure), sort_keys=True)
             kept["structure"] += f" ({zlib.crc32(content.encode()):08x})"
-        return json.loads(json.dumps({**kept, "seed": seed}))
+        return json.loads(json.dumps(kept))
 
 
 def flag(key):
@@ -2017,16 +1980,10 @@ def parse(arguments):
 
     parser = Parser(prog="bipeft.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
                     epilog="Ratios are in parts per ten thousand. Example: python bipeft.py --task toy")
-    groups = {}
+    groups = {name: parser.add_argument_group(name) for name in ("task", "search", "training", "run")}
     for f in dataclasses.fields(Settings):
         more = dict(f.metadata)
-        group, text = more.pop("group"), more.pop("help")
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        if f.default not in (None, False):
-            text += f" ({' '.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default})"
-        names = {} if "action" in more else {"metavar": f.name.upper().rpartition("_")[2]}
-        groups[group].add_argument(flag(f.name), default=f.default, help=text.replace("%", "%%"), **names, **more)
+        groups[more.pop("group")].add_argument(flag(f.name), default=f.default, **more)
     return Settings(**vars(parser.parse_args(arguments))).complete()
 
 
@@ -2038,150 +1995,101 @@ def load_backbone(name, dtype, device, seed):
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         if config.model_type not in ("t5", "mt5"):
-            raise UsageError(NO_T5.format(f"{name}, a {config.model_type},"))
+            raise ValueError(NO_T5.format(f"a {config.model_type}"))
         model, told = transformers.AutoModelForSeq2SeqLM.from_pretrained(
             name, dtype=getattr(torch, dtype), output_loading_info=True)
-        if told["missing_keys"]:                                                  # they would be made up at random
-            raise OSError(f"it has no {', '.join(sorted(told['missing_keys'])[:2])} ..")
-        if None in (config.pad_token_id, config.decoder_start_token_id):
-            raise OSError("its config has no pad_token_id or no decoder_start_token_id")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            raise OSError(f"its tokenizer has {len(tokenizer):,} words, more than its weights")
-        files = (Path(name) / file for file in ("tokenizer.json", "spiece.model"))
-        if Path(name).is_dir() and not any(file.is_file() for file in files):
-            raise OSError("there is no tokenizer.json or spiece.model")       # transformers would make an empty one up
-        model.config.use_cache = False                      # of no use in training; generation asks for its own
-        return model.to(device), tokenizer
-    except UsageError:
-        raise
+        files = [Path(name) / file for file in ("tokenizer.json", "spiece.model")]
+        for wrong, words in (                       # what transformers would make up, or fail at much later
+                (told["missing_keys"], f"it has no {', '.join(sorted(told['missing_keys'])[:2])} .."),
+                (None in (config.pad_token_id, config.decoder_start_token_id),
+                 "its config has no pad_token_id or no decoder_start_token_id"),
+                (len(tokenizer) > model.get_input_embeddings().num_embeddings,
+                 f"its tokenizer has {len(tokenizer):,} words, more than its weights"),
+                (Path(name).is_dir() and not any(file.is_file() for file in files),
+                 "there is no tokenizer.json or spiece.model")):
+            if wrong:
+                raise ValueError(words)
     except Exception as error:
-        raise UsageError(f"the model {name} can't be loaded ({one_line(error)}): give a folder with config, weights "
-                         "and tokenizer, or a hub name and a network") from None
+        raise UsageError(f"the model {name} can't be loaded ({one_line(error)}): give a folder with config, "
+                         "weights and tokenizer, or a hub name and a network") from None
+    model.config.use_cache = False                          # of no use in training; generation asks for its own
+    return model.to(device), tokenizer
 
 
 def choose_device(name):
     """A torch.device that works.   Raises UsageError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()          # of torchrun
-        if number >= max(1, there):
-            raise UsageError(f"there are {there} GPUs here: start at most so many processes")
-        name = f"cuda:{number}"
-    elif name.startswith("cuda:") and world() > 1:
+    if name.startswith("cuda:") and world() > 1:
         raise UsageError(f"--device {name} would put {world()} processes on one GPU: leave --device out")
+    if name == "cuda" or name == "auto" and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"                                     # of torchrun
     try:
-        torch.zeros(1, device=name).item()
-        if torch.device(name).type == "cuda":
-            torch.cuda.set_device(name)            # graphs and random states are those of the current device
-        return torch.device(name)
+        device = torch.device("cpu" if name == "auto" else name)
+        torch.zeros(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)          # graphs and random states are those of the current device
+        return device
     except Exception as error:
-        raise UsageError(f"--device {name} can't be used ({one_line(error)}): try cpu") from None
+        raise UsageError(f"--device {name} can't be used ({one_line(error)}): there are "
+                         f"{torch.cuda.device_count()} GPUs here for as many processes at most; try cpu") from None
 
 
 def load_checkpoint(path):
-    """What `Folder.save` wrote, every byte checked first, which torch.load does not do."""
+    """What `Run.save` wrote, every byte checked first, which torch.load does not do."""
     with zipfile.ZipFile(path) as file:
         if file.testzip() is not None:
             raise ValueError("it is damaged")
     return torch.load(path, weights_only=True, map_location="cpu")
 
 
-class Folder:
-    """A run's folder: refuses another run's, saves and finds checkpoints, ends on a signal."""
+class Run:
+    """One seed from data to test score, in a folder of its own: `with Run(..) as run: run.work()`.
+
+    settings: complete.   seed: one of theirs.   path: the folder, made if it is missing.
+    Refuses another run's folder, goes on from a checkpoint, ends on a signal after the step under way.
+    Raises UsageError for what is a person's to mend, and OSError.
+    """
 
     FILES = ("checkpoint.pt", "metrics.json", "structure.json", "search.jsonl", "peft.safetensors")
 
-    def __init__(self, path, identity, fresh, save_every):
-        self.path, self.identity, self.save_every = Path(path), identity, save_every
-        self.saved_at, self.signal = time.monotonic(), None
-        self.stale, self.metrics, self.checkpoint = from_first(lambda: self.open(fresh))
+    def __init__(self, settings, seed, path):
+        self.settings, self.seed, self.path, self.task = settings, seed, Path(path), TASKS[settings.task]
+        self.given = Structure.load(settings.structure) if settings.structure else None
+        self.identity = settings.identity(seed, self.given)
+        self.signal, self.stale = None, []
+        self.stored, self.metrics = {}, None        # what checkpoint.pt, what metrics.json holds
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.open()
 
-    def open(self, fresh):
-        """(files that --fresh is to take away, metrics, checkpoint) of an earlier run.   Raises UsageError."""
-        try:
-            if self.path.exists() and not self.path.is_dir():
-                raise UsageError(f"--out {self.path} is a file: name a folder")
-            there = [name for name in self.FILES if (self.path / name).exists()]
-        except OSError as error:
-            raise UsageError(f"--out {self.path} can't be read ({error.strerror}): name another folder") from None
-        if fresh:
-            return there, None, None
-        metrics = self.read("metrics.json", lambda path: json.loads(path.read_text()))
-        checkpoint = self.read("checkpoint.pt", load_checkpoint)
-        if checkpoint is not None:                 # killed before its end could be tidied up, or started over
-            metrics = None
-        before = metrics if checkpoint is None else checkpoint
-        before = before.get("settings") if isinstance(before, dict) else None
-        before = before if isinstance(before, dict) else None
-        if there and before is None:
+    def open(self):
+        """Reads what an earlier run has left; every process does.   Raises UsageError if it is another one's."""
+        there = [name for name in self.FILES if (self.path / name).exists()]
+        if self.settings.fresh:
+            self.stale = there
+        elif there and there[0] not in self.FILES[:2]:
             raise UsageError(f"{self.path} holds files of a run that can't be resumed: name another --out, "
                              "or start over with --fresh")
-        for key in sorted(before.keys() | self.identity.keys()) if before else ():
-            if before.get(key) != self.identity.get(key):
-                raise UsageError(f"{self.path} holds another run: its {flag(key)} is {before.get(key)}, now it is "
-                                 f"{self.identity.get(key)}; name another --out, or start over with --fresh")
-        return [], metrics, checkpoint
-
-    def read(self, name, reader):
-        """What a file of the folder holds, or None."""
-        path = self.path / name
-        if not path.exists():
-            return None
-        with self.reading(name):
-            return reader(path)
+        elif there:                                 # a checkpoint beside metrics was killed as it tidied up
+            with self.reading(there[0]) as path:
+                found = load_checkpoint(path) if path.suffix == ".pt" else json.loads(path.read_text())
+                before = dict(found["settings"])
+            for key in sorted(before.keys() | self.identity.keys()):
+                if before.get(key) != self.identity.get(key):
+                    raise UsageError(f"{self.path} holds another run: its {flag(key)} is {before.get(key)}, now it "
+                                     f"is {self.identity.get(key)}; name another --out, or start over with --fresh")
+            self.stored, self.metrics = (found, None) if there[0] == self.FILES[0] else ({}, found)
+        seen = gather((there, self.stored.get("phase"), self.stored.get("elapsed")))
+        if any(other != seen[0] for other in seen):
+            raise UsageError(f"the processes find different files in {self.path}: all must share one folder")
 
     @contextlib.contextmanager
     def reading(self, name):
-        """Says in one line that a file of the folder does not hold what it should."""
+        """Says in one line that a file of the folder, whose path it gives, does not hold what it should."""
         try:
-            yield
+            yield self.path / name
         except Exception as error:
             raise UsageError(f"{self.path / name} can't be read ({one_line(error)}): start over with --fresh, "
                              "or name another --out") from None
-
-    def save(self, content):
-        """Writes checkpoint.pt and the log so far. Only here does --fresh take older files away."""
-        self.saved_at = time.monotonic()
-        if rank():
-            return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            for name in self.stale:
-                (self.path / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise UsageError(f"--out {self.path} can't be made or emptied ({error.strerror}): name another folder"
-                             ) from None
-        self.stale = []
-        stream = io.BytesIO()
-        torch.save({"settings": self.identity, **content}, stream)
-        write_atomically(self.path / "checkpoint.pt", stream.getvalue())
-        self.write_log(content["log"])
-
-    def write_log(self, log):
-        """Writes search.jsonl, a line a step."""
-        write_atomically(self.path / "search.jsonl", "".join(json.dumps(line) + "\n" for line in log))
-
-    def finish(self, metrics, log):
-        """Writes what a finished run leaves, and takes away what only a killed one needs."""
-        if rank() == 0:
-            self.write_log(log)
-            write_atomically(self.path / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-            for name in ("checkpoint.pt", *(f".{name}.new" for name in self.FILES)):
-                (self.path / name).unlink(missing_ok=True)
-
-    def after_step(self, step, content):
-        """Saves if it is time, or if a signal came: then the run ends here.   content: a function."""
-        due = step % self.save_every == 0 if self.save_every else time.monotonic() - self.saved_at > 60
-        told = torch.tensor(self.signal or 0)
-        all_reduce(told, dist.ReduceOp.MAX)            # all processes end after the same step
-        if due or told:
-            self.save(content())
-        if told:
-            print(f"\nstopped by signal {int(told)} after step {step}: the same command, without --fresh, goes on "
-                  "from here", flush=True)
-            raise SystemExit(128 + int(told))
 
     def __enter__(self):
         def note(number, frame):
@@ -2194,181 +2102,196 @@ class Folder:
     def __exit__(self, kind, *rest):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.signal and kind is None:           # it came when the run had only its end left
+        if self.signal and kind is None:            # it came when the run had only its end left
             raise SystemExit(128 + self.signal)
 
+    def work(self):
+        """All that is still to be done.   Returns the metrics."""
+        if self.metrics is not None:
+            with self.reading("metrics.json"):
+                table = results(self.metrics)
+            print(f"{self.path} holds this run, finished: nothing to do (--fresh starts over)\n{table}", flush=True)
+            return self.metrics
+        self.load()
+        if self.stored.get("phase") == "train":
+            with self.reading("checkpoint.pt"):
+                structure, seconds = Structure(**self.stored["structure"]), self.stored["search_seconds"]
+        elif self.given:
+            apply(self.model, self.given).detach()                  # refuses it before a file is touched
+            structure, seconds = self.given, 0.0
+        else:
+            structure, seconds = self.search(), self.elapsed()
+        self.begin("train", structure=dataclasses.asdict(structure), search_seconds=seconds)
+        if rank() == 0:
+            structure.save(self.path / "structure.json")
+        print(picture(structure, self.model), flush=True)
+        peft, best = self.retrain(structure)
+        took = self.elapsed()
+        if rank() == 0:
+            peft.save(self.path / "peft.safetensors")
+        metrics = {**self.measure(peft, structure), "validation": best, "search_seconds": seconds,
+                   "train_seconds": took, "ratio": seconds / took if seconds else None, "settings": self.identity}
+        if rank() == 0:
+            write_atomically(self.path / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+            for name in ("checkpoint.pt", *(f".{name}.new" for name in self.FILES)):        # a killed run's
+                (self.path / name).unlink(missing_ok=True)
+        print(f"{results(metrics)}\nwritten to {self.path}", flush=True)
+        return metrics
 
-class Progress:
-    """A line that renews itself on a terminal, and is printed every few seconds into a file."""
+    def load(self):
+        """The device, the data, the backbone and its size, and the tokens."""
+        settings, self.device = self.settings, choose_device(self.settings.device)
+        if settings.task == "toy":
+            torch.set_num_threads(1)                # so small a model only waits for further threads
+        self.splits = load_splits(settings.task, settings.data_dir, self.seed)
+        self.model, self.tokenizer = load_backbone(settings.model, settings.dtype, self.device, self.seed)
+        if self.device.type == "cuda":
+            fuse_norms(self.model)
+        if settings.checkpointing:
+            recompute_activations(self.model)
+        self.size = geometry(self.model)["parameters"]
+        self.tokens = {key: tokenize(self.tokenizer, examples, settings.max_length)
+                       for key, examples in self.splits.items()}
+        print(f"{settings.task}, seed {self.seed}: {', '.join(f'{len(v):,} {k}' for k, v in self.splits.items())}; "
+              f"{settings.model}, {self.size:,} parameters, {settings.dtype} on {self.device}", flush=True)
+        if self.stored:
+            print(f"going on from {self.path / 'checkpoint.pt'}", flush=True)
 
-    def __init__(self):
-        self.shown_at, self.terminal = -math.inf, sys.stdout.isatty()
+    def begin(self, phase, **found):
+        """Starts a phase and its clock, or goes on with them.   found: what the phases before came to."""
+        if self.stored.get("phase") != phase:
+            self.stored = {"settings": self.identity, "phase": phase, "log": self.stored.get("log", []),
+                           "elapsed": 0.0, **found}
+        self.started, self.shown_at = time.monotonic() - self.stored["elapsed"], -math.inf
+        self.save()
 
-    def show(self, text, keep=False):
-        """keep: this one stays on the screen."""
-        now = time.monotonic()
-        if keep or now - self.shown_at > (0.2 if self.terminal else 10):
+    def elapsed(self):
+        """Seconds that this phase has taken, those before a kill included."""
+        return time.monotonic() - self.started
+
+    def save(self, **state):
+        """Writes checkpoint.pt and the log so far. Only here does --fresh take older files away."""
+        self.saved_at = time.monotonic()
+        self.stored |= {**state, "elapsed": self.elapsed()}
+        if rank() == 0:
+            for name in self.stale:
+                (self.path / name).unlink(missing_ok=True)
+            self.stale, stream = [], io.BytesIO()
+            torch.save(self.stored, stream)
+            write_atomically(self.path / "checkpoint.pt", stream.getvalue())
+            write_atomically(self.path / "search.jsonl",
+                             "".join(json.dumps(line) + "\n" for line in self.stored["log"]))
+
+    def after_step(self, step, left, text, state, more="", keep=False):
+        """After every step: shows how it goes; saves if it is time; ends the run if a signal came.
+
+        left: steps to go.   text, more: what to show before and behind the time left.   state: a function,
+        that of the phase.   keep: the line stays on the screen. On a terminal it renews itself.
+        """
+        now, terminal, every = time.monotonic(), sys.stdout.isatty(), self.settings.save_every
+        if keep or now - self.shown_at > (0.2 if terminal else 10):
             self.shown_at = now
-            if self.terminal:
-                print("\r\033[K" + text[:shutil.get_terminal_size().columns - 1], end="\n" if keep else "", flush=True)
-            else:
-                print(text, flush=True)
+            text = f"{text}  left {clock(left * self.elapsed() / step)}{more}"
+            before, end = ("\r\033[K", "\n" if keep else "") if terminal else ("", "\n")
+            width = shutil.get_terminal_size().columns - 1 if terminal else None
+            print(before + text[:width], end=end, flush=True)
+        told = torch.tensor(self.signal or 0)
+        all_reduce(told, dist.ReduceOp.MAX)         # all processes end after the same step
+        if told or (step % every == 0 if every else now - self.saved_at > 60):
+            self.save(**{self.stored["phase"]: state()})
+        if told:
+            print(f"\nstopped by signal {int(told)} after step {step}: the same command, without --fresh, goes on "
+                  "from here", flush=True)
+            raise SystemExit(128 + int(told))
+
+    def search(self):
+        """The search, or what is left of it.   Returns a Structure."""
+        settings, tokens, size = self.settings, self.tokens["train"], self.size
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(derive(self.seed, 11))).tolist()
+        batches = [Batches([tokens[i] for i in half], settings.batch_size, self.device, derive(self.seed, 12 + n))
+                   for n, half in enumerate((order[::2], order[1::2]))]
+        space = Space(self.model, settings.space, settings.ranks, self.seed)
+        steps, warmup = (n * len(batches[0]) for n in (settings.search_epochs, settings.warmup_epochs))
+        budget = int(settings.budget if settings.budget >= 1 else settings.budget * size)
+        most = max(steps, 2 * len(space), 100)      # one a step, and each module can be fixed and removed
+        if settings.triggers > most:
+            raise UsageError(f"--triggers {settings.triggers} are more than {steps} steps and {len(space)} modules "
+                             f"could use: give {most} or fewer")
+        print(f"search: {len(space)} modules of {', '.join(kinds_of(settings.space))}, "
+              f"{space.costs[:, -1].sum():,} parameters at rank {settings.ranks[-1]}\n"
+              f"budget {budget:,} ({1e4 * budget / size:.2f} of 10,000), at most {steps} steps, triggers from step "
+              f"{max(warmup, settings.window) + 1} on", flush=True)
+        search = Search(self.model, space, budget, steps, warmup, settings.triggers, settings.tau, settings.gamma,
+                        settings.window, settings.lr, settings.arch_lr, settings.weight_decay, self.seed,
+                        not (settings.eager or settings.checkpointing), settings.accumulate)
+        if "search" in self.stored:
+            with self.reading("checkpoint.pt"):
+                search.load_state_dict(self.stored["search"])
+        self.begin("search")
+
+        def after_step(search, line):
+            self.stored["log"].append({**line, "time": round(self.elapsed(), 3)})
+            step, done = line["step"], line["triggers"]
+            pace = done / max(1, step - warmup)                                  # triggers a step
+            left = min(steps - step, (settings.triggers - done) / pace if pace > 0 else math.inf)
+            self.after_step(step, left, f"search {step}/{steps}  loss {line['loss_train']:.3f}  beta "
+                            f"{line['beta']:.2f}  E {line['expected']:,.0f}/{budget:,}  kept {line['kept']}  triggers "
+                            f"{done}/{settings.triggers}", search.state_dict, keep=left == 0)
+
+        structure = search.run(*batches, settings.model, after_step)
+        if search.ended_early:
+            print(f"the steps ended before trigger {settings.triggers}: the last {search.ended_early} selections were "
+                  "made at once; more --search-epochs or fewer --triggers would spread them", flush=True)
+        space.detach()
+        return structure
+
+    def retrain(self, structure):
+        """Trains a found structure anew on all of train.   Returns (Peft, best validation score)."""
+        settings = self.settings
+        peft = apply(self.model, structure, derive(self.seed, 14))
+        batches = Batches(self.tokens["train"], settings.batch_size, self.device, derive(self.seed, 15))
+
+        def after_step(state, line):
+            step, steps, scored = line["step"], line["steps"], "score" in line
+            more = (f"  epoch {step // len(batches)}/{settings.epochs}: validation {self.task.metric} "
+                    f"{line['score']:.2f}, best {state['best']:.2f}") if scored else ""
+            self.after_step(step, steps - step, f"train {step}/{steps}  loss {line['loss']:.3f}", lambda: state,
+                            more, keep=scored)
+
+        best = train(self.model, peft, batches, lambda: self.score("validation"), settings.epochs, settings.lr,
+                     weight_decay=settings.weight_decay, seed=self.seed, accumulate=settings.accumulate,
+                     graphs=not (settings.eager or settings.checkpointing), state=self.stored.get("train"),
+                     after_step=after_step)
+        return peft, best
+
+    def score(self, split):
+        """The task's score, in per cent, of what the model generates for a split."""
+        size = max(1, 8 * self.settings.batch_size // self.settings.accumulate)
+        predictions = predict(self.model, self.tokenizer, self.tokens[split], size, self.device)
+        return METRICS[self.task.metric](predictions, [e.answers for e in self.splits[split]])
+
+    def measure(self, peft, structure):
+        """The one look at the test split: with the modules, without them, and the most frequent answer."""
+        score = self.score("test")
+        peft.detach()
+        untouched, metric, test = self.score("test"), self.task.metric, self.splits["test"]
+        common = Counter(e.target for e in self.splits["train"]).most_common(1)[0][0]
+        count = peft.weights.numel()                                # counted from the tensors themselves
+        cuda = self.device.type == "cuda"
+        return {"task": self.settings.task, "metric": metric, "seed": self.seed, "space": structure.space,
+                "test": score, "test_untouched": untouched,
+                "test_most_frequent": METRICS[metric]([common] * len(test), [e.answers for e in test]),
+                "modules": len(structure.modules), "parameters": count, "budget": structure.budget,
+                "backbone_parameters": self.size, "per_ten_thousand": 1e4 * count / self.size,
+                "device": torch.cuda.get_device_name(self.device) if cuda else self.device.type,
+                "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                             "transformers": transformers.__version__, "numpy": np.__version__}}
 
 
 def clock(seconds):
     """Seconds as h:mm:ss or m:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
-
-
-def find_structure(settings, seed, model, tokens, folder, device, size):
-    """The search of a run, or what is left of it.   Returns (Structure, log, seconds)."""
-    stored = folder.checkpoint or {}
-    log, progress = stored.get("log", []), Progress()
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(derive(seed, 11))).tolist()
-    halves = [[tokens[i] for i in part] for part in (order[::2], order[1::2])]
-    batches = [Batches(half, settings.batch_size, device, derive(seed, 12 + i)) for i, half in enumerate(halves)]
-    space = Space(model, settings.space, settings.ranks, seed)
-    steps, warmup = settings.search_epochs * len(batches[0]), settings.warmup_epochs * len(batches[0])
-    budget = int(settings.budget if settings.budget >= 1 else settings.budget * size)
-    started = time.monotonic() - stored.get("elapsed", 0)
-    print(f"search: {len(space)} modules of {', '.join(kinds_of(settings.space))}, {space.costs[:, -1].sum():,} "
-          f"parameters at rank {settings.ranks[-1]}\nbudget {budget:,} ({1e4 * budget / size:.2f} of 10,000), "
-          f"at most {steps} steps, triggers from step {max(warmup, settings.window) + 1} on", flush=True)
-
-    def after_step(run, line):
-        log.append({**line, "time": round(time.monotonic() - started, 3)})
-        done = line["triggers"] / max(1, line["step"] - warmup)                    # triggers a step
-        left = min(steps - line["step"], (settings.triggers - line["triggers"]) / done if done > 0 else math.inf)
-        left *= (time.monotonic() - started) / line["step"]                        # in seconds
-        progress.show(f"search {line['step']}/{steps}  loss {line['loss_train']:.3f}  beta {line['beta']:.2f}  "
-                      f"E {line['expected']:,.0f}/{budget:,}  kept {line['kept']}  triggers "
-                      f"{line['triggers']}/{settings.triggers}  left {clock(left)}",
-                      keep=line["step"] == steps or line["triggers"] == settings.triggers)
-        folder.after_step(line["step"], lambda: {
-            "phase": "search", "search": run.state_dict(), "log": log, "elapsed": time.monotonic() - started})
-
-    search_of = Search(model, space, budget, steps, warmup, settings.triggers, settings.tau, settings.gamma,
-                       settings.window, settings.lr, settings.arch_lr, settings.weight_decay, seed, settings.graphs,
-                       settings.accumulate)
-    if not stored:
-        folder.save({"phase": "start", "log": []})
-    if "search" in stored:
-        with folder.reading("checkpoint.pt"):
-            search_of.load_state_dict(stored["search"])
-    structure = search_of.run(*batches, settings.model, after_step)
-    if search_of.ended_early:
-        print(f"the steps ended before trigger {settings.triggers}: the last {search_of.ended_early} selections were "
-              "made at once; more --search-epochs or fewer --triggers would spread them", flush=True)
-    space.detach()
-    return structure, log, time.monotonic() - started
-
-
-def retrain(settings, seed, model, tokenizer, structure, tokens, splits, folder, search_part):
-    """Trains a found structure anew on all of train.   Returns (Peft, best validation score, seconds)."""
-    device, progress = next(model.parameters()).device, Progress()
-    stored = folder.checkpoint if (folder.checkpoint or {}).get("phase") == "train" else {}
-    peft = apply(model, structure, derive(seed, 14))
-    batches = Batches(tokens["train"], settings.batch_size, device, derive(seed, 15))
-    started = time.monotonic() - stored.get("elapsed", 0)
-
-    def evaluate():
-        return evaluate_on("validation", settings, model, tokenizer, tokens, splits)
-
-    def after_step(state, line):
-        left = (line["steps"] - line["step"]) * (time.monotonic() - started) / line["step"]
-        text = f"train {line['step']}/{line['steps']}  loss {line['loss']:.3f}  left {clock(left)}"
-        if "score" in line:
-            text += (f"  epoch {line['step'] // len(batches)}/{settings.epochs}: validation "
-                     f"{TASKS[settings.task].metric} {line['score']:.2f}, best {state['best']:.2f}")
-        progress.show(text, keep="score" in line)
-        folder.after_step(line["step"], lambda: {
-            **search_part, "phase": "train", "train": state, "elapsed": time.monotonic() - started})
-
-    best = train(model, peft, batches, evaluate, settings.epochs, settings.lr, weight_decay=settings.weight_decay,
-                 seed=seed, graphs=settings.graphs, accumulate=settings.accumulate, state=stored.get("train"),
-                 after_step=after_step)
-    return peft, best, time.monotonic() - started
-
-
-def evaluate_on(split, settings, model, tokenizer, tokens, splits):
-    """The task's score, in per cent, of what the model generates for a split."""
-    device = next(model.parameters()).device
-    size = max(1, 8 * settings.batch_size // settings.accumulate)
-    predictions = predict(model, tokenizer, tokens[split], size, device)
-    return METRICS[TASKS[settings.task].metric](predictions, [e.answers for e in splits[split]])
-
-
-def run(settings, seed, out):
-    """One seed from data to test score; writes the folder `out`.   Returns the metrics."""
-    given = Structure.load(settings.structure) if settings.structure else None
-    identity = settings.identity(seed, given)
-    with deterministic(), Folder(out, identity, settings.fresh, settings.save_every) as folder:
-        if folder.metrics:
-            print(f"{out} holds this run, finished: nothing to do (--fresh starts over)")
-            with folder.reading("metrics.json"):
-                table = results(folder.metrics)
-            print(table, flush=True)
-            return folder.metrics
-        device = choose_device(settings.device)
-        if settings.task == "toy":
-            torch.set_num_threads(1)            # so small a model only waits for further threads
-        splits = load_splits(settings.task, settings.data_dir, seed)
-        model, tokenizer = load_backbone(settings.model, settings.dtype, device, seed)
-        if device.type == "cuda":
-            fuse_norms(model)
-        if settings.checkpointing:
-            recompute_activations(model)
-        size = geometry(model)["parameters"]
-        tokens = {key: tokenize(tokenizer, examples, settings.max_length) for key, examples in splits.items()}
-        print(f"{settings.task}, seed {seed}: {', '.join(f'{len(v):,} {k}' for k, v in splits.items())}; "
-              f"{settings.model}, {size:,} parameters, {settings.dtype} on {device}", flush=True)
-        stored = folder.checkpoint or {}
-        if stored:
-            print(f"going on from {folder.path / 'checkpoint.pt'}", flush=True)
-        if stored.get("phase") == "train":
-            with folder.reading("checkpoint.pt"):
-                structure, log, seconds = Structure(**stored["structure"]), stored["log"], stored["search_seconds"]
-        elif given:
-            apply(model, given).detach()                        # refuses it before a file is touched
-            structure, log, seconds = given, [], 0.0
-            folder.save({"phase": "start", "log": []})
-        else:
-            structure, log, seconds = find_structure(settings, seed, model, tokens["train"], folder, device, size)
-        if rank() == 0:
-            structure.save(folder.path / "structure.json")
-        print(picture(structure, model), flush=True)
-        part = {"structure": dataclasses.asdict(structure), "log": log, "search_seconds": seconds}
-        if stored.get("phase") != "train":
-            folder.save({**part, "phase": "train", "elapsed": 0.0})
-        peft, best, train_seconds = retrain(settings, seed, model, tokenizer, structure, tokens, splits, folder, part)
-        if rank() == 0:
-            peft.save(folder.path / "peft.safetensors")
-        metrics = measure(settings, seed, model, tokenizer, tokens, splits, peft, structure)
-        metrics |= {"validation": best, "search_seconds": seconds, "train_seconds": train_seconds,
-                    "ratio": seconds / train_seconds if seconds else None, "settings": identity}
-        folder.finish(metrics, log)
-        print(results(metrics) + f"\nwritten to {folder.path}", flush=True)
-        return metrics
-
-
-def measure(settings, seed, model, tokenizer, tokens, splits, peft, structure):
-    """The one look at the test split: with the modules, without them, and the most frequent answer."""
-    score = evaluate_on("test", settings, model, tokenizer, tokens, splits)
-    peft.detach()
-    untouched = evaluate_on("test", settings, model, tokenizer, tokens, splits)
-    common = Counter(e.target for e in splits["train"]).most_common(1)[0][0]
-    metric, size = TASKS[settings.task].metric, structure.geometry["parameters"]
-    majority = METRICS[metric]([common] * len(splits["test"]), [e.answers for e in splits["test"]])
-    count = peft.weights.numel()                                   # counted from the tensors themselves
-    device = next(model.parameters()).device
-    return {"task": settings.task, "metric": metric, "seed": seed, "space": structure.space, "test": score,
-            "test_untouched": untouched, "test_most_frequent": majority, "modules": len(structure.modules),
-            "parameters": count, "budget": structure.budget, "backbone_parameters": size,
-            "per_ten_thousand": 1e4 * count / size,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                         "transformers": transformers.__version__, "numpy": np.__version__}}
 
 
 def results(m):
@@ -2388,44 +2311,49 @@ def picture(structure, model):
 
     n0, n1, n2 are the layer norms before a layer's first, second and third block.
     """
-    kept = {(m["name"], m["kind"]): str(m["rank"] or "x") for m in structure.modules}
-    kinds, cells, columns = kinds_of(structure.space), {}, {kind: [] for kind in kinds_of(structure.space)}
+    kept, size = {(m["name"], m["kind"]): str(m["rank"] or "x") for m in structure.modules}, \
+        structure.geometry["parameters"]
+    cells, rows = {kind: {} for kind in kinds_of(structure.space)}, {}      # kind: {place in a layer: {row: text}}
     for name, role, _ in places(model):
         stack, *middle, last = name.split(".")
-        row = (stack, int(middle[1]) if middle else "end")
+        row = f"{stack} {middle[1] if middle else 'end':>3}"
         label = {"SelfAttention": "attn", "DenseReluDense": "ffn", "layer_norm": "n" + middle[3] if middle else "",
                  "final_layer_norm": "n0"}.get(last, last.replace("wi_", "wi"))
-        for kind in kinds:
+        for kind in cells:
             if role in KINDS[kind].roles:
-                cells[row, kind, label] = kept.get((name, kind), ".")
-                if label not in columns[kind]:
-                    columns[kind].append(label)
-    heads = {kind: "".join(f"{label:>{max(2, len(label)) + 1}}" for label in columns[kind]) for kind in kinds}
-    widths = {kind: max(len(heads[kind]), len(kind) + 1) for kind in kinds}
-    lines = [" " * 12 + " ".join(f"{kind:>{widths[kind]}}" for kind in kinds),
-             " " * 12 + " ".join(f"{heads[kind]:>{widths[kind]}}" for kind in kinds)]
-    for stack, layer in dict.fromkeys(row for row, *_ in cells):
-        parts = ["".join(f"{cells.get(((stack, layer), kind, label), ''):>{max(2, len(label)) + 1}}"
-                         for label in columns[kind]) for kind in kinds]
-        lines.append(f"{stack} {layer!s:>3} " + " ".join(f"{part:>{widths[kind]}}" for part, kind in zip(parts, kinds)))
+                rows[row] = cells[kind].setdefault(label, {})[row] = kept.get((name, kind), ".")
+    blocks = [[" " * 11] * 2 + list(rows)]                                  # side by side, a block a kind
+    for kind, columns in cells.items():
+        lines = [kind] + ["".join(f"{column.get(row, ''):>{max(2, len(label)) + 1}}"
+                                  for label, column in columns.items()) for row in rows]
+        lines.insert(1, "".join(f"{label:>{max(2, len(label)) + 1}}" for label in columns))
+        blocks.append([f"{line:>{max(len(lines[1]), len(kind) + 1)}}" for line in lines])
+    lines = [" ".join(parts) for parts in zip(*blocks)]
     lines.append("  a number: the rank kept there; x: kept, without a rank; .: left out; n: a layer norm")
-    size = structure.geometry["parameters"]
-    for kind in kinds:
-        counts = [m["parameters"] for m in structure.modules if m["kind"] == kind]
-        lines.append(f"  {kind:<11}{len(counts):>5} modules {sum(counts):>10,} parameters "
+    for word in (*cells, "together"):
+        counts = [m["parameters"] for m in structure.modules if word in (m["kind"], "together")]
+        lines.append(f"  {word:<11}{len(counts):>5} modules {sum(counts):>10,} parameters "
                      f"{1e4 * sum(counts) / size:9.2f} of 10,000")
-    lines.append(f"  {'together':<11}{len(structure.modules):>5} modules {structure.parameters:>10,} parameters "
-                 f"{1e4 * structure.parameters / size:9.2f} of 10,000  (budget {structure.budget:,})")
-    return "\n".join(lines)
+    return "\n".join(lines) + f"  (budget {structure.budget:,})"
 
 
 def join():
-    """Joins the other processes, if torchrun has started this one; all but the first fall silent.   Returns whether."""
+    """Joins the other processes, if torchrun started this one; all but the first fall silent.   Returns whether."""
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         return False
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")
+    return True
+
+
+def is_first_to_tell(message):
+    """Whether no other process has told a person the same: torchrun's store counts, even for one that is alone."""
+    if not dist.is_torchelastic_launched():
+        return True
+    with contextlib.suppress(Exception):             # a store that is gone
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=9))
+        return store.add(message, 1) == 1
     return True
 
 
@@ -2436,14 +2364,15 @@ def main(arguments=None):
     try:
         settings = parse(arguments)
         joined, finished = join(), []
+        kind = settings.space.replace(",", "+")
+        if settings.structure:                       # named after the folder that the structure is from
+            kind = f"from-{Path(settings.structure).resolve().parent.name}"
         for seed in settings.seed:
-            kind = settings.space.replace(",", "+")
-            if settings.structure:                     # named after the folder that the structure is from
-                kind = f"from-{Path(settings.structure).resolve().parent.name}"
-            out = settings.out or f"runs/{settings.task}-{kind}-{seed}"
+            out = Path(settings.out or f"runs/{settings.task}-{kind}-{seed}")
             if settings.out and len(settings.seed) > 1:
-                out = str(Path(out) / f"seed-{seed}")
-            finished.append(run(settings, seed, out))
+                out /= f"seed-{seed}"
+            with deterministic(), Run(settings, seed, out) as run:
+                finished.append(run.work())
         if len(finished) > 1:
             tests = [m["test"] for m in finished]
             print(f"{settings.task}: test {finished[0]['metric']} {np.mean(tests):.2f} ± {np.std(tests, ddof=1):.2f} "
@@ -2452,18 +2381,17 @@ def main(arguments=None):
             dist.destroy_process_group()
         return 0
     except UsageError as error:
-        print(f"bipeft.py: {error}", file=sys.stderr)
-        return 2
+        message = str(error)
     except torch.OutOfMemoryError:
-        print("bipeft.py: the GPU's memory is full: use --accumulate 2 or more, --checkpointing, or --dtype bfloat16",
-              file=sys.stderr)
-        return 2
-    except OSError as error:                       # standard output on a full disk, say, or what has become read-only
-        print(f"bipeft.py: {one_line(error)}; once that is mended, the same command goes on from the last checkpoint",
-              file=sys.stderr)
-        return 2
+        message = "the GPU's memory is full: use --accumulate 2 or more, --checkpointing, or --dtype bfloat16"
+    except OSError as error:                         # a folder that can't be made, standard output on a full disk
+        message = (f"{one_line(error)}: mend that or name another --out; the same command goes on from the last "
+                   "checkpoint")
     except KeyboardInterrupt:
         return 130
+    if is_first_to_tell(message):
+        print(f"bipeft.py: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -2438,7 +2438,7 @@ RTE = "--task rte --data-dir {root}/data --model {root}/model"
 
 BAD = [
     # arguments, and words that the message must hold
-    ("--task sst3", "unknown task sst3 rte"),
+    ("--task sst3", "--task sst3 rte"),
     ("--space s3", "unknown space s3 s1 s2 lora"),
     ("--space lora,lroa", "lroa"),
     ("--no-such-flag 1", "--no-such-flag --help"),
@@ -2479,10 +2479,10 @@ BAD = [
     (RTE + " --ranks 0 4", "ranks 0 4"),
     (RTE + " --ranks 4 4", "ranks 4 4"),
     ("--task custom", "custom --data-dir source target"),
-    ("--task rte --data-dir {root}/nowhere", "no folder {root}/nowhere --data-dir"),
-    ("--task rte --data-dir {root}/a_file", "no folder {root}/a_file"),
-    ("--task cola --data-dir {root}/data", "{root}/data no cola/train"),
-    ("--task rte --data-dir {root}/bad/one_split", "no rte/validation"),
+    ("--task rte --data-dir {root}/nowhere", "no {root}/nowhere/rte --data-dir"),
+    ("--task rte --data-dir {root}/a_file", "no {root}/a_file/rte"),
+    ("--task cola --data-dir {root}/data", "no {root}/data/cola/train"),
+    ("--task rte --data-dir {root}/bad/one_split", "no /rte/validation"),
     ("--task rte --data-dir {root}/bad/no_column", "validation.parquet no column sentence2 sentence1"),
     ("--task rte --data-dir {root}/bad/no_label", "validation.parquet no column label"),
     ("--task custom --data-dir {root}/bad/no_target", "no column target"),
@@ -2737,16 +2737,16 @@ def test_the_same_command_gives_the_same_run(world, finished, tmp_path):
 
 def test_a_run_stopped_by_signals_goes_on_to_the_same_end(world, finished, tmp_path, monkeypatch, capfd):
     """A signal comes after step 2, the second time after step 6, and then in the training after step 5."""
-    after_step, stops = bipeft.Folder.after_step, iter([("search", 2), ("search", 6), ("train", 5), None])
+    after_step, stops = bipeft.Run.after_step, iter([("search", 2), ("search", 6), ("train", 5), None])
     stop, phase = next(stops), ["search"]
 
-    def with_signal(folder, step, content):
-        phase[0] = content()["phase"]
+    def with_signal(run, step, *args, **more):
+        phase[0] = run.stored["phase"]
         if (phase[0], step) == stop:
             os.kill(os.getpid(), signal.SIGTERM)
-        return after_step(folder, step, content)
+        return after_step(run, step, *args, **more)
 
-    monkeypatch.setattr(bipeft.Folder, "after_step", with_signal)
+    monkeypatch.setattr(bipeft.Run, "after_step", with_signal)
     handler = signal.getsignal(signal.SIGTERM)
     while stop is not None:
         with pytest.raises(SystemExit) as ended:
@@ -2761,15 +2761,15 @@ def test_a_run_stopped_by_signals_goes_on_to_the_same_end(world, finished, tmp_p
 
 
 def test_a_run_that_crashed_goes_on_from_its_last_checkpoint(world, finished, tmp_path, monkeypatch):
-    after_step = bipeft.Folder.after_step
+    after_step = bipeft.Run.after_step
 
-    def crash(folder, step, content):
-        after_step(folder, step, content)
+    def crash(run, step, *args, **more):
+        after_step(run, step, *args, **more)
         if step == 5:
             raise RuntimeError("power cut")
 
     with monkeypatch.context() as broken:
-        broken.setattr(bipeft.Folder, "after_step", crash)
+        broken.setattr(bipeft.Run, "after_step", crash)
         with pytest.raises(RuntimeError, match="power cut"):
             go(world, tmp_path / "run", more="--save-every 2")              # saved after step 4, one step is lost
     assert go(world, tmp_path / "run") == 0
@@ -2798,12 +2798,12 @@ def test_the_clocks_of_a_run_go_on_when_it_is_resumed(world, tmp_path, monkeypat
 
 def test_every_setting_reaches_the_search_and_the_training(world, tmp_path, monkeypatch):
     given, splits = {}, []
-    for owner, name in ((bipeft.Search, "__init__"), (bipeft, "apply"), (bipeft, "train"), (bipeft, "evaluate_on")):
+    for owner, name in ((bipeft.Search, "__init__"), (bipeft, "apply"), (bipeft, "train"), (bipeft.Run, "score")):
         def note(*args, function=getattr(owner, name), name=name, **more):
             bound = inspect.signature(function).bind(*args, **more)
             bound.apply_defaults()
             given.setdefault(name, bound.arguments)
-            if name == "evaluate_on":
+            if name == "score":
                 splits.append(bound.arguments["split"])
             return function(*args, **more)
         monkeypatch.setattr(owner, name, note)
@@ -2824,16 +2824,16 @@ def test_every_setting_reaches_the_search_and_the_training(world, tmp_path, monk
     assert splits == ["validation"] * 3 + ["test"] * 2            # one look at test, with the modules and without
 
 
-def test_the_most_frequent_answer_is_that_of_train(monkeypatch):
+def test_the_most_frequent_answer_is_that_of_train():
     # "no" is two of three in train and one of four in test: always saying it scores 25
-    monkeypatch.setattr(bipeft, "evaluate_on", lambda *_: 0.0)
     splits = {key: [bipeft.Example("x", text, (text,)) for text in texts.split()]
               for key, texts in (("train", "no yes no"), ("test", "yes yes no yes"))}
     model = tiny_t5()
     space = bipeft.Space(model, "bitfit")
     structure = space.structure([True] * len(space), [0] * len(space), 10**6)
-    metrics = bipeft.measure(bipeft.Settings(task="custom"), 0, model, None, None, splits, space, structure)
-    assert metrics["test_most_frequent"] == 25
+    run = SimpleNamespace(settings=SimpleNamespace(task="custom"), task=bipeft.TASKS["custom"], seed=0, splits=splits,
+                          score=lambda split: 0.0, device=torch.device("cpu"), size=1)
+    assert bipeft.Run.measure(run, space, structure)["test_most_frequent"] == 25
 
 
 def test_a_structure_changed_in_its_file_is_another_run(world, tmp_path, capfd):
@@ -2849,12 +2849,12 @@ def test_a_structure_changed_in_its_file_is_another_run(world, tmp_path, capfd):
 
 def crash_after_first_step(world, out, monkeypatch):
     """A run whose first step is saved, and which a power cut ends then."""
-    def crash(folder, step, content):
-        folder.save(content())
+    def crash(run, step, left, text, state, **more):
+        run.save(search=state())
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as broken:
-        broken.setattr(bipeft.Folder, "after_step", crash)
+        broken.setattr(bipeft.Run, "after_step", crash)
         with pytest.raises(RuntimeError, match="power cut"):
             go(world, out)
 
@@ -2993,7 +2993,7 @@ def test_a_damaged_checkpoint_is_refused_and_left_as_it_is(world, tmp_path, monk
         assert path.read_bytes() == content
     for content in (torch.ones(3), [1], None):
         torch.save(content, path)
-        assert go(world, tmp_path) == 2 and "can't be resumed" in capfd.readouterr().err
+        assert go(world, tmp_path) == 2 and f"{path} can't be read (" in capfd.readouterr().err
     path.write_bytes(whole)
     assert go(world, tmp_path) == 0
 
@@ -3041,7 +3041,7 @@ def test_an_interrupted_download_is_one_line(world, finished, tmp_path, monkeypa
         "config": (transformers.AutoConfig, "from_pretrained", "model"),
         "weights": (transformers.AutoModelForSeq2SeqLM, "from_pretrained", "model"),
         "tokenizer": (transformers.AutoTokenizer, "from_pretrained", "model"),
-        "data": (datasets, "load_dataset", "rte can't be had from the hub")}[where]
+        "data": (datasets, "load_dataset", "rte on the hub can't be read")}[where]
     line = "--task rte --fresh --model {root}/model" + (" --data-dir {root}/data" if where != "data" else "")
     for error in download_errors():
         monkeypatch.setattr(owner, name, lambda *args, error=error, **more: (_ for _ in ()).throw(error))
@@ -3164,24 +3164,24 @@ def test_after_a_search_no_sampled_architecture_is_left_in_the_modules():
 
 def test_a_checkpoint_beside_metrics_is_gone_on_from(tmp_path):
     """Both are there if a run was killed while it tidied up, or while --fresh started over."""
-    folder = bipeft.Folder(tmp_path, {"seed": 0}, False, 0)
-    folder.save({"phase": "start", "log": []})
-    (tmp_path / "metrics.json").write_text(json.dumps({"settings": {"seed": 0}}))
-    again = bipeft.Folder(tmp_path, {"seed": 0}, False, 0)
-    assert again.metrics is None and again.checkpoint["phase"] == "start"
+    first = bipeft.Run(bipeft.parse(["--task", "toy"]), 0, tmp_path)
+    first.begin("search")
+    (tmp_path / "metrics.json").write_text(json.dumps({"settings": first.identity}))
+    again = bipeft.Run(first.settings, 0, tmp_path)
+    assert again.metrics is None and again.stored["phase"] == "search"
 
 
 def test_fresh_takes_old_scores_away_before_it_writes_anything(tmp_path, monkeypatch):
     (tmp_path / "metrics.json").write_text(json.dumps({"settings": {"seed": 1}}))
-    folder = bipeft.Folder(tmp_path, {"seed": 0}, True, 0)
+    run = bipeft.Run(bipeft.parse(["--task", "toy", "--fresh"]), 0, tmp_path)
     assert (tmp_path / "metrics.json").exists()                     # not before there is something to save
     monkeypatch.setattr(bipeft, "write_atomically", lambda path, content: contents_at_write.append(contents(tmp_path)))
     contents_at_write = []
-    folder.save({"phase": "start", "log": []})
+    run.begin("search")
     assert "metrics.json" not in contents_at_write[0]
 
 
 def test_a_signal_during_the_end_of_a_run_ends_the_program_after_it(tmp_path):
-    with pytest.raises(SystemExit) as stopped, bipeft.Folder(tmp_path, {"seed": 0}, False, 0):
+    with pytest.raises(SystemExit) as stopped, bipeft.Run(bipeft.parse(["--task", "toy"]), 0, tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)                        # no step follows that could notice it
     assert stopped.value.code == 128 + signal.SIGTERM
