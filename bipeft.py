@@ -1328,20 +1328,14 @@ def load_splits(name, data_dir, seed):
     """
     if name == "toy":
         return toy_splits(seed)
-    task = TASKS[name]
-    original = "validation_matched" if name == "mnli" else "validation"
+    task, original = TASKS[name], "validation_matched" if name == "mnli" else "validation"
     train, other = read_split(name, "train", data_dir), read_split(name, original, data_dir)
-    shuffle = torch.Generator().manual_seed(derive(seed, 5))
-    if task.carve:
-        order = torch.randperm(len(train), generator=shuffle).tolist()
-        size = min(2000, len(train) // 2)
-        parts = [train[i] for i in order[size:]], [train[i] for i in order[:size]], other
-    elif name == "custom" and find_file(name, "test", data_dir):
+    whole, size = (train, min(2000, len(train) // 2)) if task.carve else (other, len(other) // 2)
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(derive(seed, 5))).tolist()
+    first, rest = [whole[i] for i in order[:size]], [whole[i] for i in order[size:]]
+    parts = (rest, first, other) if task.carve else (train, first, rest)
+    if name == "custom" and find_file(name, "test", data_dir):
         parts = train, other, read_split(name, "test", data_dir)
-    else:
-        order = torch.randperm(len(other), generator=shuffle).tolist()
-        half = len(other) // 2
-        parts = train, [other[i] for i in order[:half]], [other[i] for i in order[half:]]
     splits = {key: [example for row in rows for example in to_examples(name, row, key == "train")]
               for key, rows in zip(("train", "validation", "test"), parts)}
     for key, examples in splits.items():
@@ -1588,19 +1582,14 @@ class Batches:
 
 def collate(rows, device, rounded=False):
     """A batch of tokenised examples, as `Batches` describes it."""
+    def pad(rows, filler, least):
+        longest = max(map(len, rows))
+        longest = max(least, 1 << (longest - 1).bit_length()) if rounded else longest
+        return to_device(torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows]), device)
+
     sources, targets = zip(*rows)
-    made = {"input_ids": pad(sources, 0, 32 * rounded),
-            "attention_mask": pad([[1] * len(source) for source in sources], 0, 32 * rounded),
-            "labels": pad(targets, -100, 4 * rounded)}
-    return {key: to_device(t, device) for key, t in made.items()}
-
-
-def pad(rows, filler, least=0):
-    """Lists of ints as one tensor, [rows, longest row].   least: with it, a power of two and at least that."""
-    longest = max(map(len, rows))
-    if least:
-        longest = max(least, 1 << (longest - 1).bit_length())
-    return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
+    return {"input_ids": pad(sources, 0, 32), "attention_mask": pad([[1] * len(row) for row in sources], 0, 32),
+            "labels": pad(targets, -100, 4)}
 
 
 @torch.no_grad()
@@ -1696,15 +1685,14 @@ def own_randomness(device):
 def deterministic():
     """A context in which torch takes only algorithms that give the same twice; cuBLAS needs to be told in advance."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
-              torch.utils.deterministic.fill_uninitialized_memory)
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def to_device(tensor, device):
@@ -1857,23 +1845,6 @@ def mean_over_parts(function, batch, parts=1):
     return [part.view(t.shape).to(t.dtype) for part, t in zip(mean.split([t.numel() for t in found]), found)]
 
 
-def all_reduce(tensor, operation=dist.ReduceOp.SUM):
-    """Adds a tensor up over all processes, in place.   Raises UsageError if one of them is gone."""
-    if world() > 1:
-        with peers():
-            dist.all_reduce(tensor, operation)
-
-
-def gather(value):
-    """The value that each process gives, in a list, on all of them."""
-    values = [value]
-    if world() > 1:
-        values = [None] * world()
-        with peers():
-            dist.all_gather_object(values, value)
-    return values
-
-
 @contextlib.contextmanager
 def peers():
     """Says in one line that another process is gone, where torch says it in a hundred."""
@@ -1882,8 +1853,24 @@ def peers():
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise UsageError(f"process {rank()} lost another one of this run ({one_line(error)}): start the same command "
-                         "again, it goes on from the last checkpoint") from None
+        raise UsageError(f"process {rank()} lost another one of this run ({one_line(error)}): start the same "
+                         "command again, it goes on from the last checkpoint") from None
+
+
+@peers()
+def all_reduce(tensor, operation=dist.ReduceOp.SUM):
+    """Adds a tensor up over all processes, in place.   Raises UsageError if one of them is gone."""
+    if world() > 1:
+        dist.all_reduce(tensor, operation)
+
+
+@peers()
+def gather(value):
+    """The value that each process gives, in a list, on all of them.   Raises as `all_reduce`."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 # ==================================================================================================
@@ -1891,100 +1878,82 @@ def peers():
 # ==================================================================================================
 
 
-def option(default, group, text, **more):
-    """A field of Settings whose metadata is its flag's group, help text and argparse keywords."""
-    return field(default=default, metadata={"group": group, "help": text, **more})
+def within(kind, low, high):
+    """An argparse type: a number of a kind, int or float, in low .. high."""
+    def read(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} must lie in {low:g} .. {high:g}")
+        return kind(text)
+    read.__name__ = kind.__name__                           # argparse speaks of an "invalid int value"
+    return read
 
 
-@dataclass
-class Settings:
-    """Everything that a person can set; the defaults are the paper's. None: as the task has it."""
-
-    task: str = option("rte", "task", "which data set (%(default)s)", choices=tuple(TASKS))
-    model: str = option(None, "task", "a T5 on the hub or in a folder (google-t5/t5-large)")
-    data_dir: str = option(None, "task", "folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub")
-    max_length: int = option(None, "task", "input tokens (GLUE 128, SuperGLUE 256, ReCoRD 512)", type=int)
-    space: str = option("s2", "search", "s1, s2 (the default), all, or a comma list of " + ", ".join(KINDS))
-    ranks: tuple = option((1, 4, 8), "search", "Dim, the candidate ranks (1 4 8)", type=int, nargs="+")
-    budget: float = option(None, "search", "B: under 1 a share of the backbone, else a count (1.39e-4)", type=float)
-    triggers: int = option(None, "search", "Z, how often modules and ranks are selected (100; toy 30)", type=int)
-    tau: float = option(0.85, "search", "tau, the stability that triggers (%(default)s)", type=float)
-    gamma: float = option(0.85, "search", "gamma, how much of the past s-bar keeps (%(default)s)", type=float)
-    window: int = option(5, "search", "H, the steps over which stability is measured (%(default)s)", type=int)
-    search_epochs: int = option(None, "search", "passes over half of train, at most (as --epochs)", type=int)
-    warmup_epochs: int = option(None, "search", "of these before the first trigger (the task's)", type=int)
-    arch_lr: float = option(0.01, "search", "learning rate of Theta and Phi (%(default)s)", type=float)
-    structure: str = option(None, "search", "a structure.json to train: no search")
-    epochs: int = option(None, "training", "passes over train (the task's: 1 to 40)", type=int)
-    lr: float = option(None, "training", "learning rate of Delta W, falling linearly (3e-4)", type=float)
-    weight_decay: float = option(1e-4, "training", "of Delta W, Theta and Phi (%(default)s)", type=float)
-    batch_size: int = option(None, "training", "examples a step, over all processes (32, ReCoRD 16)", type=int)
-    accumulate: int = option(1, "training", "parts that a batch is computed in, to save memory (1)", type=int)
-    checkpointing: bool = option(False, "training", "recompute activations, to save memory; no CUDA graphs",
-                                 action="store_true")
-    seed: tuple = option((0,), "run", "one or several: splits, initial weights, draws (0)", type=int, nargs="+")
-    out: str = option(None, "run", "folder to write (runs/<task>-<space>-<seed>)")
-    device: str = option("auto", "run", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
-    dtype: str = option("float32", "run", "of the backbone", choices=("float32", "bfloat16", "float16"))
-    eager: bool = option(False, "run", "on a GPU: no CUDA graphs; shut modules are skipped", action="store_true")
-    save_every: int = option(0, "run", "steps between checkpoints; 0: about a minute", type=int)
-    fresh: bool = option(False, "run", "start over instead of resuming", action="store_true")
-
-    def complete(self):
-        """Fills in what the task decides and checks the rest.   Raises UsageError."""
-        task = TASKS[self.task]
-        usual = {"model": "google-t5/t5-large", "max_length": 128, "budget": 1.39e-4, "lr": 3e-4,
-                 "batch_size": 32, "triggers": 100, "epochs": task.epochs, "warmup_epochs": task.warmup_epochs}
-        for key, value in {**usual, **task.defaults}.items():
-            if getattr(self, key) is None:
-                setattr(self, key, value)
-        self.search_epochs = self.epochs if self.search_epochs is None else self.search_epochs
-        for keys, fits, words in (
-                (("max_length", "budget", "triggers", "window", "epochs", "search_epochs", "lr", "arch_lr",
-                  "batch_size", "accumulate"), lambda x: 0 < x < 1e12, "be a number above 0, and no vast one"),
-                (("warmup_epochs", "weight_decay", "save_every"), lambda x: 0 <= x < math.inf,
-                 "be a number, 0 or above"), (("tau", "gamma"), lambda x: 0 <= x <= 1, "lie in 0 .. 1")):
-            for key in keys:
-                if not fits(getattr(self, key)):
-                    raise UsageError(f"{flag(key)} {getattr(self, key)} must {words}")
-        kinds_of(self.space), check_ranks(self.ranks)
-        if self.accumulate > self.batch_size:
-            raise UsageError(f"--accumulate {self.accumulate} parts of --batch-size {self.batch_size} would be empty")
-        if min(self.seed) < 0 or len(set(self.seed)) < len(self.seed):
-            raise UsageError(f"--seed {' '.join(map(str, self.seed))} must be different numbers, none negative")
-        if self.task == "custom" and self.data_dir is None:
-            raise UsageError("--task custom needs --data-dir, a folder with train and validation files "
-                             "whose columns are source and target")
-        return self
-
-    def identity(self, seed, structure=None):
-        """What a resumed run must share with the one it goes on from.   structure: what --structure holds."""
-        free = ("out", "fresh", "save_every", "device", "eager", "accumulate", "checkpointing")
-        kept = {k: v for k, v in dataclasses.asdict(self).items() if k not in free} | {"seed": seed}
-        if structure is not None:
-            content = json.dumps(dataclasses.asdict(structure), sort_keys=True)
-            kept["structure"] += f" ({zlib.crc32(content.encode()):08x})"
-        return json.loads(json.dumps(kept))
+COUNT, FROM_0, SHARE = within(int, 1, 10**12), within(int, 0, 10**12), within(float, 0, 1)
+POSITIVE = within(float, 1e-12, 1e12)
 
 
-def flag(key):
-    """The flag of a field of Settings."""
-    return "--" + key.replace("_", "-")
+def flags():
+    """The parser of the command line. The defaults are the paper's; None: as the task has it."""
+    parser = argparse.ArgumentParser(
+        prog="bipeft.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+        epilog="Ratios are in parts per ten thousand. Example: python bipeft.py --task toy")
+    add = parser.add_argument_group("task").add_argument
+    add("--task", default="rte", choices=TASKS, help="which data set (%(default)s)")
+    add("--model", help="a T5 on the hub or in a folder (google-t5/t5-large)")
+    add("--data-dir", help="folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub")
+    add("--max-length", type=COUNT, help="input tokens (GLUE 128, SuperGLUE 256, ReCoRD 512)")
+    add = parser.add_argument_group("search").add_argument
+    add("--space", default="s2", help=f"s1, s2, all, or a comma list of {', '.join(KINDS)} (%(default)s)")
+    add("--ranks", default=(1, 4, 8), type=FROM_0, nargs="+", help="Dim, the candidate ranks (1 4 8)")
+    add("--budget", type=POSITIVE, help="B: below 1 a fraction of the backbone, else a count (1.39e-4)")
+    add("--triggers", type=COUNT, help="Z, how many times modules and ranks are selected (100; toy 30)")
+    add("--tau", default=0.85, type=SHARE, help="tau, the stability that triggers (%(default)s)")
+    add("--gamma", default=0.85, type=SHARE, help="gamma, how much of the past s-bar keeps (%(default)s)")
+    add("--window", default=5, type=COUNT, help="H, the steps over which stability is measured (%(default)s)")
+    add("--search-epochs", type=COUNT, help="passes over half of train, at most (as --epochs)")
+    add("--warmup-epochs", type=FROM_0, help="of these before the first trigger (the task's)")
+    add("--arch-lr", default=0.01, type=POSITIVE, help="learning rate of Theta and Phi (%(default)s)")
+    add("--structure", help="a structure.json to train: no search")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=COUNT, help="passes over train (the task's: 1 to 40)")
+    add("--lr", type=POSITIVE, help="learning rate of Delta W, falling linearly (3e-4)")
+    add("--weight-decay", default=1e-4, type=within(float, 0, 1e12), help="of Delta W, Theta and Phi (%(default)s)")
+    add("--batch-size", type=COUNT, help="examples a step, of all processes together (32, ReCoRD 16)")
+    add("--accumulate", default=1, type=COUNT, help="parts that a batch is computed in, to save memory (1)")
+    add("--checkpointing", action="store_true", help="recompute activations, to save memory; no CUDA graphs")
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", default=(0,), type=FROM_0, nargs="+", help="one or several: splits, initial weights, draws (0)")
+    add("--out", help="folder to write (runs/<task>-<space>-<seed>)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the backbone")
+    add("--eager", action="store_true", help="on a GPU: no CUDA graphs; shut modules are skipped")
+    add("--save-every", default=0, type=FROM_0, help="steps between checkpoints; 0: about a minute")
+    add("--fresh", action="store_true", help="start over instead of resuming")
+    return parser
 
 
 def parse(arguments):
-    """Settings from a command line."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UsageError(f"{message} (--help lists the flags)")
+    """The settings in a command line, completed by what the task decides.   Raises UsageError."""
+    def fail(message):
+        raise UsageError(f"{message} (--help lists the flags)")
 
-    parser = Parser(prog="bipeft.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                    epilog="Ratios are in parts per ten thousand. Example: python bipeft.py --task toy")
-    groups = {name: parser.add_argument_group(name) for name in ("task", "search", "training", "run")}
-    for f in dataclasses.fields(Settings):
-        more = dict(f.metadata)
-        groups[more.pop("group")].add_argument(flag(f.name), default=f.default, **more)
-    return Settings(**vars(parser.parse_args(arguments))).complete()
+    parser = flags()
+    parser.error = fail
+    settings = parser.parse_args(arguments)
+    task, given = TASKS[settings.task], {k: v for k, v in vars(settings).items() if v is not None}
+    vars(settings).update({"model": "google-t5/t5-large", "max_length": 128, "budget": 1.39e-4, "lr": 3e-4,
+                           "batch_size": 32, "triggers": 100, "epochs": task.epochs,
+                           "warmup_epochs": task.warmup_epochs, **task.defaults, **given})
+    settings.search_epochs = settings.search_epochs or settings.epochs
+    kinds_of(settings.space)
+    check_ranks(settings.ranks)
+    if settings.accumulate > settings.batch_size:
+        fail(f"--accumulate {settings.accumulate} parts of --batch-size {settings.batch_size} would be empty")
+    if len(set(settings.seed)) < len(settings.seed):
+        fail(f"--seed {' '.join(map(str, settings.seed))} must be different numbers")
+    if settings.task == "custom" and settings.data_dir is None:
+        fail("--task custom needs --data-dir, a folder with train and validation files of columns source, target")
+    return settings
 
 
 def load_backbone(name, dtype, device, seed):
@@ -2000,16 +1969,14 @@ def load_backbone(name, dtype, device, seed):
             name, dtype=getattr(torch, dtype), output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         files = [Path(name) / file for file in ("tokenizer.json", "spiece.model")]
-        for wrong, words in (                       # what transformers would make up, or fail at much later
-                (told["missing_keys"], f"it has no {', '.join(sorted(told['missing_keys'])[:2])} .."),
-                (None in (config.pad_token_id, config.decoder_start_token_id),
-                 "its config has no pad_token_id or no decoder_start_token_id"),
-                (len(tokenizer) > model.get_input_embeddings().num_embeddings,
-                 f"its tokenizer has {len(tokenizer):,} words, more than its weights"),
-                (Path(name).is_dir() and not any(file.is_file() for file in files),
-                 "there is no tokenizer.json or spiece.model")):
-            if wrong:
-                raise ValueError(words)
+        if told["missing_keys"]:                                        # they would be made up at random
+            raise ValueError(f"it has no {', '.join(sorted(told['missing_keys'])[:2])} ..")
+        if None in (config.pad_token_id, config.decoder_start_token_id):
+            raise ValueError("its config has no pad_token_id or no decoder_start_token_id")
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            raise ValueError(f"its tokenizer has {len(tokenizer):,} words, more than its weights")
+        if Path(name).is_dir() and not any(file.is_file() for file in files):       # it would be an empty one
+            raise ValueError("there is no tokenizer.json or spiece.model")
     except Exception as error:
         raise UsageError(f"the model {name} can't be loaded ({one_line(error)}): give a folder with config, "
                          "weights and tokenizer, or a hub name and a network") from None
@@ -2055,7 +2022,13 @@ class Run:
     def __init__(self, settings, seed, path):
         self.settings, self.seed, self.path, self.task = settings, seed, Path(path), TASKS[settings.task]
         self.given = Structure.load(settings.structure) if settings.structure else None
-        self.identity = settings.identity(seed, self.given)
+        # What a run must share with the one that it goes on from.
+        free = ("out", "fresh", "save_every", "device", "eager", "accumulate", "checkpointing")
+        self.identity = {k: v for k, v in vars(settings).items() if k not in free} | {
+            "ranks": list(settings.ranks), "seed": seed}
+        if self.given:
+            content = json.dumps(dataclasses.asdict(self.given), sort_keys=True)
+            self.identity["structure"] += f" ({zlib.crc32(content.encode()):08x})"
         self.signal, self.stale = None, []
         self.stored, self.metrics = {}, None        # what checkpoint.pt, what metrics.json holds
         self.path.mkdir(parents=True, exist_ok=True)
@@ -2075,7 +2048,7 @@ class Run:
                 before = dict(found["settings"])
             for key in sorted(before.keys() | self.identity.keys()):
                 if before.get(key) != self.identity.get(key):
-                    raise UsageError(f"{self.path} holds another run: its {flag(key)} is {before.get(key)}, now it "
+                    raise UsageError(f"{self.path} holds another run: its --{key.replace('_', '-')} is {before.get(key)}, now it "
                                      f"is {self.identity.get(key)}; name another --out, or start over with --fresh")
             self.stored, self.metrics = (found, None) if there[0] == self.FILES[0] else ({}, found)
         seen = gather((there, self.stored.get("phase"), self.stored.get("elapsed")))
@@ -2192,9 +2165,9 @@ class Run:
         if keep or now - self.shown_at > (0.2 if terminal else 10):
             self.shown_at = now
             text = f"{text}  left {clock(left * self.elapsed() / step)}{more}"
-            before, end = ("\r\033[K", "\n" if keep else "") if terminal else ("", "\n")
-            width = shutil.get_terminal_size().columns - 1 if terminal else None
-            print(before + text[:width], end=end, flush=True)
+            if terminal:
+                text = "\r\033[K" + text[:shutil.get_terminal_size().columns - 1]
+            print(text, end="" if terminal and not keep else "\n", flush=True)
         told = torch.tensor(self.signal or 0)
         all_reduce(told, dist.ReduceOp.MAX)         # all processes end after the same step
         if told or (step % every == 0 if every else now - self.saved_at > 60):
