@@ -2306,6 +2306,21 @@ def test_a_process_that_dies_ends_the_others_with_one_line_and_a_signal_stops_al
     assert (tmp_path / "out" / "metrics.json").exists()
 
 
+@pytest.mark.parametrize("seen_by", ["both", "one"])
+def test_a_mistake_is_told_once_by_all_processes_together(tmp_path, seen_by):
+    code = ("import sys, bipeft\n"
+            "load = bipeft.load_splits\n"
+            "def fail(*args):\n"
+            "    if bipeft.rank() == 1 or sys.argv[1] == 'both':\n"
+            "        raise bipeft.UsageError('a mistake')\n"
+            "    return load(*args)\n"
+            "bipeft.load_splits = fail\n"
+            "sys.exit(bipeft.main(sys.argv[2:]))")
+    ended = torchrun(code, seen_by, "--task", "toy", "--out", str(tmp_path))
+    _, error = ended.communicate(timeout=100)
+    assert ended.returncode != 0 and error.splitlines().count("bipeft.py: a mistake") == 1, error
+
+
 # ==================================================================================================
 # 7. The command line
 # ==================================================================================================
@@ -2454,6 +2469,7 @@ BAD = [
     (RTE + " --budget 1", "budget smallest module 32"),
     (RTE + " --budget 1e9", "budget whole space"),
     (RTE + " --budget 1e-9", "budget smallest"),
+    (RTE + " --triggers 1000000", "--triggers 1000000 steps modules or fewer"),
     ("--gamma 2", "--gamma 2 0 .. 1"),
     ("--tau -1", "--tau -1 0 .. 1"),
     ("--tau nan", "--tau nan"),
@@ -2632,6 +2648,24 @@ def test_a_run_leaves_its_four_files(finished):
     assert math.isclose(metrics["per_ten_thousand"], 1e4 * structure.parameters / metrics["backbone_parameters"])
     assert metrics["search_seconds"] > 0 and metrics["train_seconds"] > 0 and metrics["seed"] == 0
     assert metrics["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("encoder, decoder", [(1, 3), (3, 1)])
+def test_encoder_and_decoder_of_different_depths(world, tmp_path, monkeypatch, encoder, decoder):
+    model, found = tiny_t5(num_layers=encoder, num_decoder_layers=decoder, tie_word_embeddings=False), []
+    for part in (model, word_tokenizer(WORDS)):
+        part.save_pretrained(tmp_path / "model")
+    generate = transformers.T5ForConditionalGeneration.generate
+
+    def check(model, **more):
+        found.append(generate(model, **more))
+        more = {key: value for key, value in more.items() if key != "past_key_values"}
+        assert torch.equal(found[-1], generate(model, **more, use_cache=False))
+        return found[-1]
+
+    monkeypatch.setattr(transformers.T5ForConditionalGeneration, "generate", check)
+    more = f"--model {tmp_path}/model --space prefix --budget 0.01 --epochs 1 --search-epochs 1"
+    assert go(world, tmp_path / "run", more=more) == 0 and found
 
 
 def test_training_data_is_halved_between_weights_and_architecture(world, tmp_path, monkeypatch):
@@ -3089,7 +3123,8 @@ def test_the_program_runs_as_a_script(world, finished, tmp_path):
     for words in ("budget 2,000", "parameters", "validation", "most frequent answer", "written to out"):
         assert words in said
     assert_same_end(finished[0], tmp_path / "out")
-    assert bad.communicate(timeout=120) == ("", "bipeft.py: argument --tau: 3 must lie in 0 .. 1 (--help lists the flags)\n") and bad.returncode == 2
+    told = "bipeft.py: argument --tau: 3 must lie in 0 .. 1 (--help lists the flags)\n"
+    assert bad.communicate(timeout=120) == ("", told) and bad.returncode == 2
 
 
 def test_help_names_every_flag(capfd):
