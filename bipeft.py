@@ -1261,7 +1261,7 @@ class Task:
 BINARY, THREE = ("0", "1"), ("0", "1", "2")
 FIFTHS = tuple(f"{n / 5:.1f}" for n in range(26))     # 0.0, 0.2, .. 5.0
 PAIR = ("sentence1", "sentence2")
-SUPERGLUE = {"max_length": 256}
+LONGER = {"max_length": 256}                          # SuperGLUE's inputs
 TASKS = {
     "cola": Task(("sentence",), BINARY, "Matthews", 15, 2),
     "sst2": Task(("sentence",), BINARY, "accuracy", 5, 1, carve=True),
@@ -1270,13 +1270,13 @@ TASKS = {
     "stsb": Task(PAIR, FIFTHS, "Pearson", 15, 2),
     "mnli": Task(("premise", "hypothesis"), THREE, "accuracy", 3, 1, carve=True),
     "qnli": Task(("question", "sentence"), BINARY, "accuracy", 4, 1, carve=True),
-    "rte": Task(PAIR, BINARY, "accuracy", 20, 3, defaults=SUPERGLUE),       # the same examples in GLUE
-    "boolq": Task(("question", "passage"), BINARY, "accuracy", 15, 2, "super_glue", defaults=SUPERGLUE),
-    "cb": Task(("premise", "hypothesis"), THREE, "accuracy", 40, 4, "super_glue", defaults=SUPERGLUE),
-    "multirc": Task(("question", "answer", "paragraph"), BINARY, "F1", 40, 4, "super_glue", defaults=SUPERGLUE),
+    "rte": Task(PAIR, BINARY, "accuracy", 20, 3, defaults=LONGER),       # the same examples in GLUE
+    "boolq": Task(("question", "passage"), BINARY, "accuracy", 15, 2, "super_glue", defaults=LONGER),
+    "cb": Task(("premise", "hypothesis"), THREE, "accuracy", 40, 4, "super_glue", defaults=LONGER),
+    "multirc": Task(("question", "answer", "paragraph"), BINARY, "F1", 40, 4, "super_glue", defaults=LONGER),
     "record": Task(("query", "entities", "passage"), (), "token F1", 1, 1, "super_glue", "answers", True,
                    {"max_length": 512, "batch_size": 16}),
-    "wic": Task(("word", *PAIR), BINARY, "accuracy", 15, 2, "super_glue", defaults=SUPERGLUE),
+    "wic": Task(("word", *PAIR), BINARY, "accuracy", 15, 2, "super_glue", defaults=LONGER),
     "custom": Task(("source",), (), "accuracy", 10, 1, "none", "target"),
     "toy": Task((), ("good", "bad"), "accuracy", 7, 4, "none",
                 defaults={"model": "toy", "lr": 3e-3, "budget": 0.03, "triggers": 30, "search_epochs": 5}),
@@ -1303,7 +1303,8 @@ def to_examples(name, row, training):
                 raise UsageError(f"a row of record has {key} that are no list of texts, which a .csv can't "
                                  "hold: give a .jsonl or .parquet")
         row["entities"] = ", ".join(row["entities"])
-        row["passage"] = re.sub(r"([.?!\"'])?\n@highlight\n", lambda m: (m[1] or ".") + " ", str(row["passage"]))
+        mark = re.compile(r"([.?!\"'])?\n@highlight\n")
+        row["passage"] = mark.sub(lambda found: f"{found[1] or '.'} ", str(row["passage"]))
     source = " ".join([name, *(f"{key}: {row[key]}" for key in task.fields)])
     if name == "record":
         answers = tuple(dict.fromkeys(row["answers"]))
@@ -1314,8 +1315,8 @@ def to_examples(name, row, training):
     except (TypeError, ValueError, OverflowError):
         target = str(row["label"])
     if target not in task.labels:
-        raise UsageError(f"the label {row['label']!r} is none of {name}'s ({task.labels[0]} .. {task.labels[-1]}):"
-                         " is this split without labels?")
+        raise UsageError(f"the label {row['label']!r} is none of {name}'s ({task.labels[0]} .. "
+                         f"{task.labels[-1]}): is this split without labels?")
     return [Example(source, target, (target,))]
 
 
@@ -1363,13 +1364,12 @@ def read_split(name, split, data_dir):
     import datasets        # only where data is read: the rest of the file works without it
 
     datasets.disable_progress_bars()
-    task, where, source = TASKS[name], f"{name} on the hub", ("nyu-mll/glue", name)
-    more = {}
+    task, where, source, more = TASKS[name], f"{name} on the hub", ("nyu-mll/glue", name), {}
     if data_dir is not None:
         where = find_file(name, split, data_dir)
         if where is None:
-            raise UsageError(f"there is no {Path(data_dir) / name / split}.parquet, .jsonl or .csv: --data-dir "
-                             "names the folder that holds it")
+            raise UsageError(f"there is no {Path(data_dir) / name / split}.parquet, .jsonl or .csv: "
+                             "--data-dir names the folder that holds it")
         source, more = (READERS[where.suffix],), {"data_files": {split: str(where)}}
     elif task.suite == "super_glue":
         source, more = ("aps/super_glue",), {"revision": "refs/convert/parquet",
@@ -1377,8 +1377,8 @@ def read_split(name, split, data_dir):
     try:
         rows = datasets.load_dataset(*source, split=split, **more)
     except Exception as error:
-        raise UsageError(f"{where} can't be read ({one_line(error.__cause__ or error)}): mend the file or the "
-                         "network, or give other files with --data-dir") from None
+        raise UsageError(f"{where} can't be read ({one_line(error.__cause__ or error)}): mend the file or "
+                         "the network, or give other files with --data-dir") from None
     if name == "rte" and "premise" in rows.column_names:       # SuperGLUE's copy of the same examples
         rows = rows.rename_columns({"premise": "sentence1", "hypothesis": "sentence2"})
     for column in (*task.fields, task.answer):
@@ -1468,11 +1468,14 @@ TOY_WORDS = {
 
 def toy_sentence(rng):
     """A random sentence and whether the thing in it was found "good" or "bad"."""
-    word = {key: rng.choice(words.split()) for key, words in TOY_WORDS.items()}
+    def any_of(key):
+        return rng.choice(TOY_WORDS[key].split())
+
+    word = {key: any_of(key) for key in TOY_WORDS}
     is_good, negated = rng.random() < 0.5, rng.random() < 0.5
     found = [word["name"], "found", "the", word["thing"], *(["not"] if negated else []),
              *([word["how"]] if rng.random() < 0.7 else []), word["good" if is_good else "bad"]]
-    other = [rng.choice(TOY_WORDS["name"].split()), word["doing"], "the", rng.choice(TOY_WORDS["thing"].split())]
+    other = [any_of("name"), word["doing"], "the", any_of("thing")]
     clauses = [found, other] if rng.random() < 0.5 else [other, found]
     return " ".join([*clauses[0], "and", *clauses[1]]), "good" if is_good != negated else "bad"
 
@@ -1495,14 +1498,14 @@ def toy_backbone(seed, steps=500, batch_size=64):
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    words = "toy sentence: found the not and so".split() + [w for part in TOY_WORDS.values() for w in part.split()]
-    special = ["<pad>", "</s>", "<unk>", "<mask>", "good", "bad"]
-    vocabulary = {w: i for i, w in enumerate(dict.fromkeys(special + words))}
+    first = "<pad> </s> <unk> <mask> good bad toy sentence: found the not and so"
+    words = " ".join([first, *TOY_WORDS.values()]).split()
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", mask_token="<mask>")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>",
+                                                     eos_token="</s>", unk_token="<unk>", mask_token="<mask>")
     rng = random.Random(derive(seed, 7))
 
     def masked():
@@ -1516,11 +1519,11 @@ def toy_backbone(seed, steps=500, batch_size=64):
     with own_randomness("cpu"):
         torch.manual_seed(derive(seed, 8))
         model = transformers.T5ForConditionalGeneration(transformers.T5Config(
-            vocab_size=len(vocabulary), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0,
-            decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
+            vocab_size=len(vocabulary), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+            dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
         tokens = tokenize(tokenizer, [masked() for _ in range(steps * batch_size)], 32)
-        for start in range(0, len(tokens), batch_size):            # not Batches: every process needs the same backbone
+        for start in range(0, len(tokens), batch_size):        # not Batches: all processes need the same
             loss_of(model(**collate(tokens[start:start + batch_size], "cpu"))).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -1534,9 +1537,9 @@ def toy_backbone(seed, steps=500, batch_size=64):
 
 def tokenize(tokenizer, examples, max_length):
     """[(input ids, label ids)] of Examples, the input cut to max_length tokens, done once."""
-    sources = tokenizer([e.source for e in examples], max_length=max_length, truncation=True).input_ids
-    targets = tokenizer(text_target=[e.target for e in examples], max_length=max_length, truncation=True).input_ids
-    return list(zip(sources, targets))
+    cut = {"max_length": max_length, "truncation": True}
+    return list(zip(tokenizer([e.source for e in examples], **cut).input_ids,
+                    tokenizer(text_target=[e.target for e in examples], **cut).input_ids))
 
 
 class Batches:
@@ -1588,8 +1591,8 @@ def collate(rows, device, rounded=False):
         return to_device(torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows]), device)
 
     sources, targets = zip(*rows)
-    return {"input_ids": pad(sources, 0, 32), "attention_mask": pad([[1] * len(row) for row in sources], 0, 32),
-            "labels": pad(targets, -100, 4)}
+    return {"input_ids": pad(sources, 0, 32), "labels": pad(targets, -100, 4),
+            "attention_mask": pad([[1] * len(row) for row in sources], 0, 32)}
 
 
 @torch.no_grad()
@@ -1607,8 +1610,9 @@ def predict(model, tokenizer, tokens, batch_size, device):
         rows = order[start:start + batch_size]
         batch = collate([tokens[i] for i in rows], device)
         del batch["labels"]
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())     # generate's own has the encoder's depth
-        made = model.generate(**batch, past_key_values=cache, max_new_tokens=longest, num_beams=1, do_sample=False)
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())     # generate's is of the encoder's depth
+        made = model.generate(**batch, past_key_values=cache, max_new_tokens=longest, num_beams=1,
+                              do_sample=False)
         for i, text in zip(rows, tokenizer.batch_decode(made, skip_special_tokens=True)):
             texts[i] = text.strip()
     model.train(was_training)
@@ -1617,8 +1621,8 @@ def predict(model, tokenizer, tokens, batch_size, device):
     return [texts[i] for i in range(len(tokens))]
 
 
-def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed=0, graphs=False, accumulate=1,
-          state=None, after_step=lambda state, line: None):
+def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed=0, graphs=False,
+          accumulate=1, state=None, after_step=lambda state, line: None):
     """Trains the attached modules anew, and leaves them as they were after their best epoch.
 
     batches: a Batches or any iterable with a length.   evaluate: called after each epoch, returns
@@ -1683,7 +1687,7 @@ def own_randomness(device):
 
 @contextlib.contextmanager
 def deterministic():
-    """A context in which torch takes only algorithms that give the same twice; cuBLAS needs to be told in advance."""
+    """A context in which torch takes only algorithms that give the same twice; cuBLAS is told in advance."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
@@ -1716,8 +1720,8 @@ def check_losses(losses, weights, where):
     """
     for what, value in (*(("loss", loss) for loss in losses), ("sum of the weights", weights)):
         if not math.isfinite(value):
-            raise UsageError(f"the {what} is {value} at {where}: use --dtype bfloat16 or float32 rather than float16, "
-                             "or a smaller --lr")
+            raise UsageError(f"the {what} is {value} at {where}: use --dtype bfloat16 or float32 rather than "
+                             "float16, or a smaller --lr")
 
 
 def write_atomically(path, content):
@@ -1802,7 +1806,7 @@ def fuse_norms(model):
 
 
 def recompute_activations(model):
-    """Gradient checkpointing: keeps a layer's input alone for the backward pass, and computes the rest again."""
+    """Gradient checkpointing: keeps a layer's input alone for the backward pass, and computes it again."""
     # transformers up to 5.17 has only the second name, and later ones warn of it
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -1917,12 +1921,12 @@ def flags():
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=COUNT, help="passes over train (the task's: 1 to 40)")
     add("--lr", type=POSITIVE, help="learning rate of Delta W, falling linearly (3e-4)")
-    add("--weight-decay", default=1e-4, type=within(float, 0, 1e12), help="of Delta W, Theta and Phi (%(default)s)")
+    add("--weight-decay", default=1e-4, type=within(float, 0, 1e12), help="of all three (%(default)s)")
     add("--batch-size", type=COUNT, help="examples a step, of all processes together (32, ReCoRD 16)")
     add("--accumulate", default=1, type=COUNT, help="parts that a batch is computed in, to save memory (1)")
     add("--checkpointing", action="store_true", help="recompute activations, to save memory; no CUDA graphs")
     add = parser.add_argument_group("run").add_argument
-    add("--seed", default=(0,), type=FROM_0, nargs="+", help="one or several: splits, initial weights, draws (0)")
+    add("--seed", default=(0,), type=FROM_0, nargs="+", help="one or more: of splits, weights, draws (0)")
     add("--out", help="folder to write (runs/<task>-<space>-<seed>)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the backbone")
@@ -1952,7 +1956,7 @@ def parse(arguments):
     if len(set(settings.seed)) < len(settings.seed):
         fail(f"--seed {' '.join(map(str, settings.seed))} must be different numbers")
     if settings.task == "custom" and settings.data_dir is None:
-        fail("--task custom needs --data-dir, a folder with train and validation files of columns source, target")
+        fail("--task custom needs --data-dir, a folder with train and validation files of source and target")
     return settings
 
 
@@ -1980,7 +1984,7 @@ def load_backbone(name, dtype, device, seed):
     except Exception as error:
         raise UsageError(f"the model {name} can't be loaded ({one_line(error)}): give a folder with config, "
                          "weights and tokenizer, or a hub name and a network") from None
-    model.config.use_cache = False                          # of no use in training; generation asks for its own
+    model.config.use_cache = False                      # of no use in training; generation asks for its own
     return model.to(device), tokenizer
 
 
@@ -1997,8 +2001,8 @@ def choose_device(name):
             torch.cuda.set_device(device)          # graphs and random states are those of the current device
         return device
     except Exception as error:
-        raise UsageError(f"--device {name} can't be used ({one_line(error)}): there are "
-                         f"{torch.cuda.device_count()} GPUs here for as many processes at most; try cpu") from None
+        raise UsageError(f"--device {name} can't be used ({one_line(error)}): try cpu; each process needs "
+                         f"a GPU of its own, and there are {torch.cuda.device_count()}") from None
 
 
 def load_checkpoint(path):
@@ -2035,7 +2039,7 @@ class Run:
         self.open()
 
     def open(self):
-        """Reads what an earlier run has left; every process does.   Raises UsageError if it is another one's."""
+        """Reads what an earlier run has left; every process does.   Raises UsageError if it was another."""
         there = [name for name in self.FILES if (self.path / name).exists()]
         if self.settings.fresh:
             self.stale = there
@@ -2047,9 +2051,10 @@ class Run:
                 found = load_checkpoint(path) if path.suffix == ".pt" else json.loads(path.read_text())
                 before = dict(found["settings"])
             for key in sorted(before.keys() | self.identity.keys()):
-                if before.get(key) != self.identity.get(key):
-                    raise UsageError(f"{self.path} holds another run: its --{key.replace('_', '-')} is {before.get(key)}, now it "
-                                     f"is {self.identity.get(key)}; name another --out, or start over with --fresh")
+                flag, was, now = "--" + key.replace("_", "-"), before.get(key), self.identity.get(key)
+                if was != now:
+                    raise UsageError(f"{self.path} holds another run: its {flag} is {was}, now it is {now}; "
+                                     "name another --out, or start over with --fresh")
             self.stored, self.metrics = (found, None) if there[0] == self.FILES[0] else ({}, found)
         seen = gather((there, self.stored.get("phase"), self.stored.get("elapsed")))
         if any(other != seen[0] for other in seen):
@@ -2061,8 +2066,8 @@ class Run:
         try:
             yield self.path / name
         except Exception as error:
-            raise UsageError(f"{self.path / name} can't be read ({one_line(error)}): start over with --fresh, "
-                             "or name another --out") from None
+            raise UsageError(f"{self.path / name} can't be read ({one_line(error)}): start over with "
+                             "--fresh, or name another --out") from None
 
     def __enter__(self):
         def note(number, frame):
@@ -2083,7 +2088,7 @@ class Run:
         if self.metrics is not None:
             with self.reading("metrics.json"):
                 table = results(self.metrics)
-            print(f"{self.path} holds this run, finished: nothing to do (--fresh starts over)\n{table}", flush=True)
+            print(f"{self.path} holds this run, finished: nothing to do (--fresh starts over)\n{table}")
             return self.metrics
         self.load()
         if self.stored.get("phase") == "train":
@@ -2102,8 +2107,9 @@ class Run:
         took = self.elapsed()
         if rank() == 0:
             peft.save(self.path / "peft.safetensors")
-        metrics = {**self.measure(peft, structure), "validation": best, "search_seconds": seconds,
-                   "train_seconds": took, "ratio": seconds / took if seconds else None, "settings": self.identity}
+        metrics = self.measure(peft, structure) | {
+            "validation": best, "search_seconds": seconds, "train_seconds": took,
+            "ratio": seconds / took if seconds else None, "settings": self.identity}
         if rank() == 0:
             write_atomically(self.path / "metrics.json", json.dumps(metrics, indent=1) + "\n")
             for name in ("checkpoint.pt", *(f".{name}.new" for name in self.FILES)):        # a killed run's
@@ -2125,8 +2131,9 @@ class Run:
         self.size = geometry(self.model)["parameters"]
         self.tokens = {key: tokenize(self.tokenizer, examples, settings.max_length)
                        for key, examples in self.splits.items()}
-        print(f"{settings.task}, seed {self.seed}: {', '.join(f'{len(v):,} {k}' for k, v in self.splits.items())}; "
-              f"{settings.model}, {self.size:,} parameters, {settings.dtype} on {self.device}", flush=True)
+        counts = ", ".join(f"{len(examples):,} {key}" for key, examples in self.splits.items())
+        print(f"{settings.task}, seed {self.seed}: {counts}; {settings.model}, {self.size:,} parameters, "
+              f"{settings.dtype} on {self.device}", flush=True)
         if self.stored:
             print(f"going on from {self.path / 'checkpoint.pt'}", flush=True)
 
@@ -2173,30 +2180,30 @@ class Run:
         if told or (step % every == 0 if every else now - self.saved_at > 60):
             self.save(**{self.stored["phase"]: state()})
         if told:
-            print(f"\nstopped by signal {int(told)} after step {step}: the same command, without --fresh, goes on "
-                  "from here", flush=True)
+            print(f"\nstopped by signal {int(told)} after step {step}: the same command, without --fresh, "
+                  "goes on from here", flush=True)
             raise SystemExit(128 + int(told))
 
     def search(self):
         """The search, or what is left of it.   Returns a Structure."""
         settings, tokens, size = self.settings, self.tokens["train"], self.size
-        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(derive(self.seed, 11))).tolist()
-        batches = [Batches([tokens[i] for i in half], settings.batch_size, self.device, derive(self.seed, 12 + n))
-                   for n, half in enumerate((order[::2], order[1::2]))]
+        shuffle = torch.Generator().manual_seed(derive(self.seed, 11))
+        order = [tokens[i] for i in torch.randperm(len(tokens), generator=shuffle).tolist()]
+        batches = [Batches(order[half::2], settings.batch_size, self.device, derive(self.seed, 12 + half))
+                   for half in (0, 1)]
         space = Space(self.model, settings.space, settings.ranks, self.seed)
         steps, warmup = (n * len(batches[0]) for n in (settings.search_epochs, settings.warmup_epochs))
         budget = int(settings.budget if settings.budget >= 1 else settings.budget * size)
         most = max(steps, 2 * len(space), 100)      # one a step, and each module can be fixed and removed
         if settings.triggers > most:
-            raise UsageError(f"--triggers {settings.triggers} are more than {steps} steps and {len(space)} modules "
-                             f"could use: give {most} or fewer")
+            raise UsageError(f"--triggers {settings.triggers} are more than {steps} steps and {len(space)} "
+                             f"modules could use: give {most} or fewer")
         print(f"search: {len(space)} modules of {', '.join(kinds_of(settings.space))}, "
               f"{space.costs[:, -1].sum():,} parameters at rank {settings.ranks[-1]}\n"
-              f"budget {budget:,} ({1e4 * budget / size:.2f} of 10,000), at most {steps} steps, triggers from step "
-              f"{max(warmup, settings.window) + 1} on", flush=True)
-        search = Search(self.model, space, budget, steps, warmup, settings.triggers, settings.tau, settings.gamma,
-                        settings.window, settings.lr, settings.arch_lr, settings.weight_decay, self.seed,
-                        not (settings.eager or settings.checkpointing), settings.accumulate)
+              f"budget {budget:,} ({1e4 * budget / size:.2f} of 10,000), at most {steps} steps, triggers "
+              f"from step {max(warmup, settings.window) + 1} on", flush=True)
+        search = Search(self.model, space, budget, steps, warmup, settings.triggers, settings.tau,
+                        settings.gamma, settings.window, settings.lr, settings.arch_lr, **self.training())
         if "search" in self.stored:
             with self.reading("checkpoint.pt"):
                 search.load_state_dict(self.stored["search"])
@@ -2208,34 +2215,38 @@ class Run:
             pace = done / max(1, step - warmup)                                  # triggers a step
             left = min(steps - step, (settings.triggers - done) / pace if pace > 0 else math.inf)
             self.after_step(step, left, f"search {step}/{steps}  loss {line['loss_train']:.3f}  beta "
-                            f"{line['beta']:.2f}  E {line['expected']:,.0f}/{budget:,}  kept {line['kept']}  triggers "
-                            f"{done}/{settings.triggers}", search.state_dict, keep=left == 0)
+                            f"{line['beta']:.2f}  E {line['expected']:,.0f}/{budget:,}  kept {line['kept']}  "
+                            f"triggers {done}/{settings.triggers}", search.state_dict, keep=left == 0)
 
         structure = search.run(*batches, settings.model, after_step)
         if search.ended_early:
-            print(f"the steps ended before trigger {settings.triggers}: the last {search.ended_early} selections were "
-                  "made at once; more --search-epochs or fewer --triggers would spread them", flush=True)
+            print(f"the steps ended before trigger {settings.triggers}: the last {search.ended_early} "
+                  "selections were made at once; more --search-epochs or fewer --triggers would spread them")
         space.detach()
         return structure
 
     def retrain(self, structure):
         """Trains a found structure anew on all of train.   Returns (Peft, best validation score)."""
-        settings = self.settings
+        epochs, metric = self.settings.epochs, self.task.metric
         peft = apply(self.model, structure, derive(self.seed, 14))
-        batches = Batches(self.tokens["train"], settings.batch_size, self.device, derive(self.seed, 15))
+        batches = Batches(self.tokens["train"], self.settings.batch_size, self.device, derive(self.seed, 15))
 
         def after_step(state, line):
-            step, steps, scored = line["step"], line["steps"], "score" in line
-            more = (f"  epoch {step // len(batches)}/{settings.epochs}: validation {self.task.metric} "
-                    f"{line['score']:.2f}, best {state['best']:.2f}") if scored else ""
-            self.after_step(step, steps - step, f"train {step}/{steps}  loss {line['loss']:.3f}", lambda: state,
-                            more, keep=scored)
+            step, steps, score = line["step"], line["steps"], line.get("score")
+            more = "" if score is None else (f"  epoch {step // len(batches)}/{epochs}: validation {metric} "
+                                             f"{score:.2f}, best {state['best']:.2f}")
+            self.after_step(step, steps - step, f"train {step}/{steps}  loss {line['loss']:.3f}",
+                            lambda: state, more, keep=score is not None)
 
-        best = train(self.model, peft, batches, lambda: self.score("validation"), settings.epochs, settings.lr,
-                     weight_decay=settings.weight_decay, seed=self.seed, accumulate=settings.accumulate,
-                     graphs=not (settings.eager or settings.checkpointing), state=self.stored.get("train"),
-                     after_step=after_step)
+        best = train(self.model, peft, batches, lambda: self.score("validation"), epochs, self.settings.lr,
+                     state=self.stored.get("train"), after_step=after_step, **self.training())
         return peft, best
+
+    def training(self):
+        """The settings that `Search` and `train` have in common."""
+        settings = self.settings
+        return {"weight_decay": settings.weight_decay, "seed": self.seed, "accumulate": settings.accumulate,
+                "graphs": not (settings.eager or settings.checkpointing)}
 
     def score(self, split):
         """The task's score, in per cent, of what the model generates for a split."""
@@ -2264,15 +2275,17 @@ class Run:
 def clock(seconds):
     """Seconds as h:mm:ss or m:ss."""
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def results(m):
     """The table at a run's end, from what metrics.json holds."""
+    head = f"{m['task']}, seed {m['seed']}, {m['metric']} in per cent"
     times = "" if m["ratio"] is None else (f"\nsearch {clock(m['search_seconds'])}, re-training "
                                            f"{clock(m['train_seconds'])} (ratio {m['ratio']:.2f})")
     return "\n".join([
-        f"{m['task']}, seed {m['seed']}, {m['metric']} in per cent".ljust(44) + "validation    test    parameters",
+        head.ljust(44) + "validation    test    parameters",
         "  most frequent answer".ljust(54) + f"{m['test_most_frequent']:8.2f}",
         "  the backbone, untouched".ljust(54) + f"{m['test_untouched']:8.2f}{0:14,}",
         "  with the found structure, re-trained".ljust(44) + f"{m['validation']:10.2f}{m['test']:8.2f}"
@@ -2284,34 +2297,33 @@ def picture(structure, model):
 
     n0, n1, n2 are the layer norms before a layer's first, second and third block.
     """
-    kept, size = {(m["name"], m["kind"]): str(m["rank"] or "x") for m in structure.modules}, \
-        structure.geometry["parameters"]
-    cells, rows = {kind: {} for kind in kinds_of(structure.space)}, {}      # kind: {place in a layer: {row: text}}
+    kept = {(m["name"], m["kind"]): str(m["rank"] or "x") for m in structure.modules}
+    cells, rows = {kind: {} for kind in kinds_of(structure.space)}, {}          # kind: {column: {row: text}}
+    columns = {"SelfAttention": "attn", "DenseReluDense": "ffn", "final_layer_norm": "n0"}
     for name, role, _ in places(model):
         stack, *middle, last = name.split(".")
         row = f"{stack} {middle[1] if middle else 'end':>3}"
-        label = {"SelfAttention": "attn", "DenseReluDense": "ffn", "layer_norm": "n" + middle[3] if middle else "",
-                 "final_layer_norm": "n0"}.get(last, last.replace("wi_", "wi"))
+        label = "n" + middle[3] if last == "layer_norm" else columns.get(last, last.replace("wi_", "wi"))
         for kind in cells:
             if role in KINDS[kind].roles:
-                rows[row] = cells[kind].setdefault(label, {})[row] = kept.get((name, kind), ".")
-    blocks = [[" " * 11] * 2 + list(rows)]                                  # side by side, a block a kind
-    for kind, columns in cells.items():
-        lines = [kind] + ["".join(f"{column.get(row, ''):>{max(2, len(label)) + 1}}"
-                                  for label, column in columns.items()) for row in rows]
-        lines.insert(1, "".join(f"{label:>{max(2, len(label)) + 1}}" for label in columns))
+                rows[row] = cells[kind].setdefault(f"{label:>2}", {})[row] = kept.get((name, kind), ".")
+    blocks = [[" " * 11] * 2 + list(rows)]                                      # side by side, a block a kind
+    for kind, found in cells.items():
+        lines = [kind, "".join(f" {label}" for label in found)]
+        for row in rows:
+            lines.append("".join(f" {column.get(row, ''):>{len(label)}}" for label, column in found.items()))
         blocks.append([f"{line:>{max(len(lines[1]), len(kind) + 1)}}" for line in lines])
     lines = [" ".join(parts) for parts in zip(*blocks)]
     lines.append("  a number: the rank kept there; x: kept, without a rank; .: left out; n: a layer norm")
-    for word in (*cells, "together"):
-        counts = [m["parameters"] for m in structure.modules if word in (m["kind"], "together")]
-        lines.append(f"  {word:<11}{len(counts):>5} modules {sum(counts):>10,} parameters "
-                     f"{1e4 * sum(counts) / size:9.2f} of 10,000")
+    for kind in (*cells, "together"):
+        counts = [m["parameters"] for m in structure.modules if kind in (m["kind"], "together")]
+        lines.append(f"  {kind:<11}{len(counts):>5} modules {sum(counts):>10,} parameters "
+                     f"{1e4 * sum(counts) / structure.geometry['parameters']:9.2f} of 10,000")
     return "\n".join(lines) + f"  (budget {structure.budget:,})"
 
 
 def join():
-    """Joins the other processes, if torchrun started this one; all but the first fall silent.   Returns whether."""
+    """Joins torchrun's other processes, if any; all but the first fall silent.   Returns whether."""
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         return False
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -2321,12 +2333,12 @@ def join():
 
 
 def is_first_to_tell(message):
-    """Whether no other process has told a person the same: torchrun's store counts, even for one that is alone."""
+    """Whether no other process has told a person the same: torchrun's store counts, so that none waits."""
     if not dist.is_torchelastic_launched():
         return True
     with contextlib.suppress(Exception):             # a store that is gone
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=9))
-        return store.add(message, 1) == 1
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.TCPStore(host, port, timeout=timedelta(seconds=9)).add(message, 1) == 1
     return True
 
 
@@ -2347,8 +2359,8 @@ def main(arguments=None):
             with deterministic(), Run(settings, seed, out) as run:
                 finished.append(run.work())
         if len(finished) > 1:
-            tests = [m["test"] for m in finished]
-            print(f"{settings.task}: test {finished[0]['metric']} {np.mean(tests):.2f} ± {np.std(tests, ddof=1):.2f} "
+            tests, metric = [m["test"] for m in finished], TASKS[settings.task].metric
+            print(f"{settings.task}: test {metric} {np.mean(tests):.2f} ± {np.std(tests, ddof=1):.2f} "
                   f"over {len(tests)} seeds")
         if joined:
             dist.destroy_process_group()
@@ -2357,9 +2369,8 @@ def main(arguments=None):
         message = str(error)
     except torch.OutOfMemoryError:
         message = "the GPU's memory is full: use --accumulate 2 or more, --checkpointing, or --dtype bfloat16"
-    except OSError as error:                         # a folder that can't be made, standard output on a full disk
-        message = (f"{one_line(error)}: mend that or name another --out; the same command goes on from the last "
-                   "checkpoint")
+    except OSError as error:                         # a folder that can't be made, a full disk under a pipe
+        message = f"{one_line(error)}: mend that or name another --out, and the same command goes on"
     except KeyboardInterrupt:
         return 130
     if is_first_to_tell(message):
