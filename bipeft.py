@@ -1397,41 +1397,35 @@ def accuracy(predictions, answers):
     return 100 * sum(p in right for p, right in zip(predictions, answers)) / len(answers)
 
 
-def confusion(predictions, answers):
-    """(true positive, false positive, false negative, true negative), "1" being positive.
-
-    A prediction that is no valid label counts as the opposite of the answer.
+def numbers(predictions, answers, pattern, top):
+    """(said, gold), arrays of numbers in 0 .. top. A prediction that does not match the pattern of a valid one
+    counts as the end of the scale farther from the answer: in 0 .. 1, as the other label.
     """
-    gold = [right[0] == "1" for right in answers]
-    said = [p == "1" if p in BINARY else not g for p, g in zip(predictions, gold)]
-    counts = Counter(zip(said, gold))
-    return counts[True, True], counts[True, False], counts[False, True], counts[False, False]
+    gold = [float(right[0]) for right in answers]
+    said = [float(p) if re.fullmatch(pattern, p) else top * (g <= top / 2) for p, g in zip(predictions, gold)]
+    return np.array(said), np.array(gold)
+
+
+def correlation(said, gold):
+    """Pearson's, in per cent, 0 if either side is constant; rounded, since it is to compare epochs."""
+    constant = len(set(said)) == 1 or len(set(gold)) == 1
+    return 0.0 if constant else round(100 * float(np.corrcoef(said, gold)[0, 1]), 10)
 
 
 def f1(predictions, answers):
     """F1 of the class "1", in per cent: 2·TP / (2·TP + FP + FN), 0 without any positive."""
-    tp, fp, fn, _ = confusion(predictions, answers)
-    return 200 * tp / max(1, 2 * tp + fp + fn)
+    said, gold = numbers(predictions, answers, "[01]", 1)
+    return 200 * float((said * gold).sum() / max(1, (said + gold).sum()))
 
 
 def matthews(predictions, answers):
-    """Matthews correlation, in per cent; 0 where a row or column of the table is empty."""
-    tp, fp, fn, tn = confusion(predictions, answers)
-    product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
-    return 100 * (tp * tn - fp * fn) / math.sqrt(product) if product else 0.0
+    """Matthews correlation, in per cent: that of labels 0 and 1; 0 where either side is constant."""
+    return correlation(*numbers(predictions, answers, "[01]", 1))
 
 
 def pearson(predictions, answers):
-    """Pearson correlation, in per cent; 0 if either side is constant.
-
-    A prediction that is no number in 0 .. 5 counts as the end of the scale farther from the answer.
-    """
-    gold = np.array([float(right[0]) for right in answers])
-    said = [float(p) if re.fullmatch(r"\d(\.\d*)?", p) and float(p) <= 5 else (0.0 if g > 2.5 else 5.0)
-            for p, g in zip(predictions, gold)]
-    if len(set(said)) == 1 or len(set(gold)) == 1:
-        return 0.0
-    return 100 * float(np.corrcoef(said, gold)[0, 1])
+    """Pearson correlation of numbers in 0 .. 5, in per cent; 0 if either side is constant."""
+    return correlation(*numbers(predictions, answers, r"[0-4](\.\d*)?|5(\.0*)?", 5))
 
 
 def token_f1(predictions, answers):
