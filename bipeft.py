@@ -1255,7 +1255,7 @@ class Task:
     suite: str = "glue"
     answer: str = "label"           # the column that holds the target
     carve: bool = False             # validation comes out of train, and the original one is the test
-    defaults: dict = field(default_factory=dict)      # of Settings, where they are not the paper's
+    defaults: dict = field(default_factory=dict)      # of flags, where they are not the paper's
 
 
 BINARY, THREE = ("0", "1"), ("0", "1", "2")
@@ -1585,8 +1585,8 @@ def collate(rows, device, rounded=False):
         return to_device(torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows]), device)
 
     sources, targets = zip(*rows)
-    return {"input_ids": pad(sources, 0, 32), "labels": pad(targets, -100, 4),
-            "attention_mask": pad([[1] * len(row) for row in sources], 0, 32)}
+    return {"input_ids": pad(sources, 0, 32),
+            "attention_mask": pad([[1] * len(row) for row in sources], 0, 32), "labels": pad(targets, -100, 4)}
 
 
 @torch.no_grad()
@@ -1605,8 +1605,8 @@ def predict(model, tokenizer, tokens, batch_size, device):
         batch = collate([tokens[i] for i in rows], device)
         del batch["labels"]
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())     # generate's is of the encoder's depth
-        made = model.generate(**batch, past_key_values=cache, max_new_tokens=longest, num_beams=1,
-                              do_sample=False)
+        made = model.generate(**batch, past_key_values=cache, use_cache=True, max_new_tokens=longest,
+                              num_beams=1, do_sample=False)
         for i, text in zip(rows, tokenizer.batch_decode(made, skip_special_tokens=True)):
             texts[i] = text.strip()
     model.train(was_training)
@@ -1617,12 +1617,11 @@ def predict(model, tokenizer, tokens, batch_size, device):
 
 def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed=0, graphs=False,
           accumulate=1, state=None, after_step=lambda state, line: None):
-    """Trains the attached modules anew, and leaves them as they were after their best epoch.
+    """Trains the attached modules anew; leaves them as after their best epoch, whose score it returns.
 
-    batches: a Batches or any iterable with a length.   evaluate: called after each epoch, returns
-    the validation score.   lr: falls linearly to 0.   graphs, accumulate: as in Search.   state: what
-    `after_step` was given, to go on from.   after_step: called as after_step(state, line) after every
-    step, `line` holding the step, the loss and, after an epoch's last, the score.   Returns the best.
+    batches: a Batches or any iterable with a length.   evaluate: called after each epoch, returns the
+    score.   lr: falls linearly to 0.   graphs, accumulate: as in Search.   after_step: called after every
+    step with a state, from which `state` goes on, and a line: its step, loss and, at an epoch's end, score.
     """
     def gradient(_, **batch):
         loss = loss_of(model(**batch))
@@ -1636,9 +1635,9 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
         done, best, best_weights = state["step"], state["best"], state["best_weights"].to(weights.device)
         weights.copy_(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
-    model.train()
-    peft.refresh()
     try:
+        model.train()
+        peft.refresh()
         with own_randomness(weights.device):
             for step, batch in zip(range(done, total), stream(batches, done)):
                 torch.manual_seed(derive(seed, 10, step, rank()))       # dropout
@@ -1646,9 +1645,9 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
                 optimizer.param_groups[0]["lr"] = lr * (1 - step / total)
                 optimizer.step()
                 peft.refresh()
-                read = to_host({"loss": loss, "whole": weights.sum()})
-                check_losses(read["loss"], *read["whole"], f"training step {step + 1}")
-                line = {"step": step + 1, "steps": total, "loss": read["loss"][0]}
+                (loss,), (whole,) = to_host({"loss": loss, "whole": weights.sum()}).values()
+                check_losses([loss], whole, f"training step {step + 1}")
+                line = {"step": step + 1, "steps": total, "loss": loss}
                 if line["step"] % len(batches) == 0:
                     line["score"] = evaluate()
                     model.train()
@@ -2037,11 +2036,10 @@ class Run:
         there = [name for name in self.FILES if (self.path / name).exists()]
         if self.settings.fresh:
             self.stale = there
-        elif there and there[0] not in self.FILES[:2]:
-            raise UsageError(f"{self.path} holds files of a run that can't be resumed: name another --out, "
-                             "or start over with --fresh")
         elif there:                                 # a checkpoint beside metrics was killed as it tidied up
             with self.reading(there[0]) as path:
+                if there[0] not in ("checkpoint.pt", "metrics.json"):
+                    raise ValueError("it is of a run that can't be resumed")
                 found = load_checkpoint(path) if path.suffix == ".pt" else json.loads(path.read_text())
                 before = dict(found["settings"])
             for key in sorted(before.keys() | self.identity.keys()):
@@ -2049,7 +2047,7 @@ class Run:
                 if was != now:
                     raise UsageError(f"{self.path} holds another run: its {flag} is {was}, now it is {now}; "
                                      "name another --out, or start over with --fresh")
-            self.stored, self.metrics = (found, None) if there[0] == self.FILES[0] else ({}, found)
+            self.stored, self.metrics = (found, None) if path.suffix == ".pt" else ({}, found)
         seen = gather((there, self.stored.get("phase"), self.stored.get("elapsed")))
         if any(other != seen[0] for other in seen):
             raise UsageError(f"the processes find different files in {self.path}: all must share one folder")
