@@ -1398,8 +1398,8 @@ def accuracy(predictions, answers):
 
 
 def numbers(predictions, answers, pattern, top):
-    """(said, gold), arrays of numbers in 0 .. top. A prediction that does not match the pattern of a valid one
-    counts as the end of the scale farther from the answer: in 0 .. 1, as the other label.
+    """(said, gold), numbers in 0 .. top. A prediction that does not match the pattern of a valid one counts
+    as the end of the scale farther from the answer: in 0 .. 1, as the other label.
     """
     gold = [float(right[0]) for right in answers]
     said = [float(p) if re.fullmatch(pattern, p) else top * (g <= top / 2) for p, g in zip(predictions, gold)]
@@ -1585,8 +1585,9 @@ def collate(rows, device, rounded=False):
         return to_device(torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows]), device)
 
     sources, targets = zip(*rows)
-    return {"input_ids": pad(sources, 0, 32),
-            "attention_mask": pad([[1] * len(row) for row in sources], 0, 32), "labels": pad(targets, -100, 4)}
+    ones = [[1] * len(row) for row in sources]
+    return {"input_ids": pad(sources, 0, 32), "attention_mask": pad(ones, 0, 32),
+            "labels": pad(targets, -100, 4)}
 
 
 @torch.no_grad()
@@ -2026,6 +2027,8 @@ class Run:
         if self.given:
             content = json.dumps(dataclasses.asdict(self.given), sort_keys=True)
             self.identity["structure"] += f" ({zlib.crc32(content.encode()):08x})"
+        self.common = {"weight_decay": settings.weight_decay, "seed": seed, "accumulate": settings.accumulate,
+                       "graphs": not (settings.eager or settings.checkpointing)}     # of Search and train
         self.signal, self.stale = None, []
         self.stored, self.metrics = {}, None        # what checkpoint.pt, what metrics.json holds
         self.path.mkdir(parents=True, exist_ok=True)
@@ -2195,7 +2198,7 @@ class Run:
               f"budget {budget:,} ({1e4 * budget / size:.2f} of 10,000), at most {steps} steps, triggers "
               f"from step {max(warmup, settings.window) + 1} on", flush=True)
         search = Search(self.model, space, budget, steps, warmup, settings.triggers, settings.tau,
-                        settings.gamma, settings.window, settings.lr, settings.arch_lr, **self.training())
+                        settings.gamma, settings.window, settings.lr, settings.arch_lr, **self.common)
         if "search" in self.stored:
             with self.reading("checkpoint.pt"):
                 search.load_state_dict(self.stored["search"])
@@ -2231,14 +2234,8 @@ class Run:
                             lambda: state, more, keep=score is not None)
 
         best = train(self.model, peft, batches, lambda: self.score("validation"), epochs, self.settings.lr,
-                     state=self.stored.get("train"), after_step=after_step, **self.training())
+                     state=self.stored.get("train"), after_step=after_step, **self.common)
         return peft, best
-
-    def training(self):
-        """The settings that `Search` and `train` have in common."""
-        settings = self.settings
-        return {"weight_decay": settings.weight_decay, "seed": self.seed, "accumulate": settings.accumulate,
-                "graphs": not (settings.eager or settings.checkpointing)}
 
     def score(self, split):
         """The task's score, in per cent, of what the model generates for a split."""
