@@ -2287,7 +2287,7 @@ def picture(structure, model):
     n0, n1, n2 are the layer norms before a layer's first, second and third block.
     """
     kept = {(m["name"], m["kind"]): str(m["rank"] or "x") for m in structure.modules}
-    cells, rows = {kind: {} for kind in kinds_of(structure.space)}, {}          # kind: {column: {row: text}}
+    cells, rows = {kind: {} for kind in kinds_of(structure.space)}, []          # kind: {column: {row: text}}
     columns = {"SelfAttention": "attn", "DenseReluDense": "ffn", "final_layer_norm": "n0"}
     for name, role, _ in places(model):
         stack, *middle, last = name.split(".")
@@ -2295,8 +2295,9 @@ def picture(structure, model):
         label = "n" + middle[3] if last == "layer_norm" else columns.get(last, last.replace("wi_", "wi"))
         for kind in cells:
             if role in KINDS[kind].roles:
-                rows[row] = cells[kind].setdefault(f"{label:>2}", {})[row] = kept.get((name, kind), ".")
-    blocks = [[" " * 11] * 2 + list(rows)]                                      # side by side, a block a kind
+                cells[kind].setdefault(f"{label:>2}", {})[row] = kept.get((name, kind), ".")
+                rows += [row] if row not in rows else []
+    blocks = [[" " * 11] * 2 + rows]                                      # side by side, a block a kind
     for kind, found in cells.items():
         lines = [kind, "".join(f" {label}" for label in found)]
         for row in rows:
