@@ -11,30 +11,33 @@
 Given a frozen T5, a task and a budget of B parameters, one short differentiable search decides
 which of N candidate modules are kept and at which of K ranks; the structure is then trained anew.
 Read it beside the paper: section 1 is Eq. (1)-(10), sections 2 and 3 are the search spaces,
-section 4 is Algorithm 1. "Reading n" in a comment is point n of docs/decisions.md, which lists
-every place where the paper leaves a choice. Ratios are in parts per ten thousand (the paper's %%).
+section 4 is Algorithm 1; 5-8 are the program around them, of which 1-4 need nothing. "Reading n" is
+point n of docs/decisions.md, where the paper leaves a choice; ratios are per ten thousand (its %%).
 
     paper         in the code                     shape    meaning
-    N, K          len(space), len(ranks)                   candidate modules; candidate ranks (Dim)
-    R                                                      max(Dim), the rank at which weights are held
+    N, K          len(space), len(space.ranks)             candidate modules; candidate ranks
+    Dim           space.dim, space.ranks          [K]      the candidate ranks, ascending
+    R             space.ranks[-1]                          max(Dim), the rank at which weights are held
     Theta         theta                           [N, 2]   binary architecture weights: remove, keep
     Phi           phi                             [N, K]   rank architecture weights
-    Delta W       space.weights, P numbers        [P]      weights of the PEFT modules, end to end
+    Delta W       space.weights                   [P]      weights of the PEFT modules, end to end
     W_0           model                                    the pretrained backbone, frozen
-    G             train_gradient, val_gradient    [P]      gradients of Delta W
+    G(D)          train_gradient, val_gradient    [P]      gradients of Delta W on D_tra and on D_val
     f, alpha, s   magnitude, alignment, sensitivity  [N]   Eq. 2, 3, 1
     s-bar         smoothed                        [N]      Eq. 4
     I_t           indicators[-1]                  [N]      importance indicator, 0 or 1
-    beta_t        beta                                     stability; tau its threshold, H its window
+    beta_t        beta                                     Eq. 5, stability; tau, its threshold; window, H
     z, Z          triggers_done, triggers                  triggers so far, and at most
-    E_t, R_z      expected, reduction                      expected parameters; portion to take off
-    b, d, k*      kept, fixed, choice             [N]      module kept; rank fixed; index of that rank
-    p_n           keep                            [N]      probability that a module is kept
-    q_n           space.costs                     [N, K]   parameters of module n at each rank
-    C_n           cost                            [N]      Eq. 8, expected parameters of a module
+    p_n           probability                     [N]      that a module is kept
+    q_n           space.sizes                     [N, K]   parameters of module n at each rank
+    C_n           size                            [N]      Eq. 8, expected parameters of a module
+    E_t, R_z      expected, reduction                      Eq. 7, expected parameters; Eq. 6, what is to go
+    b             kept                            [N]      1: the module is kept
+    d             fixed                           [N]      1: its rank is fixed, it has none, or it is removed
+    k*            choice                          [N]      index of the fixed rank; the largest until then
     lambda        instability                     [N]      Eq. 9, low for a settled rank
-    v             potential                       [N]      the rank a module would have now
-    Y_z           quota                                    Eq. 10, ranks to fix at this trigger
+    v             potential                       [N]      the rank that a module would have now
+    Y_z           quota                                    Eq. 10, how many ranks to fix at this trigger
     B             budget                                   in parameters
 """
 
@@ -43,6 +46,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -57,6 +61,7 @@ import zipfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -66,15 +71,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from transformers import DynamicCache, EncoderDecoderCache
 
 
 class UsageError(ValueError):
     """A person's mistake. The message is one line: what is wrong, and what to do about it."""
 
 
+def derive(seed, *keys):
+    """A seed of its own for each use, from a run's seed: no two draws depend on each other (reading 56)."""
+    return int(np.random.SeedSequence((seed, *keys)).generate_state(1)[0])
+
+
 # ==================================================================================================
-# 1. The equations (3.2 - 3.5). Tensors in, tensors out: no model, no state, no host reads. The last
-#    function fills up the budget, once, on the host.
+# 1. The equations (3.2 - 3.5), in the paper's order. Tensors in, tensors out: no model, no state. Counts
+#    of parameters, and what small differences decide, are float64 (reading 63).
 # ==================================================================================================
 
 
@@ -83,41 +94,40 @@ def sensitivity(train_magnitude, val_magnitude, alignment):
     return train_magnitude + alignment * val_magnitude
 
 
-def magnitude(weights, gradients, lengths, counts):
+def magnitude(weights, gradients, segments, counts):
     """Eq. (2):  f_n(D) = 1/|M_n| · sum over w in M_n of |w · G(w, D)|
 
-    weights, gradients: w and G of all modules end to end, [P], of the same moment.
-    lengths: how many of the P numbers each module holds, [N], or levels of them (`segment_sum`).
-    counts: |M_n|, [N]: all of them while the rank is open, those of the slice once it is fixed,
-        outside of which G is zero (reading 1).
-    Returns f, [N]. Raises ValueError where weights and gradients differ in shape.
+    weights, gradients: w and G of all modules end to end, [P], of the same moment (reading 1).
+    segments: which of the P numbers are whose, as `segment_sum` takes it.   counts: |M_n|, [N], of all of a
+    module while its rank is open, of the slice once it is fixed; outside of it G is zero.
+    Returns f, [N].   Raises ValueError where weights and gradients differ in shape.
     """
     if weights.shape != gradients.shape:
         raise ValueError(f"weights {tuple(weights.shape)} and gradients {tuple(gradients.shape)} differ")
-    return segment_sum((weights * gradients).abs(), lengths) / counts
+    return segment_sum((weights * gradients).abs(), segments) / counts
 
 
-def alignment(train_gradients, val_gradients, lengths):
+def alignment(train_gradients, val_gradients, segments):
     """Eq. (3):  alpha_n = cos(G_n(D_tra), G_n(D_val)), over the module's whole flattened gradients
 
-    train_gradients, val_gradients: [P].   lengths: as in Eq. (2).
+    train_gradients, val_gradients: [P].   segments: as in Eq. (2).
     Returns alpha, [N], in -1 .. 1, and 0 where either gradient is zero (reading 1).
     """
-    dot = segment_sum(train_gradients * val_gradients, lengths)
+    dot = segment_sum(train_gradients * val_gradients, segments)                                       # [N]
     # Two roots, not the root of a product: squares of small gradients multiply to an underflow.
-    norms = (segment_sum(train_gradients.square(), lengths).sqrt()
-             * segment_sum(val_gradients.square(), lengths).sqrt())
+    norms = (segment_sum(train_gradients.square(), segments).sqrt()
+             * segment_sum(val_gradients.square(), segments).sqrt())
     return torch.where(norms > 0, dot / norms.clamp(min=torch.finfo(norms.dtype).tiny), 0.0).clamp(-1, 1)
 
 
-def segment_sum(values, lengths):
-    """Sums of consecutive runs of a vector.   values: [P].   Returns [N].
+def segment_sum(values, segments):
+    """The sums of consecutive runs of a vector.   values: [P].   Returns [N].
 
-    lengths: [N], summing to P; or several such, the sums of one being the values of the next: a GPU
-    gives each run to one thread, so that a few long runs take it longer than many short ones.
+    segments: the length of each run, [N], together P; or a tuple of such, the sums of one being the
+    values of the next: a GPU gives each run to one thread, and many short runs take it less time.
     """
-    for level in lengths if isinstance(lengths, tuple) else (lengths,):
-        values = torch.segment_reduce(values, "sum", lengths=level, unsafe=True)
+    for lengths in segments if isinstance(segments, tuple) else (segments,):
+        values = torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
     return values
 
 
@@ -126,61 +136,57 @@ def smooth(previous, current, gamma):
     return gamma * previous + (1 - gamma) * current
 
 
-def running_sum(values):
-    """The sum up to and with each value.   values: [N].   Returns [N].
-
-    A product with a triangle of ones: on a GPU the rounding of cumsum differs from run to run.
-    """
-    return torch.ones(len(values), len(values), dtype=values.dtype, device=values.device).tril() @ values
-
-
-def importance_indicator(smoothed, cost, kept, budget):
+def importance_indicator(smoothed, size, kept, budget):
     """3.2.2:  I_t marks the most sensitive modules that fit the budget together
 
-    Walks the kept modules in descending s-bar, adding up C_n, and stops at the first that would
-    pass B (reading 2).   smoothed: s-bar, [N].   cost: C_n in parameters, [N].   kept: b, [N] bool.
-    budget: B, in parameters.   Returns I_t, [N] bool.
+    Walks the kept modules in descending s-bar, adding up C_n, and stops at the first that would pass B
+    (reading 2).   smoothed: s-bar, [N].   size: C_n, [N].   kept: b, [N] bool.   budget: B.   Returns I.
     """
-    order = smoothed.masked_fill(~kept, -math.inf).argsort(descending=True, stable=True)
-    fits = running_sum((cost * kept)[order]) <= budget
+    order = smoothed.masked_fill(~kept, -math.inf).argsort(descending=True, stable=True)   # removed: last
+    fits = running_sum((size * kept)[order]) <= budget
     return torch.zeros_like(kept).scatter(0, order, fits & kept[order])
+
+
+def running_sum(values):
+    """The sum up to and with each value, [N] of [N]."""
+    # A product with a triangle of ones: on a GPU the rounding of cumsum differs from run to run.
+    return torch.ones(len(values), len(values), dtype=values.dtype, device=values.device).tril() @ values
 
 
 def stability(indicators, window):
     """Eq. (5):  beta_t = 1/H · sum for j = t-H+1 .. t of cos(I_j, I_{j-1})
 
-    The sum as printed has H + 1 terms over H, so that it could reach 1.2; here it has H (reading 3).
+    The sum as printed has H + 1 terms over H, and could reach 1.2; here it has H (reading 3). Two empty
+    indicators count as equal (1), an empty and a non-empty one as different (0).
     indicators: the latest I, oldest first, [at least 1, N]; the last H + 1 are read.   window: H.
     Returns beta_t, a scalar in 0 .. 1; 0 with fewer than H + 1 indicators (not stable yet).
-    Two empty indicators count as equal (1), an empty and a non-empty one as different (0).
     """
     if len(indicators) < window + 1:
         return torch.zeros((), dtype=torch.float64, device=indicators.device)
     ones = indicators[-(window + 1):].double()
-    before, after = ones[:-1], ones[1:]
-    sizes = before.sum(1) * after.sum(1)
-    cosines = (before * after).sum(1) / sizes.sqrt().clamp(min=1)
-    return torch.where(before.sum(1) + after.sum(1) == 0, 1.0, cosines).mean()
+    before, now = ones[:-1], ones[1:]                                                  # [H, N] each
+    norms = (before.sum(1) * now.sum(1)).sqrt()                  # |v|^2 of zeros and ones is their sum
+    cosines = (before * now).sum(1) / norms.clamp(min=1)                               # [H]
+    return torch.where(before.sum(1) + now.sum(1) == 0, 1.0, cosines).mean()
 
 
 def expected_reduction(expected, budget, triggers, triggers_done):
     """Eq. (6):  R_z = (E_t - B) / (Z - z), in parameters
 
-    triggers_done: z counts the triggers already done, 0 .. Z-1, so that Z - z is never 0
-    (reading 5).   Raises ValueError outside of that.
+    triggers_done: z counts the triggers already done, 0 .. Z-1, so that Z - z is never 0 (reading 5);
+    ValueError outside of that.
     """
     if not 0 <= triggers_done < triggers:
         raise ValueError(f"z = {triggers_done} is outside 0..{triggers - 1}: no trigger is left")
     return (expected - budget) / (triggers - triggers_done)
 
 
-def expected_parameters(keep, cost):
+def expected_parameters(probability, size):
     """Eq. (7):  E_t = sum_n p_n · C_n, in parameters
 
-    The inner sum over k, as printed, would add up what Eq. (8) has already summed (reading 4).
-    keep: p_n, [N].   cost: C_n in parameters, [N].   Returns a scalar.
+    probability: p_n, [N].   size: C_n in parameters, [N].   Returns a scalar.
     """
-    return (keep * cost).sum()
+    return (probability * size).sum()       # Eq. (8) holds the printed inner sum over k already (reading 4)
 
 
 def keep_probability(theta, kept, certain):
@@ -188,65 +194,62 @@ def keep_probability(theta, kept, certain):
 
     theta: [N, 2].   kept: b, [N] bool.   certain: bool.   Returns p, [N].
     """
-    keep = torch.ones_like(theta[:, 1]) if certain else theta.softmax(1)[:, 1]
-    return keep * kept
+    probability = torch.ones_like(theta[:, 1]) if certain else theta.softmax(1)[:, 1]
+    return probability * kept
 
 
-def expected_cost(phi, costs, fixed, choice):
+def expected_size(phi, sizes, fixed, choice):
     """Eq. (8):  C_n = q_n[k*_n] where the rank is fixed, else q_n · softmax(Phi_n)
 
-    phi: [N, K].   costs: q_n in parameters, [N, K].   fixed: d, [N] bool.   choice: k*, [N] int.
+    phi: [N, K].   sizes: q_n in parameters, [N, K].   fixed: d, [N] bool.   choice: k*, [N] int.
     Returns C, [N] float64, so that sums of parameters are exact.
     """
-    costs = costs.double()
-    at_choice = costs.gather(1, choice[:, None]).squeeze(1)
-    return torch.where(fixed, at_choice, (costs * phi.double().softmax(1)).sum(1))
+    sizes = sizes.double()                                                             # [N, K]
+    at_choice = sizes.gather(1, choice[:, None]).squeeze(1)                            # [N]
+    return torch.where(fixed, at_choice, (sizes * phi.double().softmax(1)).sum(1))
 
 
-def select_modules(smoothed, expected, kept, reduction):
-    """3.3.2:  the modules to remove at a trigger
+def modules_to_remove(smoothed, probability, size, kept, reduction):
+    """3.3.2:  the least sensitive modules whose expected parameters are R_z together
 
-    Removes from the lowest s-bar up while the removed p_n · C_n add up to at most R_z, and stops at
-    the first that does not fit (reading 6): what was not removed stays in the next E_t.
-    smoothed: s-bar, [N].   expected: p_n · C_n in parameters, [N].   kept: b, [N] bool.
-    reduction: R_z, scalar; if it is not positive nothing goes.   Returns the removed, [N] bool.
+    Removes from the lowest s-bar up while the removed p_n · C_n add up to at most R_z, and stops at the
+    first that does not fit (reading 6): it stays in the next E_t.   smoothed: s-bar, [N].   probability: p_n,
+    [N].   size: C_n, [N].   kept: b, [N] bool.   reduction: R_z; at 0 nothing goes.   Returns [N] bool.
     """
-    order = smoothed.masked_fill(~kept, math.inf).argsort(stable=True)
-    fits = running_sum((expected * kept)[order]) <= reduction
+    order = smoothed.masked_fill(~kept, math.inf).argsort(stable=True)                 # removed ones last
+    fits = running_sum((probability * size * kept)[order]) <= reduction
     return torch.zeros_like(kept).scatter(0, order, fits & kept[order])
 
 
-def rank_instability(history):
+def rank_instability(first, last, total, squares, count):
     """Eq. (9):  lambda_n = 1/K · sum_k sigma_{n,k} · KL(Phi_j,n ‖ Phi_t,n)
 
-    history: softmax(Phi) of every step from the last trigger, j, to this one, t, both included,
-        [S, N, K].   sigma is the population deviation over these steps; the divergence is that of
-    the first from the last, in nats (reading 8).   Returns lambda, [N]; lower is more stable.
+    first, last: softmax(Phi) at the last trigger's step j and now, at t, [N, K] float64.   total, squares:
+    sums over the `count` steps j .. t of (softmax(Phi) - first) and of its square, [N, K], which give sigma,
+    the population deviation, without holding the steps (reading 8).   Returns lambda, [N]; low is stable.
     """
-    first, last = history[0], history[-1]
-    divergence = torch.where(first > 0, first * (first.log() - last.log()), 0.0).sum(1)      # 0 · log 0 is 0
-    return history.std(0, unbiased=False).mean(1) * divergence
+    sigma = (squares / count - (total / count).square()).clamp(min=0).sqrt()           # [N, K]
+    divergence = torch.where(first > 0, first * (first.log() - last.log()), 0.0).sum(1)    # 0 · log 0 is 0
+    return sigma.mean(1) * divergence
 
 
-def potential_ranks(phi, ranks, kept, fixed, choice, ranked):
+def potential_ranks(phi, dim, kept, fixed, choice, ranked):
     """3.4.2:  v_n = Dim[argmax Phi_n], Dim[k*_n] if fixed, 0 if removed
 
-    phi: [N, K].   ranks: Dim, rank values, [K].   kept, fixed: b, d, [N] bool.   choice: k*, [N].
-    ranked: [N] bool, False for kinds without a rank, which count as 0 (reading 9).
-    Returns v, [N] float64.
+    phi: [N, K].   dim: Dim, rank values, not indices, [K].   kept, fixed: b, d, [N] bool.   choice: k*, [N].
+    ranked: [N] bool, False for kinds without a rank, which count as 0 (reading 9).   Returns [N] float64.
     """
-    index = torch.where(fixed, choice, phi.argmax(1))
-    return ranks.double()[index] * (kept & ranked)
+    index = torch.where(fixed, choice, phi.argmax(1))                                  # [N]
+    return dim.double()[index] * (kept & ranked)
 
 
 def rank_quota(potential_before, potential_now, fixed, remaining):
     """Eq. (10):  Y_z = floor( sum(1 - d_{z-1}) · cos(v_{z-1}, v_z) / (Z - z) )
 
-    potential_before, potential_now: v at the last trigger and now, [N].   fixed: d, [N] bool, True
-    for modules that this trigger has just removed.   remaining: Z - z >= 1; at 1, the last trigger,
-    every open rank is to be fixed (reading 9).   Returns Y_z, an integer scalar.
+    potential_before, potential_now: v at the last trigger and now, [N].   fixed: d, [N] bool, True for
+    modules that this trigger has just removed.   remaining: Z - z >= 1.   Returns Y_z, an integer scalar.
     """
-    still_open = (~fixed).sum()
+    still_open = (~fixed).sum()                 # sum(1 - d); at the last trigger every one is due (reading 9)
     if remaining == 1:
         return still_open
     norms = (potential_before.square().sum() * potential_now.square().sum()).sqrt()
@@ -254,12 +257,12 @@ def rank_quota(potential_before, potential_now, fixed, remaining):
     return (still_open * cosine / remaining).floor().long()
 
 
-def select_ranks(instability, fixed, quota):
+def ranks_to_fix(instability, fixed, quota):
     """3.4.2:  the open modules with the Y_z lowest lambda, whose ranks get fixed
 
     instability: lambda, [N].   fixed: d, [N] bool.   quota: Y_z.   Returns [N] bool.
     """
-    order = instability.masked_fill(fixed, math.inf).argsort(stable=True)
+    order = instability.masked_fill(fixed, math.inf).argsort(stable=True)              # open ones first
     first = torch.arange(len(order), device=order.device) < quota
     return torch.zeros_like(fixed).scatter(0, order, first) & ~fixed
 
@@ -283,59 +286,49 @@ def gumbel_softmax(logits, noise, temperature, hard=True):
     return one_hot + (soft - soft.detach())      # the bracket is exactly 0, so that shut is exactly 0
 
 
-def slice_mask(rank_weights, leading):
-    """3.5, weight entanglement:  of R rank components the first Dim[k] are in use
-
-    rank_weights: how much each candidate rank is chosen, [N, K], rows summing to 1 (one-hot when
-    hard).   leading: row k holds Dim[k] ones, then zeros, [K, R].   Returns [N, R].
-    """
-    return rank_weights @ leading
-
-
-def fill_budget(smoothed, costs, kept, choice, budget):
+def fill_budget(smoothed, sizes, kept, choice, budget):
     """Reading 10, once after the last trigger:  the budget is a promise, and is used up
 
-    Drops the least sensitive kept module while the total is above B; then offers what is free to
-    the modules left out, in descending s-bar, each at the largest candidate rank that fits.
-    smoothed: s-bar, N numbers.   costs: q, N lists of K integers, ascending.   kept: N bools.
-    choice: k*, N indices.   budget: B.   Returns (kept, choice), new lists.
+    Drops the least sensitive kept module while the total is above B; then offers what is free to the modules
+    left out, in descending s-bar, each at the largest candidate rank that fits.   smoothed: s-bar, N numbers.
+    sizes: q, N lists of K.   kept: b, N bools.   choice: k*, N indices.   Returns (kept, choice), new lists.
     """
     kept, choice = list(kept), list(choice)
     by_sensitivity = sorted(range(len(kept)), key=lambda n: (-smoothed[n], n))
-    free = budget - sum(costs[n][choice[n]] for n in range(len(kept)) if kept[n])
+    free = budget - sum(sizes[n][choice[n]] for n in range(len(kept)) if kept[n])
     for n in reversed(by_sensitivity):
         if free < 0 and kept[n]:
             kept[n] = False
-            free += costs[n][choice[n]]
+            free += sizes[n][choice[n]]
     for n in by_sensitivity:
-        fitting = [k for k, cost in enumerate(costs[n]) if cost <= free]
+        fitting = [k for k, parameters in enumerate(sizes[n]) if parameters <= free]
         if not kept[n] and fitting:
             kept[n], choice[n] = True, fitting[-1]
-            free -= costs[n][fitting[-1]]
+            free -= sizes[n][fitting[-1]]
     return kept, choice
 
 
 # ==================================================================================================
-# 2. The searchable modules (4.1). Each holds its weights once, at the largest rank.
+# 2. The searchable modules (4.1), written as in their own papers, without gate and ranks: those act on
+#    their weights from outside (section 3, Space). "Parameters" is a module's q_n at rank r.
 # ==================================================================================================
 
 
 class Searchable(nn.Module):
-    """A PEFT module at one place of the backbone, written as in its paper: without gate and ranks.
+    """A PEFT module at one place of the backbone.
 
-    A search acts on its weights. Before a pass, `Space.enter` multiplies the rows of the tensors
-    named in `scaled` by the module's gate, by its rank mask, [R], or by its state = gate · mask, [R],
-    of which each component multiplies the row of one rank component. So a shut gate adds exactly
-    zero, and yet has a gradient; and thousands of products are one, over all weights end to end.
-    (A prefix alone is otherwise: its state weighs its pairs in the softmax.)
+    `factors` says what multiplies the rows of a tensor in a search: the module's "gate", one number;
+    its rank "mask", [R], a number a row; or "gate·mask". The gate multiplies what comes last: so a shut
+    gate adds exactly zero and has a gradient, what the module would add, by which it can open again.
+    Gating an inner factor, too, would make that 0 · 0, and what is shut would stay so (reading 26).
 
     place: the backbone's module that it attaches to.   rank: r, what it is built with.
     generator: the source of its random initial weights.
     """
 
     roles = ()            # the kinds of place, named in `places`, that take this module
-    ranked = True         # False: there is nothing to choose a rank of
-    scaled = {}           # tensor's name: "gate", "mask" or "state"; the others stay as they are
+    ranked = True         # False: there is nothing to choose a rank of, and q_n is the same for all k
+    factors = {}          # tensor's name: "gate", "mask" or "gate·mask"; the others stay as they are
     active = True         # False skips it: what a shut gate adds is zero, so why compute it
 
     def tensor(self, *shape, init=None, generator=None):
@@ -360,15 +353,19 @@ class Searchable(nn.Module):
 
 
 class LoRA(Searchable):
-    """Hu et al. 2022:  y + B A x, on a linear layer. No extra scaling (alpha/r = 1)."""
+    """Hu et al. 2022:  y + B A x, on a linear layer.   Parameters: r · (in + out).
+
+    No extra scaling (alpha/r = 1, reading 20). A is random and B zero, so that it starts as the zero
+    function. The gate and the ranks scale B's rows: row i is what component i writes into y.
+    """
 
     roles = ("linear",)
-    scaled = {"B": "state"}
+    factors = {"B": "gate·mask"}
 
     def __init__(self, place, rank, generator=None):
         super().__init__()
         self.A = self.tensor(rank, place.in_features, init="kaiming", generator=generator)   # R^(r×in)
-        self.B = self.tensor(rank, place.out_features)                    # R^(r×out), a row a component
+        self.B = self.tensor(rank, place.out_features)       # R^(r×out), the paper's B^T: a row a component
 
     def forward(self, x, y):
         """x: [..., in], the layer's input.   y: [..., out], its output.   Returns the new y."""
@@ -376,26 +373,27 @@ class LoRA(Searchable):
 
 
 class LowRankAdapter(Searchable):
-    """Adapter-LR of S3Delta (Hu et al. 2022b):  y + U gelu(D y), D and U products of rank-r factors.
+    """Adapter-LR of S3Delta (Hu et al. 2022b):  y + U gelu(D y + b) + c, D = D2 D1 and U = U2 U1.
 
-    d -> m = d/32 -> d after a self-attention or feed-forward block. U's second factor starts at
-    zero and its first does not: the module starts as the zero function, and every factor can learn.
+    d -> m -> d with m = d/32, after a self-attention or feed-forward block; each map is a product of
+    factors of rank r.   Parameters: r · (d + m) + m + r · (m + d) + d.   U2, b and c start at zero, D1, D2
+    and U1 do not: it starts as the zero function, and every factor can learn (reading 22). The mask takes
+    components from D by D1's rows and from U by U2's; the gate acts once, at the end, on U2 and c.
     """
 
     roles = ("attention", "ffn")
-    # The gate acts once, at the end: at down_in, too, a shut gate would have no gradient.
-    scaled = {"down_in": "mask", "up_out": "state", "up_bias": "gate"}
+    factors = {"down_in": "mask", "up_out": "gate·mask", "up_bias": "gate"}
 
     def __init__(self, place, rank, generator=None):
         super().__init__()
         d = width(place)
         m = max(1, d // 32)
-        self.down_in = self.tensor(rank, d, init="kaiming", generator=generator)      # R^(r×d)
-        self.down_out = self.tensor(m, rank, init="kaiming", generator=generator)     # R^(m×r)
-        self.down_bias = self.tensor(m)                                               # R^m
-        self.up_in = self.tensor(rank, m, init="kaiming", generator=generator)        # R^(r×m)
-        self.up_out = self.tensor(rank, d)                                            # R^(r×d)
-        self.up_bias = self.tensor(d)                                                 # R^d
+        self.down_in = self.tensor(rank, d, init="kaiming", generator=generator)      # D1 in R^(r×d)
+        self.down_out = self.tensor(m, rank, init="kaiming", generator=generator)     # D2 in R^(m×r)
+        self.down_bias = self.tensor(m)                                               # b  in R^m
+        self.up_in = self.tensor(rank, m, init="kaiming", generator=generator)        # U1 in R^(r×m)
+        self.up_out = self.tensor(rank, d)                                            # U2^T in R^(r×d)
+        self.up_bias = self.tensor(d)                                                 # c  in R^d
 
     def forward(self, x, y):
         """y: [..., d], the block's output, which is also the adapter's input.   Returns the new y."""
@@ -403,52 +401,58 @@ class LowRankAdapter(Searchable):
         h = F.linear(y, self.down_in.to(dtype))                                       # [..., r]
         h = F.gelu(F.linear(h, self.down_out.to(dtype), self.down_bias.to(dtype)))    # [..., m]
         h = F.linear(h, self.up_in.to(dtype))                                         # [..., r]
-        return y + F.linear(h, self.up_out.to(dtype).T, self.up_bias.to(dtype))
+        return y + F.linear(h, self.up_out.to(dtype).T, self.up_bias.to(dtype))       # [..., d]
 
 
 class SerialAdapter(Searchable):
-    """Houlsby et al. 2019:  y + U gelu(D y), bottleneck r, on a feed-forward block's output y."""
+    """Houlsby et al. 2019:  y + U gelu(D y + b) + c, on a feed-forward block's output y.
+
+    The rank r is the bottleneck: d -> r -> d.   Parameters: r · d + r + r · d + d. D is random; U, b
+    and c start at zero (reading 21). The ranks and the gate scale U's rows, the gate c as well.
+    """
 
     roles = ("ffn",)
-    scaled = {"up": "state", "up_bias": "gate"}
+    factors = {"up": "gate·mask", "up_bias": "gate"}
+    parallel = False
 
     def __init__(self, place, rank, generator=None):
         super().__init__()
         d = width(place)
-        self.down = self.tensor(rank, d, init="kaiming", generator=generator)         # R^(r×d)
-        self.down_bias = self.tensor(rank)                                            # R^r
-        self.up = self.tensor(rank, d)                                                # R^(r×d)
-        self.up_bias = self.tensor(d)                                                 # R^d
-
-    def bottleneck(self, h):
-        """h: [..., d].   Returns U gelu(D h), [..., d]."""
-        dtype = h.dtype
-        h = F.gelu(F.linear(h, self.down.to(dtype), self.down_bias.to(dtype)))
-        return F.linear(h, self.up.to(dtype).T, self.up_bias.to(dtype))
-
-    def forward(self, x, y):
-        """y: [..., d], the block's output.   Returns the new y."""
-        return y + self.bottleneck(y)
-
-
-class ParallelAdapter(SerialAdapter):
-    """He et al. 2022:  y + U gelu(D x), bottleneck r, beside a feed-forward block with input x."""
+        self.down = self.tensor(rank, d, init="kaiming", generator=generator)         # D in R^(r×d)
+        self.down_bias = self.tensor(rank)                                            # b in R^r
+        self.up = self.tensor(rank, d)                                                # U^T in R^(r×d)
+        self.up_bias = self.tensor(d)                                                 # c in R^d
 
     def forward(self, x, y):
         """x, y: [..., d], the block's input and output.   Returns the new y."""
-        return y + self.bottleneck(x).to(y.dtype)
+        h = x if self.parallel else y
+        dtype = h.dtype
+        h = F.gelu(F.linear(h, self.down.to(dtype), self.down_bias.to(dtype)))        # [..., r]
+        return y + F.linear(h, self.up.to(dtype).T, self.up_bias.to(dtype)).to(y.dtype)
+
+
+class ParallelAdapter(SerialAdapter):
+    """He et al. 2022:  y + U gelu(D x + b) + c, beside a feed-forward block with input x.
+
+    All else is as in the serial adapter.
+    """
+
+    parallel = True
 
 
 class BitFit(Searchable):
-    """Ben Zaken et al. 2022:  y + b, a bias on a linear layer or a layer norm (T5 has none)."""
+    """Ben Zaken et al. 2022:  y + b, a bias on a linear layer or a layer norm.   Parameters: d_out.
+
+    b starts at zero; the gate scales it (reading 25).
+    """
 
     roles = ("linear", "norm")
     ranked = False
-    scaled = {"bias": "gate"}
+    factors = {"bias": "gate"}
 
     def __init__(self, place, rank, generator=None):
         super().__init__()
-        self.bias = self.tensor(place.out_features if isinstance(place, nn.Linear) else place.weight.numel())
+        self.bias = self.tensor(place.weight.shape[0])                                # b in R^out
 
     def forward(self, x, y):
         """y: [..., out], the place's output.   Returns the new y."""
@@ -456,15 +460,19 @@ class BitFit(Searchable):
 
 
 class LNFit(Searchable):
-    """A trainable delta on a layer norm's weight:  (w + delta) · x/rms(x) = y + delta · x/rms(x)."""
+    """A trainable delta on a layer norm's weight w.   Parameters: d.
+
+    (w + delta) · x/rms(x) = y + delta · x/rms(x), so that the backbone's own w stays untouched; delta
+    starts at zero, and the gate scales it (reading 25).
+    """
 
     roles = ("norm",)
     ranked = False
-    scaled = {"delta": "gate"}
+    factors = {"delta": "gate"}
 
     def __init__(self, place, rank, generator=None):
         super().__init__()
-        self.delta = self.tensor(place.weight.numel())
+        self.delta = self.tensor(place.weight.numel())                                # in R^d
         self.epsilon = place.variance_epsilon
 
     def forward(self, x, y):
@@ -475,24 +483,26 @@ class LNFit(Searchable):
 class Prefix(Searchable):
     """Li & Liang 2021:  r key/value pairs of its own before those of a self-attention.
 
-    Scaling a key or a value would not take a pair out of the softmax; so `state`, [R], goes with
-    the pairs into `prefix_attention`. None, outside of a search: every pair counts fully.
+    Parameters: 2 · r · heads · d_kv, without the paper's reparameterisation (reading 23); no zero function
+    at first. Scaling a key or a value would leave the pair in the softmax's denominator: so no factor scales
+    its tensors, and gate·mask goes into `prefix_attention`, as `openness`, [R]; None: every pair counts.
     """
 
     roles = ("attention",)
-    state = None
+    openness = None
 
     def __init__(self, place, rank, generator=None):
         super().__init__()
         self.heads, self.width = place.n_heads, place.key_value_proj_dim
-        self.keys = self.tensor(rank, self.heads * self.width, init=0.02, generator=generator)
-        self.values = self.tensor(rank, self.heads * self.width, init=0.02, generator=generator)
+        inner = self.heads * self.width                                                 # h · d_kv
+        self.keys = self.tensor(rank, inner, init=0.02, generator=generator)            # R^(r×h·d_kv)
+        self.values = self.tensor(rank, inner, init=0.02, generator=generator)          # R^(r×h·d_kv)
 
     def forward(self, dtype):
         """Returns keys and values, [heads, r, d_kv] each, and the weight of each pair, [r]."""
         keys, values = (pairs.to(dtype).unflatten(1, (self.heads, self.width)).transpose(0, 1)
                         for pairs in (self.keys, self.values))
-        return keys, values, keys.new_ones(keys.shape[1]) if self.state is None else self.state
+        return keys, values, keys.new_ones(keys.shape[1]) if self.openness is None else self.openness
 
     def attach(self, place):
         """The pairs travel to `prefix_attention` as a keyword that T5's attention hands on."""
@@ -503,25 +513,25 @@ class Prefix(Searchable):
 
 def prefix_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0,
                      position_bias=None, prefix=None, **kwargs):
-    """Attention over prefix and sequence, with the exponentials of the prefix weighed by its gates.
+    """Attention over a prefix i and a sequence j:  (sum_i g_i e^{q·k_i} v_i + sum_j e^{q·k_j} v_j) / (no v)
 
-    A shut pair has weight exactly zero and a finite gradient towards its gate, which the logarithm
-    of a gate, added to the scores, could not give.   query: [batch, heads, q, d_kv].   key, value:
-    [batch, heads, s, d_kv].   attention_mask, position_bias: added to the scores.   prefix: what
-    `Prefix.forward` returns, or None: plain attention.   Returns ([batch, q, heads, d_kv], None).
+    g is gate·mask. So a shut pair (g = 0) weighs exactly zero and has a finite gradient to its gate, which
+    log g added to the scores, the same for g > 0, could not give (reading 24).   query: [batch, heads, q,
+    d_kv].   key, value: [batch, heads, s, d_kv].   attention_mask, position_bias: added to the scores.
+    prefix: of `Prefix.forward`, or None: plain attention.   Returns ([batch, q, heads, d_kv], None).
     """
     if prefix is None:
         plain = transformers.AttentionInterface()["sdpa"]
         return plain(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                      position_bias=position_bias, **kwargs)
-    keys, values, weight = prefix
+    keys, values, openness = prefix
     scores = torch.matmul(query, key.transpose(2, 3)).float() * scaling               # [b, h, q, s]
     for bias in (position_bias, attention_mask):
         scores = scores if bias is None else scores + bias
     own = torch.matmul(query, keys.transpose(1, 2)).float() * scaling                 # [b, h, q, r]
-    top = torch.cat([scores, own.masked_fill(weight == 0, -math.inf)], -1).amax(-1, keepdim=True).detach()
+    top = torch.cat([scores, own.masked_fill(openness == 0, -math.inf)], -1).amax(-1, keepdim=True).detach()
     # Only a shut pair can lie above `top`; the clamp keeps its exponential, a gradient, finite.
-    raised = torch.cat([weight * (own - top).clamp(max=30).exp(), (scores - top).exp()], -1)
+    raised = torch.cat([openness * (own - top).clamp(max=30).exp(), (scores - top).exp()], -1)
     share = (raised / raised.sum(-1, keepdim=True)).to(value.dtype)
     share = F.dropout(share, dropout, module.training)
     values = torch.cat([values.expand(len(value), -1, -1, -1), value], 2)             # [b, h, r+s, d_kv]
@@ -550,11 +560,8 @@ SPACES = {
 
 
 # ==================================================================================================
-# 3. The search spaces: where in the backbone each module attaches (4.1, S1 and S2)
+# 3. The search spaces: where each module attaches (4.1, S1 and S2), all of them at once, a structure
 # ==================================================================================================
-
-
-NO_T5 = "{} is no T5: give a model of the T5, v1.1, Flan-T5 or mT5 family"
 
 
 def t5_of(model):
@@ -565,17 +572,18 @@ def t5_of(model):
     found = [m for m in model.modules()
              if isinstance(m, transformers.PreTrainedModel) and m.config.model_type in ("t5", "mt5")]
     if not found:
-        raise UsageError(NO_T5.format(type(model).__name__))
+        raise UsageError(f"{type(model).__name__} is no T5: give a T5, v1.1, Flan-T5 or mT5")
     if not set(found) <= set(found[0].modules()):
         raise UsageError("the model holds more than one T5: pass the one that is to be adapted")
     return found[0]
 
 
 def places(model):
-    """Every place of a T5 that can take a module, in the order of computation.
+    """Every place of a T5 that can take a module, in the order of computation (readings 18, 19).
 
-    No cross-attention projection is among them, as in S3Delta; its layer norm is.   model: as for `t5_of`.
-    Yields (name, role, place); name starts at the T5's own "encoder" or "decoder".
+    No cross-attention projection is among them, as in S3Delta; its layer norm is. T5-large has 122
+    norms, 48 self-attentions, 48 feed-forward blocks and 288 linear layers: N = 916 in S2, 144 in S1.
+    model: as for `t5_of`.   Yields (name, role, place); name starts at the T5's "encoder" or "decoder".
     """
     for path, stack in t5_of(model).named_modules():
         if not type(stack).__name__.endswith("T5Stack"):
@@ -595,23 +603,29 @@ def places(model):
         yield f"{stack_name}.final_layer_norm", "norm", stack.final_layer_norm
 
 
+def geometry(model):
+    """The sizes of the T5 in a model that a structure depends on, and its number of parameters."""
+    t5 = t5_of(model)
+    keys = ("d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers", "is_gated_act")
+    return {**{key: getattr(t5.config, key) for key in keys},
+            "parameters": sum(p.numel() for p in t5.parameters())}
+
+
 def kinds_of(space):
-    """The kinds in "s1", "s2", "all" or a comma list such as "lora,prefix", as a tuple."""
-    if space in SPACES:
-        return SPACES[space]
-    kinds = tuple(kind.strip() for kind in space.split(","))
+    """The kinds in "s1", "s2", "all" or a comma list such as "lora,prefix".   Raises UsageError."""
+    kinds = SPACES.get(space) or tuple(dict.fromkeys(kind.strip() for kind in space.split(",")))
     for kind in kinds:
         if kind not in KINDS:
             raise UsageError(f"unknown space or kind of module '{kind}': choose {', '.join(SPACES)}, "
                              f"or a comma list of {', '.join(KINDS)}")
-    return tuple(dict.fromkeys(kinds))
+    return kinds
 
 
 def check_ranks(ranks):
-    """Candidate ranks as a tuple.   Raises UsageError if they do not ascend from 1 or more, to 4096 at most."""
+    """Candidate ranks as a tuple.   Raises UsageError if they do not ascend, within 1 .. 4096."""
     ranks = tuple(ranks)
     if not ranks or ranks[0] < 1 or ranks[-1] > 4096 or any(a >= b for a, b in zip(ranks, ranks[1:])):
-        raise UsageError(f"ranks {ranks} must be whole numbers from 1 to 4096, each larger than the one before")
+        raise UsageError(f"ranks {ranks} must be whole numbers from 1 to 4096, each above the one before")
     return ranks
 
 
@@ -620,55 +634,56 @@ class Peft(nn.Module):
 
     model: holds a T5.   chosen: the modules, (place name, kind, rank) each.   seed: decides their
     initial weights.   Raises UsageError for a place or kind that does not exist.
-    All weights live end to end in one vector, `weights`; the modules' tensors are views of it, or while
-    training of `working`, a copy of it in the backbone's dtype.
+
+    All weights, Delta W, lie end to end in one float32 vector, `weights`, [P], so that a step over all
+    of them is one operation. The modules' own tensors are views of it; or, in a search and in training,
+    of `working`, which `refresh` fills: a copy in the backbone's format, under an architecture or not.
     """
 
     def __init__(self, model, chosen, seed=0):
         super().__init__()
         found = {name: (role, place) for name, role, place in places(model)}
         generator = torch.Generator().manual_seed(derive(seed, 1))
-        self.names, self.kinds, targets = [], [], []
-        self.modules_ = nn.ModuleList()
-        for name, kind, rank in chosen:
-            role, place = found.get(name, (None, None))
-            if kind not in KINDS or role not in KINDS[kind].roles:
+        for name, kind, _ in chosen:
+            if kind not in KINDS or found.get(name, (None,))[0] not in KINDS[kind].roles:
                 raise UsageError(f"the model has no place '{name}' for a module of kind '{kind}'")
-            if f"{name}.{kind}" in self.names:
-                raise UsageError(f"two modules of kind '{kind}' are asked for at {name}")
-            self.names.append(f"{name}.{kind}")
-            self.kinds.append(kind)
-            self.modules_.append(KINDS[kind](place, rank, generator))
-            targets.append(place)
+        self.names, self.kinds = [f"{name}.{kind}" for name, kind, _ in chosen], [c[1] for c in chosen]
+        targets = [found[name][1] for name, *_ in chosen]
+        self.modules_ = nn.ModuleList(KINDS[kind](place, rank, generator)
+                                      for (_, kind, rank), place in zip(chosen, targets))
         example = next(model.parameters())
         self.dtype = example.dtype                                  # that the modules compute in
         self.modules_.to(example.device)
-        self._flatten()
+        self.lay_end_to_end()
         self._frozen = [p for p in model.parameters() if p.requires_grad]
         for p in self._frozen:
             p.requires_grad_(False)
         self._backbones = []                    # in a list, so that it doesn't become a part of this module
-        if "prefix" in self.kinds:
-            self._use_prefix_attention(model)
+        if "prefix" in self.kinds:              # transformers' public registry is where a prefix comes in
+            transformers.AttentionInterface.register("bipeft_prefix", prefix_attention)
+            mask = transformers.masking_utils.eager_mask
+            transformers.AttentionMaskInterface.register("bipeft_prefix", mask)
+            self._backbones = [t5_of(model)]
+            self._attention = self._backbones[0].config._attn_implementation
+            self._backbones[0].set_attn_implementation("bipeft_prefix")
         self.handles = [m.attach(place) for m, place in zip(self.modules_, targets)]
 
     def __len__(self):
         return len(self.names)
 
-    def _flatten(self):
-        """Lays every tensor end to end in one vector, so that a step over all of them is one operation."""
-        named = [(f"{name}.{key}", p) for name, m in zip(self.names, self.modules_) for key, p in m.named_parameters()]
+    def lay_end_to_end(self):
+        """Makes `weights` of the modules' tensors, and these views of it."""
+        named = [(f"{n}.{k}", p) for n, m in zip(self.names, self.modules_) for k, p in m.named_parameters()]
         self.tensor_names, self.tensors = [name for name, _ in named], [p for _, p in named]
-        self.sizes = [p.numel() for p in self.tensors]
-        self.weights, self.working = torch.cat([p.detach().flatten() for p in self.tensors]), None
-        self.lengths = torch.tensor([sum(p.numel() for p in m.parameters()) for m in self.modules_],
-                                    device=self.weights.device)
+        self.numels = [p.numel() for p in self.tensors]
+        self.weights = torch.cat([p.detach().flatten() for p in self.tensors])
+        self.working = torch.empty_like(self.weights, dtype=self.dtype)
         self.use(self.weights)
 
     def use(self, flat):
         """Has the modules compute with the numbers of another vector.   flat: [P], of any dtype."""
         self.in_use = flat
-        for p, part in zip(self.tensors, flat.split(self.sizes)):
+        for p, part in zip(self.tensors, flat.split(self.numels)):
             p.data = part.view(p.shape)
 
     def refresh(self, factors=None):
@@ -676,20 +691,9 @@ class Peft(nn.Module):
 
         factors: [P], what they are multiplied with.   `use(weights)` ends it.
         """
-        if self.working is None:                    # once, since CUDA graphs go by its address
-            self.working = torch.empty_like(self.weights, dtype=self.dtype)
         if self.in_use is not self.working:
             self.use(self.working)
         self.working.copy_(self.weights if factors is None else self.weights * factors)
-
-    def _use_prefix_attention(self, model):
-        """transformers' public registry of attention functions is where a prefix comes in."""
-        transformers.AttentionInterface.register("bipeft_prefix", prefix_attention)
-        transformers.AttentionMaskInterface.register(
-            "bipeft_prefix", transformers.masking_utils.eager_mask)
-        self._backbones = [t5_of(model)]
-        self._attention = self._backbones[0].config._attn_implementation
-        self._backbones[0].set_attn_implementation("bipeft_prefix")
 
     def detach(self):
         """Takes everything off: the backbone computes bit for bit what it did before."""
@@ -703,127 +707,134 @@ class Peft(nn.Module):
 
     def named_weights(self):
         """{module's name.tensor's name: tensor}, parts of `weights`."""
-        return {name: part.view(p.shape)
-                for name, p, part in zip(self.tensor_names, self.tensors, self.weights.split(self.sizes))}
-
-    def save(self, path):
-        """Writes the trained weights alone, atomically, as safetensors."""
-        tensors = {name: t.cpu().clone() for name, t in self.named_weights().items()}
-        write_atomically(path, safetensors.torch.save(tensors))
-
-    def load(self, path):
-        """Reads what `save` wrote. Raises UsageError if the file is not of this structure."""
-        try:
-            stored = safetensors.torch.load_file(path)
-        except Exception as error:
-            raise UsageError(f"{path} can't be read as safetensors ({one_line(error)})") from None
-        own = self.named_weights()
-        for key in sorted(own.keys() ^ stored.keys()):
-            raise UsageError(f"{path} is of another structure: {key} is only in one of the two")
-        for key, t in own.items():
-            if stored[key].shape != t.shape:
-                raise UsageError(f"{path}: {key} has shape {tuple(stored[key].shape)}, expected {tuple(t.shape)}")
-            t.copy_(stored[key])
+        parts = self.weights.split(self.numels)
+        return {name: part.view(p.shape) for name, p, part in zip(self.tensor_names, self.tensors, parts)}
 
 
 class Space(Peft):
-    """All candidate modules of a search space, attached at the largest rank.
+    """All candidate modules of a search space, attached at the largest rank, under an architecture.
 
     model: holds a T5.   space: "s1", "s2", "all" or a comma list of kinds.   ranks: Dim, ascending.
-    seed: decides the initial weights.   `costs`, [N, K], counts real tensors: those of the module
-    as it would be built at each rank.
+    seed: decides the initial weights.   `sizes`, q, [N, K], counts real tensors: those of the module
+    as it would be built at each rank (reading 17).   Raises UsageError for an unknown kind or odd ranks.
+
+    Weight entanglement (3.5, after AutoFormer): a module holds its weights once, at the largest rank R;
+    a smaller rank is their leading slice. So an architecture is not N modules built anew in each step:
+    it multiplies every row of every tensor by one number, of which there are four sorts. With R = 8,
+    the gate open (g = 1) and rank 4 chosen (mask = 1 1 1 1 0 0 0 0):
+
+        row of Delta W                 its factor      here
+        LoRA        A, whole           1               1
+                    B, row 1           g · mask_1      1
+                    B, row 5           g · mask_5      0     component 5 adds nothing, whatever A does
+        Adapter-LR  down_in, row 5     mask_5          0     it must not reach the gelu, either
+                    up_out, row 5      g · mask_5      0
+                    up_bias, whole     g               1     a bias has no rank; a shut gate drops it
+
+    Factors multiply weights rather than activations: once a pass instead of once a token, all N modules
+    in one product of two vectors, and the modules stay as their papers write them. The network computes
+    with u = w · factor. With du, its gradient for u, the chain rule gives the gradient for w as factor ·
+    du, and for a row's factor as the sum of w · du over the row; autograd takes it on to gate and ranks
+    (`gradients`). So a shut module, of factor 0, has no gradient for w, and one for its gate. A prefix
+    alone has no factors: its g · mask goes into the attention, and back from there.
     """
 
+    removed = None                  # [N] bool: what a search has removed is not computed again
+    skips_shut = True               # False: computes every module in every pass, whatever its gate
+
     def __init__(self, model, space="s2", ranks=(1, 4, 8), seed=0):
-        ranks = check_ranks(ranks)
-        kinds = kinds_of(space)
+        ranks, kinds = check_ranks(ranks), kinds_of(space)
         spots = [(name, kind, place) for name, role, place in places(model)
                  for kind in kinds if role in KINDS[kind].roles]
         super().__init__(model, [(name, kind, ranks[-1]) for name, kind, _ in spots], seed)
-        self.space, self.ranks = space, ranks
-        self.geometry = geometry(model)
-        device = self.weights.device
-        self.register_buffer("dim", torch.tensor(ranks, device=device))
-        self.register_buffer("leading", (torch.arange(ranks[-1], device=device) < self.dim[:, None]).float())
-        self.register_buffer("ranked", torch.tensor([KINDS[k].ranked for k in self.kinds], device=device))
-        with torch.device("meta"):
-            costs = [[sum(p.numel() for p in KINDS[kind](place, rank).parameters()) for rank in ranks]
+        self.space, self.ranks, self.geometry, device = space, ranks, geometry(model), self.weights.device
+        self.dim = torch.tensor(ranks, device=device)                                            # [K]
+        self.leading = (torch.arange(ranks[-1], device=device) < self.dim[:, None]).float()      # [K, R]
+        self.ranked = torch.tensor([KINDS[kind].ranked for kind in self.kinds], device=device)   # [N]
+        with torch.device("meta"):                                 # tensors of a shape, without numbers
+            sizes = [[sum(p.numel() for p in KINDS[kind](place, rank).parameters()) for rank in ranks]
                      for _, kind, place in spots]
-        self.register_buffer("costs", torch.tensor(costs, device=device))
-        self._number_rows()
+        self.sizes = torch.tensor(sizes, device=device)                                          # [N, K]
+        self.cut_into_rows()
 
-    def _number_rows(self):
-        """Cuts the weights into rows; gives each the index of its factor among 1, gate, [N], mask and state, [N·R].
+    def cut_into_rows(self, longest=512):
+        """Gives each row the index of its factor among 1, gate, [N], mask, [N·R], and gate·mask, [N·R].
 
-        So all of a LoRA's A has factor 1, and row r of its B the state of the module's component r (see
-        `Searchable.scaled`). A row is cut once more after 512 numbers, for `segment_sum` alone.
+        A row of more than `longest` numbers counts as several, for the speed of `segment_sum` alone.
         """
-        count, top, longest = len(self), self.ranks[-1], 512
-        factors, lengths, rows_of, self.carries_rank = [], [], [], []
-        for n, m in enumerate(self.modules_):
-            before = len(lengths)
-            for key, p in m.named_parameters():
-                how = m.scaled.get(key)
-                self.carries_rank.append(how in ("mask", "state"))
-                start = {None: 0, "gate": 1 + n, "mask": 1 + count + n * top, "state": 1 + count * (1 + top) + n * top}
-                components = top if self.carries_rank[-1] else 1
-                whole, rest = divmod(p.numel() // components, longest)
-                for factor in range(start[how], start[how] + components):
-                    lengths += [longest] * whole + [rest] * (rest > 0)
-                    factors += [factor] * (whole + (rest > 0))
-            rows_of.append(len(lengths) - before)
-        device = self.weights.device
-        self.factor_of_row = torch.tensor(factors, device=device)                          # [rows]
-        self.row_lengths = torch.tensor(lengths, device=device)                            # [rows]
-        self.levels = self.row_lengths, torch.tensor(rows_of, device=device)               # of `segment_sum`
-        self.row_of = torch.arange(len(lengths), dtype=torch.int32, device=device).repeat_interleave(
-            self.row_lengths, output_size=sum(lengths))                                    # [P]
+        N, R, rows, self.carries_rank = len(self), self.ranks[-1], [], []
+        for n, module in enumerate(self.modules_):
+            first = {None: 0, "gate": 1 + n, "mask": 1 + N + n * R, "gate·mask": 1 + N + N * R + n * R}
+            for key, p in module.named_parameters():
+                factor = module.factors.get(key)
+                self.carries_rank.append(factor in ("mask", "gate·mask"))
+                count = R if self.carries_rank[-1] else 1
+                rows += [(n, first[factor] + i, min(longest, p.numel() // count - at))
+                         for i in range(count) for at in range(0, p.numel() // count, longest)]
+        module_of, factor_of, lengths = torch.tensor(rows).T.contiguous()
+        device, index = self.weights.device, torch.arange(len(rows), dtype=torch.int32)
+        self.row_of = index.repeat_interleave(lengths).to(device)                                # [P]
+        self.factor_of, self.lengths = factor_of.to(device), lengths.to(device)                  # [rows] each
+        self.segments = self.lengths, module_of.bincount(minlength=N).to(device)   # weights, rows, modules
 
-    def enter(self, gate, rank_weights, skip_shut=False):
-        """Puts an architecture into the modules: scales their weights for the pass that follows.
+    def enter(self, gate, ranks, for_gates=False):
+        """Puts an architecture into the modules, for the pass that follows.
 
-        gate: [N], 0 or 1 (or soft).   rank_weights: [N, K], rows summing to 1.   Both may carry
-        gradients.   skip_shut: a module whose gate is 0 computes nothing.
-        Returns the factor of every row of the weights, [rows], and state, [N, R], functions of both. (A prefix has
-        no factors: it reads its state from `prefix_state`, a leaf of its own.)
+        gate: [N], 0 or 1 (or soft).   ranks: [N, K], rows summing to 1.   Both may carry gradients.
+        for_gates: compute shut modules as well, since the pass is to give the gradients of their gates.
         """
-        mask = slice_mask(rank_weights, self.leading)                          # [N, R]
-        state = gate[:, None] * mask                                           # [N, R]
-        factors = torch.cat([gate.new_ones(1), gate, mask.flatten(), state.flatten()])[self.factor_of_row]
-        self.refresh(self.per_number(factors))
-        self.prefix_state = state.detach().requires_grad_()
-        active = gate.tolist() if skip_shut else [1.0] * len(self)
-        for m, m_state, on in zip(self.modules_, self.prefix_state.unbind(), active):
-            vars(m).update(state=m_state, active=on != 0)                      # setattr of a Module is slow
-        return factors, state
+        mask = ranks @ self.leading                                            # [N, R]
+        both = gate[:, None] * mask                                            # [N, R]
+        factors = torch.cat([gate.new_ones(1), gate, mask.flatten(), both.flatten()])[self.factor_of]
+        per_weight = factors.detach().index_select(0, self.row_of)             # [P]
+        self.refresh(per_weight)
+        of_pairs = both.detach().requires_grad_()                              # [N, R], a leaf for prefixes
+        for m, openness in zip(self.modules_, of_pairs if "prefix" in self.kinds else ()):
+            vars(m)["openness"] = openness                                     # setattr of a Module is slow
+        if self.skips_shut:
+            idle = self.removed if for_gates else gate == 0
+            for m, off in zip(self.modules_, [False] * len(self) if idle is None else idle.tolist()):
+                vars(m)["active"] = not off
+        self.architecture = gate, ranks, factors, both, per_weight, of_pairs
 
-    def per_number(self, factors):
-        """The factor of every single weight.   factors: [rows].   Returns [P], without gradient."""
-        return factors.detach().index_select(0, self.row_of)
+    def gradients(self, loss, wanted):
+        """The gradients of a loss that was computed under the present architecture.
+
+        wanted: some of "gate", [N], "ranks", [N, K], and "weights", [P]; one tensor for each. None is
+        accumulated anywhere, so that nothing leaks from one pass into the next (reading 1).
+        """
+        gate, ranks, factors, both, per_weight, of_pairs = self.architecture
+        asked = [carries or wanted != ("ranks",) for carries in self.carries_rank]     # ranks need few
+        leaves = [p for p, on in zip(self.tensors, asked) if on] + [of_pairs]
+        # The addition of 0: where every module is shut, the loss would depend on nothing.
+        found = iter(torch.autograd.grad(loss + 0 * of_pairs.sum(), leaves, materialize_grads=True))
+        zero = torch.zeros((), dtype=self.dtype, device=loss.device)
+        du = torch.cat([next(found).flatten() if on else zero.expand(count)
+                        for on, count in zip(asked, self.numels)]).to(self.weights.dtype)        # [P]
+        of_factors = segment_sum(du * self.weights, self.lengths)                                # [rows]
+        through = torch.autograd.grad((factors, both), (gate, ranks), (of_factors, next(found)))
+        results = {"weights": du * per_weight, "gate": through[0], "ranks": through[1]}
+        return [results[name] for name in wanted]
 
     def leave(self):
         """Ends the last architecture: every attached module is whole, at the largest rank."""
         self.use(self.weights)
+        self.architecture = None
         for m in self.modules_:
-            m.state, m.active = None, True
-
-    def remove(self, gone):
-        """Takes modules off the backbone for good.   gone: N bools."""
-        for n, handle in enumerate(self.handles):
-            if gone[n]:
-                handle.remove()
+            m.openness, m.active = None, True
 
     def structure(self, kept, choice, budget, backbone=""):
-        """The Structure of the kept modules.   kept: N bools.   choice: k*, N indices."""
+        """The Structure of the kept modules.   kept: b, N bools.   choice: k*, N indices."""
         modules = [{"name": name.rpartition(".")[0], "kind": kind,
-                    "rank": self.ranks[k] if KINDS[kind].ranked else None, "parameters": costs[k]}
-                   for name, kind, on, k, costs in zip(self.names, self.kinds, kept, choice, self.costs.tolist()) if on]
+                    "rank": self.ranks[k] if KINDS[kind].ranked else None, "parameters": sizes[k]}
+                   for name, kind, b, k, sizes in zip(self.names, self.kinds, kept, choice,
+                                                      self.sizes.tolist()) if b]
         return Structure(backbone, self.geometry, self.space, list(self.ranks), budget, modules)
 
 
 @dataclass
 class Structure:
-    """What a search found: enough to rebuild it without the search."""
+    """What a search found, b and k* of Algorithm 1's A: enough to rebuild it without the search."""
 
     backbone: str            # the model's name, for people
     geometry: dict           # the sizes that must match
@@ -837,61 +848,19 @@ class Structure:
         """Parameters in all kept modules together."""
         return sum(m["parameters"] for m in self.modules)
 
-    def save(self, path):
-        """Writes it as JSON, atomically."""
-        totals = {"modules": len(self.modules), "parameters": self.parameters,
-                  "backbone_parameters": self.geometry["parameters"],
-                  "per_ten_thousand": round(1e4 * self.parameters / self.geometry["parameters"], 4)}
-        write_atomically(path, json.dumps({**dataclasses.asdict(self), "totals": totals}, indent=1) + "\n")
-
-    @classmethod
-    def load(cls, path):
-        """Reads what `save` wrote. Raises UsageError for a file that is missing or not a structure."""
-        try:
-            stored = json.loads(Path(path).read_text())
-            stored = cls(**{f.name: stored[f.name] for f in dataclasses.fields(cls)})
-            stored.check()
-        except UsageError as error:
-            raise UsageError(f"{path}: {error}") from None
-        except FileNotFoundError:
-            raise UsageError(f"there is no structure file {path}") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UsageError(f"{path} is no structure.json of this program ({one_line(error)})") from None
-        return stored
-
-    def check(self):
-        """Raises UsageError for what no search writes; whatever else a file may hold raises something else."""
-        kinds, ranks = kinds_of(self.space), check_ranks(self.ranks)
-        if not self.modules:
-            raise UsageError("it holds no modules")
-        if not isinstance(self.geometry, dict):
-            raise TypeError("geometry is no object")
-        for m in self.modules:
-            if m["kind"] not in kinds or not isinstance(m["name"], str):
-                raise UsageError(f"the kind {m['kind']} of {m['name']} is not of the space {self.space}")
-            ranked = KINDS[m["kind"]].ranked
-            if not (type(m["rank"]) is int and m["rank"] in ranks if ranked else m["rank"] is None):
-                raise UsageError(f"{m['name']}.{m['kind']} has rank {m['rank']}, "
-                                 f"not {f'one of {self.ranks}' if ranked else None}")
-            if m["parameters"] < (m["rank"] or 1):
-                raise UsageError(f"{m['name']}.{m['kind']} of rank {m['rank']} has {m['parameters']} parameters; "
-                                 "no module has none, or a rank larger than its parameters")
-        if not self.parameters <= self.budget < math.inf:                       # a budget of nan, too
-            raise UsageError(f"it holds {self.parameters:,} parameters, more than its budget of {self.budget:,}")
-
 
 def apply(model, structure, seed=0):
-    """A structure's modules, with fresh weights, on a model.   Returns the attached Peft.
+    """A structure's modules, with fresh weights, on a model (reading 51).   Returns the attached Peft.
 
-    Raises UsageError if the model is of other sizes, or the file's counts are not those of the
-    tensors that were built.
+    Raises UsageError if the model is of other sizes, or its counts are not those of the built tensors.
     """
     for key, value in geometry(model).items():
         if structure.geometry.get(key) != value:
             raise UsageError(f"the structure is of another backbone: its {key} is "
                              f"{structure.geometry.get(key)}, this model's is {value}")
     peft = Peft(model, [(m["name"], m["kind"], m["rank"] or 1) for m in structure.modules], seed)
-    for m, built in zip(structure.modules, peft.lengths.tolist()):
+    for m, module in zip(structure.modules, peft.modules_):
+        built = sum(p.numel() for p in module.parameters())
         if m["parameters"] != built:
             peft.detach()
             raise UsageError(f"the structure says {m['parameters']} parameters for {m['name']}.{m['kind']}, "
@@ -899,332 +868,296 @@ def apply(model, structure, seed=0):
     return peft
 
 
-def geometry(model):
-    """The sizes of the T5 in a model that a structure depends on, and its number of parameters."""
-    t5 = t5_of(model)
-    keys = ("d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers", "is_gated_act")
-    return {**{key: getattr(t5.config, key) for key in keys},
-            "parameters": sum(p.numel() for p in t5.parameters())}
-
-
 # ==================================================================================================
-# 4. Algorithm 1
+# 4. Algorithm 1. Its lines stand in quotation marks beside the code.
 # ==================================================================================================
 
 
 class Search:
-    """The state of Algorithm 1, its step, its trigger and its loop.
+    """The state of Algorithm 1, and what it does in a step, at a trigger, and in all.
 
     model: its forward takes a batch's entries as keywords and returns a loss.   space: attached to
-    it.   budget: B, parameters.   steps: T.   warmup: steps before the first trigger may come.
+    it.   budget: B, parameters.   steps: T.   warmup: steps before the first trigger may come (reading 11).
     triggers, tau, gamma, window: Z, tau, gamma, H.   lr: of Delta W, falling linearly to 0 over T.
     arch_lr: of Theta and Phi.   weight_decay: of all three.   seed: decides every random draw.
-    graphs: on a GPU, run the three passes as CUDA graphs, which the model's forward must allow: it
-    asks the device for no value, and its batches are tensors on the device, of few shapes.
-    accumulate: parts that each batch goes through the model in, to save memory.
+    dropout_seed: of dropout alone, where it is to differ from `seed`.
+    run_pass: how to get a loss and its gradients, if not by the function of this name on model and space.
     Raises UsageError for a budget that no search can meet.
     """
 
-    def __init__(self, model, space, budget, steps, warmup=0, triggers=100, tau=0.85, gamma=0.85,
-                 window=5, lr=3e-4, arch_lr=0.01, weight_decay=1e-4, seed=0, graphs=False, accumulate=1):
-        self.model, self.space, self.budget, self.steps, self.warmup = model, space, int(budget), steps, warmup
-        self.triggers, self.tau, self.gamma, self.window = triggers, tau, gamma, window
-        self.lr, self.seed, self.accumulate = lr, seed, accumulate
-        self.replay = Replay(self.gradients, graphs and space.weights.is_cuda)
-        smallest, whole = int(space.costs.min()), int(space.costs[:, -1].sum())
-        if not smallest <= self.budget < whole:
-            raise UsageError(f"a budget of {self.budget:,} parameters can't be searched for: the smallest module "
-                             f"has {smallest:,}, the whole space {whole:,}; choose one in between")
+    STATE = ("kept", "fixed", "choice", "smoothed", "indicators", "history", "since", "potential",
+             "triggers_done", "steps_done")
+
+    def __init__(self, model, space, budget, steps, warmup=0, triggers=100, tau=0.85, gamma=0.85, window=5,
+                 lr=3e-4, arch_lr=0.01, weight_decay=1e-4, seed=0, dropout_seed=None, run_pass=None):
+        self.model, self.space, self.budget, self.steps = model, space, int(budget), steps
+        self.warmup, self.triggers, self.tau, self.gamma, self.window = warmup, triggers, tau, gamma, window
+        self.lr, self.seed, self.dropout_seed = lr, seed, seed if dropout_seed is None else dropout_seed
+        self.run_pass = run_pass or functools.partial(globals()["run_pass"], model, space)
+        smallest, largest = int(space.sizes.min()), int(space.sizes[:, -1].sum())
+        if not smallest <= self.budget < largest:
+            raise UsageError(f"no search for a budget of {self.budget:,} parameters: the smallest module has "
+                             f"{smallest:,}, the whole space {largest:,}; choose one in between")
         n, k, device = len(space), len(space.ranks), space.weights.device
         generator = torch.Generator().manual_seed(derive(seed, 2))
         self.theta = (1e-3 * torch.randn(n, 2, generator=generator)).to(device).requires_grad_()
         self.phi = (1e-3 * torch.randn(n, k, generator=generator)).to(device).requires_grad_()
-        self.weight_optimizer = torch.optim.AdamW([space.weights], lr=lr, weight_decay=weight_decay, fused=True)
-        self.theta_optimizer, self.phi_optimizer = (
-            torch.optim.Adam([p], lr=arch_lr, betas=(0.5, 0.999), weight_decay=weight_decay, fused=True)
-            for p in (self.theta, self.phi))
-        self.optimizers = self.weight_optimizer, self.theta_optimizer, self.phi_optimizer
-        self.kept = torch.ones(n, dtype=torch.bool, device=device)                    # b
-        self.fixed = ~space.ranked                                                    # d
-        self.kept_count, self.fixed_count = n, n - sum(space.ranked.tolist())         # of b, of b and d
-        self.choice = torch.full((n,), k - 1, device=device)                          # k*
+        adam = functools.partial(torch.optim.Adam, lr=arch_lr, betas=(0.5, 0.999))              # as in DARTS
+        adamw = functools.partial(torch.optim.AdamW, lr=lr)
+        self.weight_optimizer, self.theta_optimizer, self.phi_optimizer = self.optimizers = [
+            optimizer([p], weight_decay=weight_decay, fused=True)
+            for optimizer, p in ((adamw, space.weights), (adam, self.theta), (adam, self.phi))]
+        self.kept = torch.ones(n, dtype=torch.bool, device=device)                    # b: all
+        self.fixed = ~space.ranked                                                    # d: what has no rank
+        self.choice = torch.full((n,), k - 1, device=device)                          # k*: the largest
         self.smoothed = torch.zeros(n, device=device)                                 # s-bar
         self.indicators = torch.zeros(0, n, dtype=torch.bool, device=device)          # I, the last H + 1
-        self.history = [self.phi.detach().double().softmax(1)]                        # since the last trigger
-        self.potential = potential_ranks(self.phi.detach(), space.dim, self.kept, self.fixed,
-                                         self.choice, space.ranked)                   # v
-        self.triggers_done = 0                                                        # z
-        self.step_number = 0                                                          # t
-        self.ended_early = 0                     # triggers carried out because the steps had run out
-
-    def architecture(self, noise, hard=True):
-        """The sample of 3.5:  gate, [N], and rank weights, [N, K], with gradients to Theta and Phi.
-
-        Removed modules are shut, and fixed ranks are what they are.   noise: of Theta's and Phi's shape.
-        """
-        temperature = 5 - 4 * self.step_number / max(1, self.steps - 1)
-        gate = gumbel_softmax(self.theta, noise[0], temperature, hard)[:, 1] * self.kept
-        sampled = gumbel_softmax(self.phi, noise[1], temperature, hard)
-        settled = F.one_hot(self.choice, sampled.shape[1]).to(sampled.dtype)
-        return gate, torch.where(self.fixed[:, None], settled, sampled)
-
-    def model_pass(self, wanted, gate, rank_weights, batch):
-        """`gradients` of the whole batch, of all its parts and processes; as CUDA graphs where they run."""
-        return mean_over_parts(lambda part: self.replay(wanted, gate=gate, rank_weights=rank_weights, **part),
-                               batch, self.accumulate)
-
-    def gradients(self, wanted, gate, rank_weights, **batch):
-        """Loss of a batch under an architecture, and its gradients for what is wanted.
-
-        wanted: some of "gate", [N], "ranks", [N, K], and "weights", [P]; a tensor comes back for each.
-        """
-        space = self.space
-        gate, rank_weights = gate.detach().requires_grad_(), rank_weights.detach().requires_grad_()
-        # A shut module is computed for the sake of its gate alone, and by graphs, which can't skip it.
-        factors, state = space.enter(gate, rank_weights, "gate" not in wanted and not self.replay.enabled)
-        loss = loss_of(self.model(**batch))
-        asked = [p if carries or wanted != ("ranks",) else p.detach()        # the pass for Phi needs few of them
-                 for p, carries in zip(space.tensors, space.carries_rank)]
-        scaled, of_state = flat_gradients(loss, asked, [space.prefix_state])
-        # The network has seen w · factor, and g is its gradient for that. So by the chain rule the gradient for w
-        # is factor · g, and that for the factor of a row is the sum of w · g over the row.
-        scaled = scaled.to(space.weights.dtype)
-        by_row = segment_sum(scaled * space.weights, space.row_lengths)
-        through = torch.autograd.grad((factors, state), (gate, rank_weights), (by_row, of_state.view_as(state)))
-        found = {"weights": scaled * space.per_number(factors), "gate": through[0], "ranks": through[1]}
-        return loss.detach(), *(found[name] for name in wanted)
+        self.potential = potential_ranks(self.phi.detach(), space.dim, self.kept, self.fixed, self.choice,
+                                         space.ranked)                                # v
+        self.triggers_done = self.steps_done = self.ended_early = 0                   # z, t, triggers made up
+        self.remember_phi(begin=True)
+        self.freeze()
 
     def step(self, train_batch, theta_batch, phi_batch):
-        """One step t: the three passes, then Eq. 1-5, then the trigger if stable.   Returns a log line."""
-        space, started = self.space, time.perf_counter()
-        generator = torch.Generator().manual_seed(derive(self.seed, 3, self.step_number))
-        noise = to_device(gumbel_noise((len(space), 2 + len(space.ranks)), generator), self.theta.device).split(
-            [2, len(space.ranks)], 1)
-        torch.manual_seed(derive(self.seed, 4, self.step_number, rank()))     # dropout
+        """One step t, the body of Algorithm 1's loop.   Batches: dicts of tensors.   Returns a log line."""
+        started = time.perf_counter()
+        noise = self.draw()                                     # of one architecture a step (reading 29)
 
-        # Update Delta W by gradient descent: the sampled architecture, as constants.
-        gate, rank_weights = self.architecture(noise)
-        train_loss, train_gradient = self.model_pass(("weights",), gate, rank_weights, train_batch)
-        train_magnitude = self.magnitude(train_gradient)              # w and G of one moment
+        # "Update Delta W by gradient descent", on D_tra, under the sampled architecture as constants.
+        gate, ranks = self.architecture(noise)
+        train_loss, train_gradient = self.run_pass(("weights",), gate, ranks, train_batch)
+        train_magnitude = self.magnitude(train_gradient)        # w and G of one moment (reading 1)
         for group in self.weight_optimizer.param_groups:
-            group["lr"] = self.lr * (1 - self.step_number / self.steps)
-        space.weights.grad = train_gradient
+            group["lr"] = self.lr * (1 - self.steps_done / self.steps)
+        self.space.weights.grad = train_gradient
         self.weight_optimizer.step()
 
-        # Optimise Theta with Phi held; the same backward pass gives G(D_val).
-        theta_loss, gate_gradient, val_gradient = self.model_pass(("gate", "weights"), gate, rank_weights, theta_batch)
+        # "Optimize Theta and Phi iteratively" (3.5): Theta on D_val with Phi held, under the same sample, in
+        # a pass that gives G(D_val) as well (reading 28); then Phi on the next batch, the new Theta held.
+        theta_loss, gate_gradient, val_gradient = self.run_pass(("gate", "weights"), gate, ranks, theta_batch)
         val_magnitude = self.magnitude(val_gradient)
         descend(self.theta_optimizer, self.theta, gate, gate_gradient, self.kept)
+        phi_loss = self.optimize_phi(noise, phi_batch)
 
-        # Then Phi with the updated Theta held: the same noise, so that only Theta has moved.
-        losses = [train_loss, theta_loss]
-        if self.fixed_count < self.kept_count:                        # a kept module's rank is still open
-            gate, rank_weights = self.architecture(noise)
-            phi_loss, rank_gradient = self.model_pass(("ranks",), gate, rank_weights, phi_batch)
-            descend(self.phi_optimizer, self.phi, rank_weights, rank_gradient, ~self.fixed)
-            losses.append(phi_loss)
-        self.history.append(self.phi.detach().double().softmax(1))
-
-        # Accumulate the sensitivity s-bar; the indicator I_t; the stability beta_t.
-        similarity = alignment(train_gradient, val_gradient, space.levels)
-        current = sensitivity(train_magnitude, val_magnitude, similarity)
+        # "Accumulate the sensitivity score of each PEFT module": Eq. 1-4. A removed one keeps its last s-bar.
+        similarity = alignment(train_gradient, val_gradient, self.space.segments)           # alpha, [N]
+        current = sensitivity(train_magnitude, val_magnitude, similarity)                   # s, [N]
         self.smoothed = torch.where(self.kept, smooth(self.smoothed, current, self.gamma), self.smoothed)
-        keep, cost = self.expectation()                               # p_n, C_n
-        now = importance_indicator(self.smoothed, cost, self.kept, self.budget)
+
+        # "Calculate module importance indicator I_t" (3.2.2); "Evaluate model stability beta_t" (Eq. 5).
+        probability, size = self.expectation()                  # p_n, C_n
+        now = importance_indicator(self.smoothed, size, self.kept, self.budget)
         self.indicators = torch.cat([self.indicators, now[None]])[-(self.window + 1):]
         beta = stability(self.indicators, self.window)
+        expected = expected_parameters(probability, size)       # E_t in every step, for the log
 
-        # If beta_t >= tau, select. The host reads the device once a step; so what a trigger would now select is
-        # worked out in every step after the warm-up, read with beta, and dropped unless beta_t >= tau.
-        expected = expected_parameters(keep, cost)
-        self.step_number += 1
-        warm = self.step_number > max(self.warmup, self.window)       # H + 1 indicators exist
-        chosen = self.selection(keep, cost) if warm and self.triggers_done < self.triggers else {}
-        whole = sum(t.detach().sum() for t in (space.weights, self.theta, self.phi, self.smoothed))
-        read = to_host({"losses": torch.stack(losses), "beta": beta, "expected": expected, "whole": whole, **chosen})
-        losses, (beta,), (expected,), (whole,) = (read[key] for key in ("losses", "beta", "expected", "whole"))
-        check_losses(losses, whole, f"search step {self.step_number}")
-        stable = bool(chosen) and beta >= self.tau
-        if stable:
-            self.select(chosen, read)
-        return {"step": self.step_number, "loss_train": losses[0], "loss_theta": losses[1],
-                "loss_phi": losses[2] if losses[2:] else None, "beta": beta, "expected": expected,
-                "reduction": read["reduction"][0] if stable else None, "kept": self.kept_count,
-                "fixed": self.fixed_count, "triggers": self.triggers_done, "seconds": time.perf_counter() - started}
+        # "if beta_t >= tau": not in the warm-up (reading 11), without H + 1 indicators, or with Z - z = 0.
+        self.steps_done += 1
+        may = self.steps_done > max(self.warmup, self.window) and self.triggers_done < self.triggers
+        reduction = self.select() if may and beta >= self.tau else None
+        return self.log_line(started, loss_train=train_loss, loss_theta=theta_loss, loss_phi=phi_loss,
+                             beta=beta, expected=expected, reduction=reduction)
+
+    def select(self):
+        """A trigger, the body of Algorithm 1's `if`: selects modules, then ranks.   Returns R_z."""
+        # "Estimate expected parameters E_t" (Eq. 7, 8); "calculate expected parameter reduction R_z" (Eq. 6).
+        probability, size = self.expectation()                  # p_n, C_n
+        expected = expected_parameters(probability, size)
+        reduction = expected_reduction(expected, self.budget, self.triggers, self.triggers_done)
+        # "Rank N modules by sensitivity score"; "perform early module selection until R_z is achieved"
+        # (3.3.2); "update binary selection indicator b_z". The d of a removed module is 1, too (3.4.2).
+        gone = modules_to_remove(self.smoothed, probability, size, self.kept, reduction)
+        self.kept, self.fixed = self.kept & ~gone, self.fixed | gone
+        # "Evaluate dimension stability lambda", over the steps since the last trigger (Eq. 9, reading 8).
+        instability = rank_instability(*self.history, self.since)                           # lambda, [N]
+        # "Estimate the number of modules Y_z for dimension selection" (Eq. 10, reading 9).
+        phi, space, before = self.phi.detach(), self.space, self.potential                  # v_{z-1}
+        self.potential = potential_ranks(phi, space.dim, self.kept, self.fixed, self.choice, space.ranked)
+        quota = rank_quota(before, self.potential, self.fixed, self.triggers - self.triggers_done)
+        # "Fix dimensions for Y_z modules with the lowest lambda"; "update dimension selection indicator d_z".
+        settled = ranks_to_fix(instability, self.fixed, quota)
+        self.choice = torch.where(settled, phi.argmax(1), self.choice)
+        self.fixed = self.fixed | settled
+        # "Freeze part of Theta and Phi according to b_z, d_z".
+        self.freeze()
+        self.remember_phi(begin=True)
+        self.triggers_done += 1
+        return reduction
+
+    def freeze(self):
+        """Passes b and d on: what is removed is not computed (34); `descend` passes over frozen rows (12)."""
+        self.space.removed = ~self.kept
+        self.open_ranks = bool((self.kept & ~self.fixed).any())             # on the host, for every step
+
+    def draw(self):
+        """Gumbel noise for Theta, [N, 2], and Phi, [N, K]; like dropout, of seed and t alone (56)."""
+        torch.manual_seed(derive(self.dropout_seed, 4, self.steps_done))
+        generator = torch.Generator().manual_seed(derive(self.seed, 3, self.steps_done))
+        noise = gumbel_noise((len(self.space), 2 + len(self.space.ranks)), generator)
+        return noise.to(self.theta.device, non_blocking=True).split([2, len(self.space.ranks)], 1)
+
+    def architecture(self, noise, hard=True):
+        """The sample of 3.5: gate, [N], and one-hot ranks, [N, K], with gradients to Theta and Phi.
+
+        Removed modules are shut, and fixed ranks are what they are.   noise: what `draw` returns.
+        """
+        temperature = 5 - 4 * self.steps_done / max(1, self.steps - 1)      # from 5 to 1 (reading 30)
+        gate = gumbel_softmax(self.theta, noise[0], temperature, hard)[:, 1] * self.kept
+        sampled = gumbel_softmax(self.phi, noise[1], temperature, hard)
+        decided = F.one_hot(self.choice, sampled.shape[1]).to(sampled.dtype)
+        return gate, torch.where(self.fixed[:, None], decided, sampled)
+
+    def optimize_phi(self, noise, batch):
+        """A step of Phi under the same noise, so that only Theta has moved.   Returns the loss, or None."""
+        loss = None                                             # no kept module's rank is open any more
+        if self.open_ranks:
+            gate, ranks = self.architecture(noise)
+            loss, gradient = self.run_pass(("ranks",), gate, ranks, batch)
+            descend(self.phi_optimizer, self.phi, ranks, gradient, ~self.fixed)
+        self.remember_phi()
+        return loss
+
+    def remember_phi(self, begin=False):
+        """Adds the present softmax(Phi) to what Eq. 9 needs of the steps since a trigger, [4, N, K]."""
+        now = self.phi.detach().double().softmax(1)             # almost equal numbers are compared (63)
+        first, _, total, squares = (now, now, 0 * now, 0 * now) if begin else self.history
+        off = now - first
+        self.history = torch.stack([first, now, total + off, squares + off.square()])
+        self.since = 1 if begin else self.since + 1
 
     def magnitude(self, gradient):
-        """Eq. (2) for the present weights, over the fixed slice where the rank is fixed."""
-        at_choice = self.space.costs.gather(1, self.choice[:, None]).squeeze(1)
-        counts = torch.where(self.fixed, at_choice, self.space.lengths)
-        return magnitude(self.space.weights, gradient, self.space.levels, counts)
+        """Eq. (2) for the present weights. |M_n| is q_n at k*, the largest until one is fixed (reading 1)."""
+        counts = self.space.sizes.gather(1, self.choice[:, None]).squeeze(1)
+        return magnitude(self.space.weights, gradient, self.space.segments, counts)
 
     def expectation(self):
-        """p_n and C_n now. In the last tenth of the triggers p_n is certain (reading 7)."""
+        """p_n and C_n now, [N] each. In the last tenth of the triggers p_n is certain (reading 7)."""
         certain = self.triggers_done >= self.triggers - math.ceil(self.triggers / 10)
         return (keep_probability(self.theta.detach(), self.kept, certain),
-                expected_cost(self.phi.detach(), self.space.costs, self.fixed, self.choice))
+                expected_size(self.phi.detach(), self.space.sizes, self.fixed, self.choice))
 
-    def selection(self, keep, cost):
-        """The body of Algorithm 1's `if beta_t >= tau`: what a trigger would make of b, d, k* and v, and R_z.
-
-        keep, cost: p_n and C_n now, [N].
-        """
-        phi, remaining = self.phi.detach(), self.triggers - self.triggers_done
-        # Estimate E_t; calculate R_z; remove from the least sensitive up; update b.
-        expected = expected_parameters(keep, cost)
-        reduction = expected_reduction(expected, self.budget, self.triggers, self.triggers_done)
-        gone = select_modules(self.smoothed, keep * cost, self.kept, reduction)
-        kept, fixed = self.kept & ~gone, self.fixed | gone
-        # Evaluate lambda; estimate Y_z; fix the ranks of the Y_z most stable; update d.
-        instability = rank_instability(torch.stack(self.history))
-        potential = potential_ranks(phi, self.space.dim, kept, fixed, self.choice, self.space.ranked)
-        quota = rank_quota(self.potential, potential, fixed, remaining)
-        settled = select_ranks(instability, fixed, quota)
-        choice = torch.where(settled, phi.argmax(1), self.choice)
-        return {"kept": kept, "fixed": fixed | settled, "choice": choice, "potential": potential,
-                "reduction": reduction}
-
-    def select(self, chosen, read):
-        """Carries a selection out.   chosen: what `selection` returned.   read: the same, on the host.
-
-        What is removed or fixed is frozen: `descend` passes over it, and the hooks of what is removed go.
-        """
-        self.kept, self.fixed, self.choice, self.potential = (
-            chosen[key] for key in ("kept", "fixed", "choice", "potential"))
-        self.leave_out([not on for on in read["kept"]])
-        self.kept_count = int(sum(read["kept"]))
-        self.fixed_count = sum(on and settled for on, settled in zip(map(bool, read["kept"]), map(bool, read["fixed"])))
-        self.history = self.history[-1:]
-        self.triggers_done += 1
-
-    def leave_out(self, gone):
-        """Takes modules off the backbone. Graphs hold them all, and go on multiplying them by zero: so does a
-        resumed search, to draw the same dropout.   gone: N bools.
-        """
-        if not self.replay.enabled:
-            self.space.remove(gone)
-
-    def trigger(self):
-        """One selection now."""
-        chosen = self.selection(*self.expectation())
-        self.select(chosen, to_host(chosen))
+    def log_line(self, started, **values):
+        """A step's line of the log, read off the device at once.   Raises UsageError for a NaN."""
+        weights = sum(t.detach().sum() for t in (self.space.weights, self.theta, self.phi, self.smoothed))
+        there = {key: value for key, value in values.items() if value is not None}
+        there |= {"kept": self.kept.sum(), "fixed": (self.kept & self.fixed).sum(), "sum of weights": weights}
+        read = dict(zip(there, torch.stack([value.double() for value in there.values()]).tolist()))
+        check_finite(read, f"search step {self.steps_done}")
+        return {"step": self.steps_done, **{key: read.get(key) for key in values}, "kept": int(read["kept"]),
+                "fixed": int(read["fixed"]), "triggers": self.triggers_done,
+                "seconds": time.perf_counter() - started}
 
     def run(self, train_batches, val_batches, backbone="", after_step=None):
-        """The loop of Algorithm 1, from where the state is to the end.
-
-        backbone: a name to write into the structure.   after_step: called with the Search and the
-        step's log line.   Returns a Structure.
-        """
+        """Algorithm 1's loop, from where the state is to the end.   Arguments and result: as for `search`."""
         was_training = self.model.training
         self.model.train()
         try:
-            with own_randomness(self.space.weights.device):
-                train = stream(train_batches, self.step_number)
-                val = stream(val_batches, 2 * self.step_number)
-                while self.step_number < self.steps and self.triggers_done < self.triggers:    # exit once Z - z is 0
+            device = self.space.weights.device
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):    # the caller's comes back
+                train = stream(train_batches, self.steps_done)
+                val = stream(val_batches, 2 * self.steps_done)
+                while self.steps_done < self.steps and self.triggers_done < self.triggers:      # else "Exit"
                     line = self.step(next(train), next(val), next(val))
                     if after_step is not None:
                         after_step(self, line)
         finally:
             self.model.train(was_training)
-            self.replay.forget()
             self.space.leave()
         return self.finish(backbone)
 
     def finish(self, backbone=""):
-        """Carries out the triggers that the steps left no room for, and returns the Structure."""
+        """Makes up the triggers that the steps left no room for (11), keeps the promise (10): "return A"."""
         self.ended_early = self.triggers - self.triggers_done
         while self.triggers_done < self.triggers:
-            self.trigger()
-        kept, choice = fill_budget(self.smoothed.tolist(), self.space.costs.tolist(), self.kept.tolist(),
+            self.select()
+        kept, choice = fill_budget(self.smoothed.tolist(), self.space.sizes.tolist(), self.kept.tolist(),
                                    self.choice.tolist(), self.budget)
         return self.space.structure(kept, choice, self.budget, backbone)
 
-    STATE = ("theta", "phi", "kept", "fixed", "choice", "smoothed", "indicators", "potential", "kept_count",
-             "fixed_count", "triggers_done", "step_number")
-
     def state_dict(self):
-        """Everything that a search killed now needs to go on to the same end: live tensors, to be saved at once."""
-        return {**{key: getattr(self, key) for key in self.STATE}, "history": torch.stack(self.history),
-                "weights": self.space.weights, "optimizers": [o.state_dict() for o in self.optimizers]}
+        """All that a search killed now needs to go on to the same end: live tensors, to be saved at once."""
+        return {**{key: getattr(self, key) for key in self.STATE},
+                "learned": [self.space.weights, self.theta.detach(), self.phi.detach()],
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
+    @torch.no_grad()
     def load_state_dict(self, state):
         """Continues from what `state_dict` returned."""
-        with torch.no_grad():
-            self.theta.copy_(state["theta"])
-            self.phi.copy_(state["phi"])
-            self.space.weights.copy_(state["weights"])
-        for key in self.STATE[2:]:
+        for key in self.STATE:
             value = state[key]
             setattr(self, key, value.to(self.theta.device) if torch.is_tensor(value) else value)
-        self.history = list(state["history"].to(self.theta.device))
+        for own, stored in zip((self.space.weights, self.theta, self.phi), state["learned"]):
+            own.copy_(stored)
         for optimizer, stored in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(stored)
-        self.leave_out((~self.kept).tolist())
+        self.freeze()
 
 
-def flat_gradients(loss, *groups):
-    """The gradient of a loss for each group of tensors, laid end to end: zeros where there is none, or
-    where the tensor requires none.
+def search(model, space, train_batches, val_batches, budget, steps, backbone="", after_step=None, **settings):
+    """Algorithm 1 in one call: the structure of at most `budget` parameters that the search finds.
 
-    Nothing is accumulated anywhere, so no gradient can leak from one pass into the next.
+    model, budget, steps, settings: those of Search.   space: stays attached; `space.detach()` takes it off.
+    train_batches, val_batches: iterables of dicts of tensors, D_tra and D_val, gone through again and
+    again: a step takes one of the first, for Delta W, and two of the second, for Theta and for Phi.
+    backbone: a name to write into the structure.   after_step: called with the Search and the step's
+    log line.   Returns a Structure.
     """
-    wanted = [p for group in groups for p in group if p.requires_grad]
-    found = iter(torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad    # else all gates are shut
-                 else [None] * len(wanted))
-    flat = []
-    for group in groups:
-        zero = torch.zeros((), device=loss.device, dtype=group[0].dtype)
-        parts = [(p, next(found) if p.requires_grad else None) for p in group]
-        flat.append(torch.cat([zero.expand(p.numel()) if g is None else g.flatten() for p, g in parts]))
-    return flat
+    found = Search(model, space, budget, steps, **settings)
+    return found.run(train_batches, val_batches, backbone, after_step)
+
+
+def run_pass(model, space, wanted, gate, ranks, batch):
+    """A forward and a backward pass: the loss of a batch under an architecture, and gradients of it.
+
+    wanted: some of "gate", [N], "ranks", [N, K], and "weights", [P].   gate, ranks: as for `Space.enter`.
+    batch: a dict of tensors.   Returns [loss, a tensor for each of wanted].
+    A search asks no more of the network than this. Whoever can do it faster gives Search another one.
+    """
+    space.enter(gate.detach().requires_grad_(), ranks.detach().requires_grad_(), for_gates="gate" in wanted)
+    loss = loss_of(model(**batch))
+    return [loss.detach(), *space.gradients(loss, wanted)]
 
 
 def descend(optimizer, parameter, sample, gradient, open_rows):
-    """A step of an architecture parameter, of its open rows alone: frozen ones feel neither decay
-    nor momentum (reading 12).   gradient: the loss's for `sample`, which depends on the parameter.
+    """A step of Theta or Phi, of its open rows alone: frozen ones feel neither decay nor momentum (12).
+
+    sample: what was drawn of it, gate or ranks.   gradient: the loss's for that.   open_rows: [N] bool.
     """
     before = parameter.detach().clone()
-    (parameter.grad,) = torch.autograd.grad(sample, parameter, gradient.view_as(sample))
+    (parameter.grad,) = torch.autograd.grad(sample, parameter, gradient)       # through the sampling
     parameter.grad *= open_rows[:, None]
     optimizer.step()
     with torch.no_grad():
         parameter.copy_(torch.where(open_rows[:, None], parameter, before))
 
 
-def search(model, space, train_batches, val_batches, budget, steps, backbone="", after_step=None, **settings):
-    """Algorithm 1 in one call: the structure of at most `budget` parameters that the search finds.
-
-    model: any module whose forward takes a batch's entries as keywords and returns a loss.
-    space: a Space attached to it; it stays attached, and `space.detach()` takes it off.
-    train_batches, val_batches: iterables of dicts of tensors, gone through again and again; the
-    first trains Delta W, the second Theta and Phi.   budget: B, parameters.   steps: T.
-    settings: those of Search.   after_step: as for `Search.run`.   Returns a Structure.
-    """
-    return Search(model, space, budget, steps, **settings).run(train_batches, val_batches, backbone, after_step)
-
-
 def loss_of(output):
-    """The loss in what a model's forward returned: an attribute, an entry, or the value itself."""
-    if torch.is_tensor(output):
-        return output
-    return output["loss"] if isinstance(output, dict) else output[0] if isinstance(output, tuple) else output.loss
+    """The loss in what a model's forward returned: the value itself, an entry, or an attribute."""
+    if isinstance(output, (dict, tuple)):
+        return output["loss" if isinstance(output, dict) else 0]
+    return output if torch.is_tensor(output) else output.loss
+
+
+def check_finite(values, where):
+    """Raises UsageError if one of {name: number} is NaN or infinite, before a checkpoint could keep it."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise UsageError(f"the {name} is {value} at {where}: use --dtype bfloat16 or float32 rather than "
+                             "float16, or a smaller --lr")
 
 
 def stream(batches, start=0):
     """Endless batches from number `start` on. Each epoch is told to the iterable, if it asks."""
-    number = epoch = 0
-    while True:
+    number = 0
+    for epoch in itertools.count():
         if hasattr(batches, "set_epoch"):
             batches.set_epoch(epoch)
         before = number
-        for batch in batches:
-            if number >= start:
+        for number, batch in enumerate(batches, before + 1):
+            if number > start:
                 yield batch
-            number += 1
         if number == before:
             raise UsageError("there are no batches: the data is empty")
-        epoch += 1
 
 
 # ==================================================================================================
@@ -1251,14 +1184,15 @@ class Task:
     epochs: int
     warmup_epochs: int
     suite: str = "glue"
+    answer: str = "label"           # the column that holds the target
     carve: bool = False             # validation comes out of train, and the original one is the test
-    defaults: dict = field(default_factory=dict)      # of Settings, where they are not the paper's
+    defaults: dict = field(default_factory=dict)      # of flags, where they are not the paper's
 
 
 BINARY, THREE = ("0", "1"), ("0", "1", "2")
 FIFTHS = tuple(f"{n / 5:.1f}" for n in range(26))     # 0.0, 0.2, .. 5.0
 PAIR = ("sentence1", "sentence2")
-SUPERGLUE = {"max_length": 256}
+LONGER = {"max_length": 256}                          # SuperGLUE's inputs
 TASKS = {
     "cola": Task(("sentence",), BINARY, "Matthews", 15, 2),
     "sst2": Task(("sentence",), BINARY, "accuracy", 5, 1, carve=True),
@@ -1267,14 +1201,14 @@ TASKS = {
     "stsb": Task(PAIR, FIFTHS, "Pearson", 15, 2),
     "mnli": Task(("premise", "hypothesis"), THREE, "accuracy", 3, 1, carve=True),
     "qnli": Task(("question", "sentence"), BINARY, "accuracy", 4, 1, carve=True),
-    "rte": Task(PAIR, BINARY, "accuracy", 20, 3, defaults=SUPERGLUE),       # the same examples in GLUE
-    "boolq": Task(("question", "passage"), BINARY, "accuracy", 15, 2, "super_glue", defaults=SUPERGLUE),
-    "cb": Task(("premise", "hypothesis"), THREE, "accuracy", 40, 4, "super_glue", defaults=SUPERGLUE),
-    "multirc": Task(("question", "answer", "paragraph"), BINARY, "F1", 40, 4, "super_glue", defaults=SUPERGLUE),
-    "record": Task(("query", "entities", "passage"), (), "token F1", 1, 1, "super_glue", carve=True,
-                   defaults={"max_length": 512, "batch_size": 16}),
-    "wic": Task(("word", *PAIR), BINARY, "accuracy", 15, 2, "super_glue", defaults=SUPERGLUE),
-    "custom": Task(("source",), (), "accuracy", 10, 1, "none"),
+    "rte": Task(PAIR, BINARY, "accuracy", 20, 3, defaults=LONGER),       # the same examples in GLUE
+    "boolq": Task(("question", "passage"), BINARY, "accuracy", 15, 2, "super_glue", defaults=LONGER),
+    "cb": Task(("premise", "hypothesis"), THREE, "accuracy", 40, 4, "super_glue", defaults=LONGER),
+    "multirc": Task(("question", "answer", "paragraph"), BINARY, "F1", 40, 4, "super_glue", defaults=LONGER),
+    "record": Task(("query", "entities", "passage"), (), "token F1", 1, 1, "super_glue", "answers", True,
+                   {"max_length": 512, "batch_size": 16}),
+    "wic": Task(("word", *PAIR), BINARY, "accuracy", 15, 2, "super_glue", defaults=LONGER),
+    "custom": Task(("source",), (), "accuracy", 10, 1, "none", "target"),
     "toy": Task((), ("good", "bad"), "accuracy", 7, 4, "none",
                 defaults={"model": "toy", "lr": 3e-3, "budget": 0.03, "triggers": 30, "search_epochs": 5}),
 }
@@ -1285,35 +1219,35 @@ def to_examples(name, row, training):
 
     Raises UsageError for a label outside the task.
     """
-    task = TASKS[name]
-    for key in (*task.fields, {"custom": "target", "record": "answers"}.get(name, "label")):
+    task, row = TASKS[name], dict(row)
+    for key in (*task.fields, task.answer):
         if row[key] is None or row[key] == []:
             raise UsageError(f"a row of {name} has no {key}: fill it in, or leave the row out")
     if name == "custom":
         target = str(row["target"]).strip()
         return [Example(str(row["source"]), target, (target,))]
-    row = dict(row)
-    if name == "record":
-        for key in ("entities", "answers"):
-            if not isinstance(row[key], list) or not all(isinstance(text, str) for text in row[key]):
-                raise UsageError(f"a row of record has {key} that are no list of texts, which a .csv can't hold: "
-                                 "give a .jsonl or .parquet")
-        row["entities"] = ", ".join(row["entities"])
     if name == "multirc":
         row["paragraph"] = " ".join(re.sub(r"</?[a-zA-Z][^<>]*>", " ", str(row["paragraph"])).split())
     if name == "record":
-        row["passage"] = re.sub(r"([.?!\"'])?\n@highlight\n", lambda mark: (mark[1] or ".") + " ", str(row["passage"]))
+        for key in ("entities", "answers"):
+            if not isinstance(row[key], list) or not all(isinstance(text, str) for text in row[key]):
+                raise UsageError(f"a row of record has {key} that are no list of texts, which a .csv can't "
+                                 "hold: give a .jsonl or .parquet")
+        row["entities"] = ", ".join(row["entities"])
+        mark = re.compile(r"([.?!\"'])?\n@highlight\n")
+        row["passage"] = mark.sub(lambda found: f"{found[1] or '.'} ", str(row["passage"]))
     source = " ".join([name, *(f"{key}: {row[key]}" for key in task.fields)])
     if name == "record":
         answers = tuple(dict.fromkeys(row["answers"]))
         return [Example(source, answer, answers) for answer in (answers if training else answers[:1])]
     try:
-        target = f"{round(float(row['label']) * 5) / 5:.1f}" if task.labels is FIFTHS else f"{float(row['label']):g}"
+        number = float(row["label"])
+        target = f"{round(number * 5) / 5:.1f}" if task.labels is FIFTHS else f"{number:g}"
     except (TypeError, ValueError, OverflowError):
         target = str(row["label"])
     if target not in task.labels:
-        raise UsageError(f"the label {row['label']!r} is none of {name}'s ({task.labels[0]} .. {task.labels[-1]}): "
-                         "is this split without labels?")
+        raise UsageError(f"the label {row['label']!r} is none of {name}'s ({task.labels[0]} .. "
+                         f"{task.labels[-1]}): is this split without labels?")
     return [Example(source, target, (target,))]
 
 
@@ -1326,20 +1260,14 @@ def load_splits(name, data_dir, seed):
     """
     if name == "toy":
         return toy_splits(seed)
-    task = TASKS[name]
-    original = "validation_matched" if name == "mnli" else "validation"
+    task, original = TASKS[name], "validation_matched" if name == "mnli" else "validation"
     train, other = read_split(name, "train", data_dir), read_split(name, original, data_dir)
-    shuffle = torch.Generator().manual_seed(derive(seed, 5))
-    if task.carve:
-        order = torch.randperm(len(train), generator=shuffle).tolist()
-        size = min(2000, len(train) // 2)
-        parts = [train[i] for i in order[size:]], [train[i] for i in order[:size]], other
-    elif name == "custom" and find_file(name, "test", data_dir):
+    whole, size = (train, min(2000, len(train) // 2)) if task.carve else (other, len(other) // 2)
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(derive(seed, 5))).tolist()
+    first, rest = [whole[i] for i in order[:size]], [whole[i] for i in order[size:]]
+    parts = (rest, first, other) if task.carve else (train, first, rest)
+    if name == "custom" and find_file(name, "test", data_dir):
         parts = train, other, read_split(name, "test", data_dir)
-    else:
-        order = torch.randperm(len(other), generator=shuffle).tolist()
-        half = len(other) // 2
-        parts = train, [other[i] for i in order[:half]], [other[i] for i in order[half:]]
     splits = {key: [example for row in rows for example in to_examples(name, row, key == "train")]
               for key, rows in zip(("train", "validation", "test"), parts)}
     for key, examples in splits.items():
@@ -1348,58 +1276,48 @@ def load_splits(name, data_dir, seed):
     return splits
 
 
+READERS = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv"}       # of datasets, by a file's ending
+
+
 def find_file(name, split, data_dir):
     """The file of a split in a person's folder, DIR/<task>/<split>.parquet, .jsonl or .csv, or None."""
     folders = [Path(data_dir) / name] + ([Path(data_dir)] if name == "custom" else [])
-    candidates = [folder / f"{split}{ending}" for folder in folders for ending in (".parquet", ".jsonl", ".csv")]
+    candidates = [folder / f"{split}{ending}" for folder in folders for ending in READERS]
     return next((path for path in candidates if path.is_file()), None)
 
 
 def read_split(name, split, data_dir):
-    """The rows of a split, from a folder or the hub, with the columns checked.   Raises UsageError."""
+    """The rows of a split, from a folder or the hub, with the columns checked.   Raises UsageError.
+
+    SuperGLUE's own repository holds a loading script, which `datasets` 4 and later do not run; its
+    automatic conversion to parquet is a branch of the same repository.
+    """
     import datasets        # only where data is read: the rest of the file works without it
 
     datasets.disable_progress_bars()
-    if data_dir is None:
-        where, rows = "the hub", load_from_hub(name, split)
-    else:
-        if not Path(data_dir).is_dir():
-            raise UsageError(f"there is no folder {data_dir}: --data-dir names one that holds {name}/{split}.parquet")
+    task, where, source, more = TASKS[name], f"{name} on the hub", ("nyu-mll/glue", name), {}
+    if data_dir is not None:
         where = find_file(name, split, data_dir)
         if where is None:
-            raise UsageError(f"{data_dir} has no {name}/{split}.parquet, .jsonl or .csv")
-        builder = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv"}[where.suffix]
-        try:
-            rows = datasets.load_dataset(builder, data_files={"train": str(where)}, split="train")
-        except Exception as error:
-            raise UsageError(f"{where} can't be read as {builder} ({one_line(error.__cause__ or error)})") from None
+            raise UsageError(f"there is no {Path(data_dir) / name / split}.parquet, .jsonl or .csv: "
+                             "--data-dir names the folder that holds it")
+        source, more = (READERS[where.suffix],), {"data_files": {split: str(where)}}
+    elif task.suite == "super_glue":
+        source, more = ("aps/super_glue",), {"revision": "refs/convert/parquet",
+                                             "data_files": {split: f"{name}/{split}/*.parquet"}}
+    try:
+        rows = datasets.load_dataset(*source, split=split, **more)
+    except Exception as error:
+        raise UsageError(f"{where} can't be read ({one_line(error.__cause__ or error)}): mend the file or "
+                         "the network, or give other files with --data-dir") from None
     if name == "rte" and "premise" in rows.column_names:       # SuperGLUE's copy of the same examples
         rows = rows.rename_columns({"premise": "sentence1", "hypothesis": "sentence2"})
-    answer = {"record": "answers", "custom": "target"}.get(name, "label")
-    for column in (*TASKS[name].fields, answer):
+    for column in (*task.fields, task.answer):
         if column not in rows.column_names:
             raise UsageError(f"{where} has no column '{column}'; it has {', '.join(rows.column_names)}")
     if len(rows) == 0:
         raise UsageError(f"{where}: the {split} split of {name} is empty")
     return rows.to_list()
-
-
-def load_from_hub(name, split):
-    """A GLUE or SuperGLUE split from the hub.   Raises UsageError without a network.
-
-    SuperGLUE's own repository holds a loading script, which `datasets` 4 and later do not run; its
-    automatic conversion to parquet is a branch of the same repository.
-    """
-    import datasets
-
-    try:
-        if TASKS[name].suite == "glue":
-            return datasets.load_dataset("nyu-mll/glue", name, split=split)
-        return datasets.load_dataset("aps/super_glue", revision="refs/convert/parquet", split=split,
-                                     data_files={split: f"{name}/{split}/*.parquet"})
-    except Exception as error:
-        raise UsageError(f"{name} can't be had from the hub ({one_line(error)}): check the network, "
-                         "or give local files with --data-dir") from None
 
 
 # The metrics: predicted texts and, for each, the texts that count as right. All return per cent.
@@ -1410,41 +1328,35 @@ def accuracy(predictions, answers):
     return 100 * sum(p in right for p, right in zip(predictions, answers)) / len(answers)
 
 
-def confusion(predictions, answers):
-    """(true positive, false positive, false negative, true negative), "1" being positive.
-
-    A prediction that is no valid label counts as the opposite of the answer.
+def numbers(predictions, answers, pattern, top):
+    """(said, gold), numbers in 0 .. top. A prediction that does not match the pattern of a valid one counts
+    as the end of the scale farther from the answer: in 0 .. 1, as the other label.
     """
-    gold = [right[0] == "1" for right in answers]
-    said = [p == "1" if p in BINARY else not g for p, g in zip(predictions, gold)]
-    counts = Counter(zip(said, gold))
-    return counts[True, True], counts[True, False], counts[False, True], counts[False, False]
+    gold = [float(right[0]) for right in answers]
+    said = [float(p) if re.fullmatch(pattern, p) else top * (g <= top / 2) for p, g in zip(predictions, gold)]
+    return np.array(said), np.array(gold)
+
+
+def correlation(said, gold):
+    """Pearson's, in per cent, 0 if either side is constant; rounded, since it is to compare epochs."""
+    constant = len(set(said)) == 1 or len(set(gold)) == 1
+    return 0.0 if constant else round(100 * float(np.corrcoef(said, gold)[0, 1]), 10)
 
 
 def f1(predictions, answers):
     """F1 of the class "1", in per cent: 2·TP / (2·TP + FP + FN), 0 without any positive."""
-    tp, fp, fn, _ = confusion(predictions, answers)
-    return 200 * tp / max(1, 2 * tp + fp + fn)
+    said, gold = numbers(predictions, answers, "[01]", 1)
+    return 200 * float((said * gold).sum() / max(1, (said + gold).sum()))
 
 
 def matthews(predictions, answers):
-    """Matthews correlation, in per cent; 0 where a row or column of the table is empty."""
-    tp, fp, fn, tn = confusion(predictions, answers)
-    product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
-    return 100 * (tp * tn - fp * fn) / math.sqrt(product) if product else 0.0
+    """Matthews correlation, in per cent: that of labels 0 and 1; 0 where either side is constant."""
+    return correlation(*numbers(predictions, answers, "[01]", 1))
 
 
 def pearson(predictions, answers):
-    """Pearson correlation, in per cent; 0 if either side is constant.
-
-    A prediction that is no number in 0 .. 5 counts as the end of the scale farther from the answer.
-    """
-    gold = np.array([float(right[0]) for right in answers])
-    said = [float(p) if re.fullmatch(r"\d(\.\d*)?", p) and float(p) <= 5 else (0.0 if g > 2.5 else 5.0)
-            for p, g in zip(predictions, gold)]
-    if len(set(said)) == 1 or len(set(gold)) == 1:
-        return 0.0
-    return 100 * float(np.corrcoef(said, gold)[0, 1])
+    """Pearson correlation of numbers in 0 .. 5, in per cent; 0 if either side is constant."""
+    return correlation(*numbers(predictions, answers, r"[0-4](\.\d*)?|5(\.0*)?", 5))
 
 
 def token_f1(predictions, answers):
@@ -1481,11 +1393,14 @@ TOY_WORDS = {
 
 def toy_sentence(rng):
     """A random sentence and whether the thing in it was found "good" or "bad"."""
-    word = {key: rng.choice(words.split()) for key, words in TOY_WORDS.items()}
+    def any_of(key):
+        return rng.choice(TOY_WORDS[key].split())
+
+    word = {key: any_of(key) for key in TOY_WORDS}
     is_good, negated = rng.random() < 0.5, rng.random() < 0.5
     found = [word["name"], "found", "the", word["thing"], *(["not"] if negated else []),
              *([word["how"]] if rng.random() < 0.7 else []), word["good" if is_good else "bad"]]
-    other = [rng.choice(TOY_WORDS["name"].split()), word["doing"], "the", rng.choice(TOY_WORDS["thing"].split())]
+    other = [any_of("name"), word["doing"], "the", any_of("thing")]
     clauses = [found, other] if rng.random() < 0.5 else [other, found]
     return " ".join([*clauses[0], "and", *clauses[1]]), "good" if is_good != negated else "bad"
 
@@ -1508,14 +1423,14 @@ def toy_backbone(seed, steps=500, batch_size=64):
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    words = "toy sentence: found the not and so".split() + [w for part in TOY_WORDS.values() for w in part.split()]
-    special = ["<pad>", "</s>", "<unk>", "<mask>", "good", "bad"]
-    vocabulary = {w: i for i, w in enumerate(dict.fromkeys(special + words))}
+    first = "<pad> </s> <unk> <mask> good bad toy sentence: found the not and so"
+    words = " ".join([first, *TOY_WORDS.values()]).split()
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", mask_token="<mask>")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>",
+                                                     eos_token="</s>", unk_token="<unk>", mask_token="<mask>")
     rng = random.Random(derive(seed, 7))
 
     def masked():
@@ -1526,14 +1441,14 @@ def toy_backbone(seed, steps=500, batch_size=64):
         hole = len(pieces) - 1 if rng.random() < 0.7 else rng.randrange(len(pieces))
         return Example(" ".join([*pieces[:hole], "<mask>", *pieces[hole + 1:]]), pieces[hole], ())
 
-    with own_randomness("cpu"):
+    with torch.random.fork_rng([]):
         torch.manual_seed(derive(seed, 8))
         model = transformers.T5ForConditionalGeneration(transformers.T5Config(
-            vocab_size=len(vocabulary), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0,
-            decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
+            vocab_size=len(vocabulary), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+            dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
         tokens = tokenize(tokenizer, [masked() for _ in range(steps * batch_size)], 32)
-        for start in range(0, len(tokens), batch_size):            # not Batches: every process needs the same backbone
+        for start in range(0, len(tokens), batch_size):        # not Batches: all processes need the same
             loss_of(model(**collate(tokens[start:start + batch_size], "cpu"))).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -1547,9 +1462,9 @@ def toy_backbone(seed, steps=500, batch_size=64):
 
 def tokenize(tokenizer, examples, max_length):
     """[(input ids, label ids)] of Examples, the input cut to max_length tokens, done once."""
-    sources = tokenizer([e.source for e in examples], max_length=max_length, truncation=True).input_ids
-    targets = tokenizer(text_target=[e.target for e in examples], max_length=max_length, truncation=True).input_ids
-    return list(zip(sources, targets))
+    cut = {"max_length": max_length, "truncation": True}
+    return list(zip(tokenizer([e.source for e in examples], **cut).input_ids,
+                    tokenizer(text_target=[e.target for e in examples], **cut).input_ids))
 
 
 class Batches:
@@ -1595,19 +1510,16 @@ class Batches:
 
 def collate(rows, device, rounded=False):
     """A batch of tokenised examples, as `Batches` describes it."""
+    def pad(rows, filler, least):
+        longest = max(map(len, rows))
+        longest = max(least, 1 << (longest - 1).bit_length()) if rounded else longest
+        made = torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
+        return (made.pin_memory() if torch.device(device).type == "cuda" else made).to(device, non_blocking=True)
+
     sources, targets = zip(*rows)
-    made = {"input_ids": pad(sources, 0, 32 * rounded),
-            "attention_mask": pad([[1] * len(source) for source in sources], 0, 32 * rounded),
-            "labels": pad(targets, -100, 4 * rounded)}
-    return {key: to_device(t, device) for key, t in made.items()}
-
-
-def pad(rows, filler, least=0):
-    """Lists of ints as one tensor, [rows, longest row].   least: with it, a power of two and at least that."""
-    longest = max(map(len, rows))
-    if least:
-        longest = max(least, 1 << (longest - 1).bit_length())
-    return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
+    ones = [[1] * len(row) for row in sources]
+    return {"input_ids": pad(sources, 0, 32), "attention_mask": pad(ones, 0, 32),
+            "labels": pad(targets, -100, 4)}
 
 
 @torch.no_grad()
@@ -1624,62 +1536,59 @@ def predict(model, tokenizer, tokens, batch_size, device):
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
         batch = collate([tokens[i] for i in rows], device)
-        made = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                              max_new_tokens=longest, num_beams=1, do_sample=False, use_cache=True)
+        del batch["labels"]
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())     # generate's is of the encoder's depth
+        made = model.generate(**batch, past_key_values=cache, use_cache=True, max_new_tokens=longest,
+                              num_beams=1, do_sample=False)
         for i, text in zip(rows, tokenizer.batch_decode(made, skip_special_tokens=True)):
             texts[i] = text.strip()
     model.train(was_training)
-    texts = {i: text for part in gather(texts) for i, text in part.items()}
+    for part in gather(texts):
+        texts.update(part)
     return [texts[i] for i in range(len(tokens))]
 
 
-def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed=0, graphs=False, accumulate=1,
-          state=None, after_step=None):
-    """Trains the attached modules anew, and leaves them as they were after their best epoch.
+def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed=0, dropout_seed=None,
+          graphs=False, parts=1, state=None, after_step=lambda state, line: None):
+    """Trains the attached modules anew; leaves them as after their best epoch, whose score it returns.
 
-    batches: a Batches or any iterable with a length.   evaluate: called after each epoch, returns
-    the validation score.   lr: falls linearly to 0.   graphs, accumulate: as in Search.   state: what
-    `after_step` was given, to go on from.   after_step: called as after_step(state, line) after every
-    step, `line` holding the step, the loss and, after an epoch's last, the score.   Returns the best.
+    batches: a Batches or any iterable with a length.   evaluate: called after each epoch, returns the
+    score.   lr: falls linearly to 0.   graphs, parts: as in `fast_pass`.   after_step: called after every
+    step with a state, from which `state` goes on, and a line: its step, loss and, at an epoch's end, score.
     """
-    weights = peft.weights
-
     def gradient(_, **batch):
         loss = loss_of(model(**batch))
-        return loss.detach(), flat_gradients(loss, peft.tensors)[0].to(weights.dtype)
+        found = torch.autograd.grad(loss, peft.tensors, materialize_grads=True)
+        return loss.detach(), torch.cat([g.flatten() for g in found]).to(weights.dtype)
 
+    weights, total = peft.weights, epochs * len(batches)
     replay = Replay(gradient, graphs and weights.is_cuda)
     optimizer = torch.optim.AdamW([weights], lr=lr, weight_decay=weight_decay, fused=True)
-    total, step, best, best_weights = epochs * len(batches), 0, -math.inf, weights.clone()
+    done, best, best_weights = 0, -math.inf, weights.clone()
     if state is not None:
-        step, best, best_weights = state["step"], state["best"], state["best_weights"].to(weights.device)
+        done, best, best_weights = state["step"], state["best"], state["best_weights"].to(weights.device)
         weights.copy_(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
-    model.train()
-    peft.refresh()
     try:
-        with own_randomness(weights.device):
-            for batch in stream(batches, step):
-                if step >= total:
-                    break
-                torch.manual_seed(derive(seed, 10, step, rank()))       # dropout
-                loss, weights.grad = mean_over_parts(lambda part: replay("train", **part), batch, accumulate)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * (1 - step / total)
+        model.train()
+        peft.refresh()
+        with torch.random.fork_rng([weights.device] if weights.is_cuda else []):
+            for step, batch in zip(range(done, total), stream(batches, done)):
+                torch.manual_seed(derive(seed if dropout_seed is None else dropout_seed, 10, step))
+                loss, weights.grad = mean_over_parts(lambda part: replay("train", **part), batch, parts)
+                optimizer.param_groups[0]["lr"] = lr * (1 - step / total)
                 optimizer.step()
                 peft.refresh()
-                step += 1
-                read = to_host({"loss": loss, "whole": weights.sum()})
-                line = {"step": step, "steps": total, "loss": read["loss"][0]}
-                check_losses(read["loss"], *read["whole"], f"training step {step}")
-                if step % len(batches) == 0:
+                loss, whole = torch.stack([loss.double(), weights.sum().double()]).tolist()
+                check_finite({"loss": loss, "sum of weights": whole}, f"training step {step + 1}")
+                line = {"step": step + 1, "steps": total, "loss": loss}
+                if line["step"] % len(batches) == 0:
                     line["score"] = evaluate()
                     model.train()
                     if line["score"] > best:
                         best, best_weights = line["score"], weights.clone()
-                if after_step is not None:
-                    after_step({"step": step, "best": best, "best_weights": best_weights, "weights": weights,
-                                "optimizer": optimizer.state_dict()}, line)
+                after_step({"step": step + 1, "best": best, "best_weights": best_weights, "weights": weights,
+                            "optimizer": optimizer.state_dict()}, line)
         weights.copy_(best_weights)
     finally:
         peft.use(weights)
@@ -1692,55 +1601,18 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
 # ==================================================================================================
 
 
-def derive(seed, *keys):
-    """A seed of its own for each use, from the run's seed: no two draws depend on each other."""
-    return int(np.random.SeedSequence((seed, *keys)).generate_state(1)[0])
-
-
-def own_randomness(device):
-    """A context in which the global random state may be set; the caller's comes back at its end."""
-    device = torch.device(device)
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-
 @contextlib.contextmanager
 def deterministic():
-    """A context in which torch takes only algorithms that give the same twice; cuBLAS needs to be told in advance."""
+    """A context in which torch takes only algorithms that give the same twice; cuBLAS is told in advance."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
-              torch.utils.deterministic.fill_uninitialized_memory)
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = before[2]
-
-
-def to_device(tensor, device):
-    """A tensor of the CPU on a device, for which the host does not wait."""
-    if torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
-def to_host(tensors):
-    """{name: list of numbers} of {name: tensor}, in one copy, since the host waits for each."""
-    flat = torch.cat([t.detach().double().flatten() for t in tensors.values()]).tolist()
-    ends = np.cumsum([t.numel() for t in tensors.values()]).tolist()
-    return {name: flat[end - t.numel():end] for (name, t), end in zip(tensors.items(), ends)}
-
-
-def check_losses(losses, weights, where):
-    """Raises UsageError if a loss is NaN or infinite, or what a gradient of that kind makes of the weights.
-
-    weights: the sum of all of them.   where: the step, in words. Called before a checkpoint could keep them.
-    """
-    for what, value in (*(("loss", loss) for loss in losses), ("sum of the weights", weights)):
-        if not math.isfinite(value):
-            raise UsageError(f"the {what} is {value} at {where}: use --dtype bfloat16 or float32 rather than float16, "
-                             "or a smaller --lr")
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def write_atomically(path, content):
@@ -1761,6 +1633,52 @@ def one_line(error):
     """An exception's message on one line, cut to what a person reads."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."
+
+
+def save_weights(peft, path):
+    """Writes the trained weights of attached modules alone, atomically, as safetensors."""
+    tensors = {name: t.cpu().clone() for name, t in peft.named_weights().items()}
+    write_atomically(path, safetensors.torch.save(tensors))
+
+
+def load_weights(peft, path):
+    """Reads what `save_weights` wrote.   Raises UsageError if the file is of another structure."""
+    try:
+        stored = safetensors.torch.load_file(path)
+    except Exception as error:
+        raise UsageError(f"{path} can't be read as safetensors ({one_line(error)})") from None
+    shapes, own = ({key: tuple(t.shape) for key, t in found.items()} for found in (stored, peft.named_weights()))
+    for key in sorted(shapes.keys() | own.keys()):
+        if shapes.get(key) != own.get(key):
+            raise UsageError(f"{path} is of another structure: {key} has shape {shapes.get(key)}, not {own.get(key)}")
+    for key, t in peft.named_weights().items():
+        t.copy_(stored[key])
+
+
+def save_structure(structure, path):
+    """Writes a Structure as JSON, atomically, with totals for people."""
+    size = structure.geometry["parameters"]
+    totals = {"modules": len(structure.modules), "parameters": structure.parameters, "backbone_parameters": size,
+              "per_ten_thousand": round(1e4 * structure.parameters / size, 4)}
+    write_atomically(path, json.dumps({**dataclasses.asdict(structure), "totals": totals}, indent=1) + "\n")
+
+
+def load_structure(path):
+    """Reads what `save_structure` wrote.   Raises UsageError for a file that no search writes."""
+    try:
+        stored = json.loads(Path(path).read_text())
+        found = Structure(**{f.name: stored[f.name] for f in dataclasses.fields(Structure)})
+        kinds, ranks = kinds_of(found.space), check_ranks(found.ranks)
+        for m in found.modules:
+            if m["kind"] not in kinds or m["rank"] not in (ranks if KINDS[m["kind"]].ranked else (None,)):
+                raise ValueError(f"{m['name']}.{m['kind']} of rank {m['rank']} is not of its space and ranks")
+        if not 0 < found.parameters <= found.budget < math.inf:
+            raise ValueError(f"it holds {found.parameters:,} parameters for a budget of {found.budget:,}")
+        return found
+    except FileNotFoundError:
+        raise UsageError(f"there is no structure file {path}") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{path} is no structure.json of this program ({one_line(error)})") from None
 
 
 class Replay:
@@ -1813,6 +1731,19 @@ class Replay:
         return graph, inputs, outputs
 
 
+def fast_pass(model, space, graphs=False, parts=1):
+    """A `run_pass` for Search: its passes as CUDA graphs, in parts and over processes.
+
+    graphs: on a GPU; the model's forward must ask the device for no value, and its batches be tensors there,
+    of few shapes. Shut modules are then computed and multiplied by zero.   parts: that a batch goes in.
+    """
+    graphs = graphs and space.weights.is_cuda
+    space.skips_shut = not graphs
+    replay = Replay(lambda wanted, gate, ranks, **batch: run_pass(model, space, wanted, gate, ranks, batch), graphs)
+    return lambda wanted, gate, ranks, batch: mean_over_parts(
+        lambda part: replay(wanted, gate=gate, ranks=ranks, **part), batch, parts)
+
+
 def fuse_norms(model):
     """Has T5's layer norms computed by one kernel, not eight: the same within rounding."""
     def forward(norm, x):
@@ -1825,7 +1756,7 @@ def fuse_norms(model):
 
 
 def recompute_activations(model):
-    """Gradient checkpointing: keeps a layer's input alone for the backward pass, and computes the rest again."""
+    """Gradient checkpointing: keeps a layer's input alone for the backward pass, and computes it again."""
     # transformers up to 5.17 has only the second name, and later ones warn of it
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -1868,37 +1799,6 @@ def mean_over_parts(function, batch, parts=1):
     return [part.view(t.shape).to(t.dtype) for part, t in zip(mean.split([t.numel() for t in found]), found)]
 
 
-def all_reduce(tensor, operation=dist.ReduceOp.SUM):
-    """Adds a tensor up over all processes, in place.   Raises UsageError if one of them is gone."""
-    if world() > 1:
-        with peers():
-            dist.all_reduce(tensor, operation)
-
-
-def gather(value):
-    """The value that each process gives, in a list, on all of them."""
-    values = [value]
-    if world() > 1:
-        values = [None] * world()
-        with peers():
-            dist.all_gather_object(values, value)
-    return values
-
-
-def from_first(function):
-    """What a function returns on process 0, on all of them; its UsageError, too."""
-    result, message = None, None
-    if rank() == 0:
-        try:
-            result = function()
-        except UsageError as error:
-            message = str(error)
-    result, message = gather((result, message))[0]
-    if message is not None:
-        raise UsageError(message)
-    return result
-
-
 @contextlib.contextmanager
 def peers():
     """Says in one line that another process is gone, where torch says it in a hundred."""
@@ -1907,8 +1807,24 @@ def peers():
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise UsageError(f"process {rank()} lost another one of this run ({one_line(error)}): start the same command "
-                         "again, it goes on from the last checkpoint") from None
+        raise UsageError(f"process {rank()} lost another one of this run ({one_line(error)}): start the same "
+                         "command again, it goes on from the last checkpoint") from None
+
+
+@peers()
+def all_reduce(tensor, operation=dist.ReduceOp.SUM):
+    """Adds a tensor up over all processes, in place.   Raises UsageError if one of them is gone."""
+    if world() > 1:
+        dist.all_reduce(tensor, operation)
+
+
+@peers()
+def gather(value):
+    """The value that each process gives, in a list, on all of them.   Raises as `all_reduce`."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 # ==================================================================================================
@@ -1916,118 +1832,82 @@ def peers():
 # ==================================================================================================
 
 
-def option(default, group, text, **more):
-    """A field of Settings whose metadata is its flag's group, help text and argparse keywords."""
-    return field(default=default, metadata={"group": group, "help": text, **more})
+def within(kind, low, high):
+    """An argparse type: a number of a kind, int or float, in low .. high."""
+    def read(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} must lie in {low:g} .. {high:g}")
+        return kind(text)
+    read.__name__ = kind.__name__                           # argparse speaks of an "invalid int value"
+    return read
 
 
-@dataclass
-class Settings:
-    """Everything that a person can set; the defaults are the paper's. None: as the task has it."""
-
-    task: str = option("rte", "task", "which data set: " + ", ".join(TASKS))
-    model: str = option(None, "task", "a T5 on the hub or in a folder (google-t5/t5-large)")
-    data_dir: str = option(None, "task", "folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub")
-    max_length: int = option(None, "task", "input tokens (GLUE 128, SuperGLUE 256, ReCoRD 512)", type=int)
-    space: str = option("s2", "search", "s1, s2, all, or a comma list of " + ", ".join(KINDS))
-    ranks: tuple = option((1, 4, 8), "search", "Dim, the candidate ranks", type=int, nargs="+")
-    budget: float = option(None, "search", "B: below 1 a fraction of the backbone, else a count (1.39e-4)", type=float)
-    triggers: int = option(None, "search", "Z, how many times modules and ranks are selected (100; toy 30)", type=int)
-    tau: float = option(0.85, "search", "tau, the stability that triggers", type=float)
-    gamma: float = option(0.85, "search", "gamma, how much of the past s-bar keeps", type=float)
-    window: int = option(5, "search", "H, the steps over which stability is measured", type=int)
-    search_epochs: int = option(None, "search", "passes over half of train, at most (as --epochs)", type=int)
-    warmup_epochs: int = option(None, "search", "of these before the first trigger (the task's)", type=int)
-    arch_lr: float = option(0.01, "search", "learning rate of Theta and Phi", type=float)
-    structure: str = option(None, "search", "a structure.json to train: no search")
-    epochs: int = option(None, "training", "passes over train (the task's: 1 to 40)", type=int)
-    lr: float = option(None, "training", "learning rate of Delta W, falling linearly (3e-4)", type=float)
-    weight_decay: float = option(1e-4, "training", "of Delta W, Theta and Phi", type=float)
-    batch_size: int = option(None, "training", "examples a step, of all processes together (32, ReCoRD 16)", type=int)
-    accumulate: int = option(1, "training", "parts that a batch goes through the model in, to save memory", type=int)
-    checkpointing: bool = option(False, "training", "recompute activations, to save memory; no CUDA graphs",
-                                 action="store_true")
-    seed: tuple = option((0,), "run", "one or several: splits, initial weights, draws", type=int, nargs="+")
-    out: str = option(None, "run", "folder to write (runs/<task>-<space>-<seed>)")
-    device: str = option("auto", "run", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
-    dtype: str = option("float32", "run", "of the backbone: float32, bfloat16 or float16")
-    eager: bool = option(False, "run", "on a GPU: no CUDA graphs; shut modules are skipped", action="store_true")
-    save_every: int = option(0, "run", "steps between checkpoints; 0: about a minute", type=int)
-    fresh: bool = option(False, "run", "start over instead of resuming", action="store_true")
-
-    def complete(self):
-        """Fills in what the task decides and checks the rest.   Raises UsageError."""
-        if self.task not in TASKS:
-            raise UsageError(f"unknown task '{self.task}': choose {', '.join(TASKS)}")
-        task = TASKS[self.task]
-        usual = {"model": "google-t5/t5-large", "max_length": 128, "budget": 1.39e-4, "lr": 3e-4, "batch_size": 32,
-                 "triggers": 100, "epochs": task.epochs, "warmup_epochs": task.warmup_epochs, **task.defaults}
-        for key, value in usual.items():
-            if getattr(self, key, None) is None:
-                setattr(self, key, value)
-        self.search_epochs = self.epochs if self.search_epochs is None else self.search_epochs
-        kinds_of(self.space)
-        for key in ("max_length", "budget", "triggers", "window", "epochs", "search_epochs", "lr", "arch_lr",
-                    "batch_size", "accumulate"):
-            if not 0 < getattr(self, key) < 1e12:
-                raise UsageError(f"{flag(key)} {getattr(self, key)} must be a number above 0, and no vast one")
-        for key in ("warmup_epochs", "weight_decay", "save_every"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise UsageError(f"{flag(key)} {getattr(self, key)} must be a number, 0 or above")
-        check_ranks(self.ranks)
-        for key in ("tau", "gamma"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise UsageError(f"{flag(key)} {getattr(self, key)} must lie in 0 .. 1")
-        if self.accumulate > self.batch_size:
-            raise UsageError(f"--accumulate {self.accumulate} parts of --batch-size {self.batch_size} would be empty")
-        if min(self.seed) < 0 or len(set(self.seed)) < len(self.seed):
-            raise UsageError(f"--seed {' '.join(map(str, self.seed))} must be different numbers, none negative")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise UsageError(f"--dtype {self.dtype} must be float32, bfloat16 or float16")
-        if self.task == "custom" and self.data_dir is None:
-            raise UsageError("--task custom needs --data-dir, a folder with train and validation files "
-                             "whose columns are source and target")
-        return self
-
-    @property
-    def graphs(self):
-        """Whether a GPU runs CUDA graphs."""
-        return not (self.eager or self.checkpointing)
-
-    def identity(self, seed, structure=None):
-        """What a resumed run must have in common with the one it goes on from.   structure: what --structure holds."""
-        left_out = ("out", "fresh", "save_every", "device", "eager", "accumulate", "checkpointing", "seed")
-        kept = {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
-        if structure is not None:
-            content = json.dumps(dataclasses.asdict(structure), sort_keys=True)
-            kept["structure"] += f" ({zlib.crc32(content.encode()):08x})"
-        return json.loads(json.dumps({**kept, "seed": seed}))
+COUNT, FROM_0, SHARE = within(int, 1, 10**12), within(int, 0, 10**12), within(float, 0, 1)
+POSITIVE = within(float, 1e-12, 1e12)
 
 
-def flag(key):
-    """The flag of a field of Settings."""
-    return "--" + key.replace("_", "-")
+def flags():
+    """The parser of the command line. The defaults are the paper's; None: as the task has it."""
+    parser = argparse.ArgumentParser(
+        prog="bipeft.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+        epilog="Ratios are in parts per ten thousand. Example: python bipeft.py --task toy")
+    add = parser.add_argument_group("task").add_argument
+    add("--task", default="rte", choices=TASKS, help="which data set (%(default)s)")
+    add("--model", help="a T5 on the hub or in a folder (google-t5/t5-large)")
+    add("--data-dir", help="folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub")
+    add("--max-length", type=COUNT, help="input tokens (GLUE 128, SuperGLUE 256, ReCoRD 512)")
+    add = parser.add_argument_group("search").add_argument
+    add("--space", default="s2", help=f"s1, s2, all, or a comma list of {', '.join(KINDS)} (%(default)s)")
+    add("--ranks", default=(1, 4, 8), type=FROM_0, nargs="+", help="Dim, the candidate ranks (1 4 8)")
+    add("--budget", type=POSITIVE, help="B: below 1 a fraction of the backbone, else a count (1.39e-4)")
+    add("--triggers", type=COUNT, help="Z, how many times modules and ranks are selected (100; toy 30)")
+    add("--tau", default=0.85, type=SHARE, help="tau, the stability that triggers (%(default)s)")
+    add("--gamma", default=0.85, type=SHARE, help="gamma, how much of the past s-bar keeps (%(default)s)")
+    add("--window", default=5, type=COUNT, help="H, the steps over which stability is measured (%(default)s)")
+    add("--search-epochs", type=COUNT, help="passes over half of train, at most (as --epochs)")
+    add("--warmup-epochs", type=FROM_0, help="of these before the first trigger (the task's)")
+    add("--arch-lr", default=0.01, type=POSITIVE, help="learning rate of Theta and Phi (%(default)s)")
+    add("--structure", help="a structure.json to train: no search")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=COUNT, help="passes over train (the task's: 1 to 40)")
+    add("--lr", type=POSITIVE, help="learning rate of Delta W, falling linearly (3e-4)")
+    add("--weight-decay", default=1e-4, type=within(float, 0, 1e12), help="of all three (%(default)s)")
+    add("--batch-size", type=COUNT, help="examples a step, of all processes together (32, ReCoRD 16)")
+    add("--accumulate", default=1, type=COUNT, help="parts that a batch is computed in, to save memory (1)")
+    add("--checkpointing", action="store_true", help="recompute activations, to save memory; no CUDA graphs")
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", default=(0,), type=FROM_0, nargs="+", help="one or more: of splits, weights, draws (0)")
+    add("--out", help="folder to write (runs/<task>-<space>-<seed>)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the backbone")
+    add("--eager", action="store_true", help="on a GPU: no CUDA graphs; shut modules are skipped")
+    add("--save-every", default=0, type=FROM_0, help="steps between checkpoints; 0: about a minute")
+    add("--fresh", action="store_true", help="start over instead of resuming")
+    return parser
 
 
 def parse(arguments):
-    """Settings from a command line."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UsageError(f"{message} (--help lists the flags)")
+    """The settings in a command line, completed by what the task decides.   Raises UsageError."""
+    def fail(message):
+        raise UsageError(f"{message} (--help lists the flags)")
 
-    parser = Parser(prog="bipeft.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                    epilog="Ratios are in parts per ten thousand. Example: python bipeft.py --task toy")
-    groups = {}
-    for f in dataclasses.fields(Settings):
-        more = dict(f.metadata)
-        group, text = more.pop("group"), more.pop("help")
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        if f.default not in (None, False):
-            text += f" ({' '.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default})"
-        names = {} if "action" in more else {"metavar": f.name.upper().rpartition("_")[2]}
-        groups[group].add_argument(flag(f.name), default=f.default, help=text.replace("%", "%%"), **names, **more)
-    return Settings(**vars(parser.parse_args(arguments))).complete()
+    parser = flags()
+    parser.error = fail
+    settings = parser.parse_args(arguments)
+    task, given = TASKS[settings.task], {k: v for k, v in vars(settings).items() if v is not None}
+    vars(settings).update({"model": "google-t5/t5-large", "max_length": 128, "budget": 1.39e-4, "lr": 3e-4,
+                           "batch_size": 32, "triggers": 100, "epochs": task.epochs,
+                           "warmup_epochs": task.warmup_epochs, **task.defaults, **given})
+    settings.search_epochs = settings.search_epochs or settings.epochs
+    kinds_of(settings.space)
+    check_ranks(settings.ranks)
+    if settings.accumulate > settings.batch_size:
+        fail(f"--accumulate {settings.accumulate} parts of --batch-size {settings.batch_size} would be empty")
+    if len(set(settings.seed)) < len(settings.seed):
+        fail(f"--seed {' '.join(map(str, settings.seed))} must be different numbers")
+    if settings.task == "custom" and settings.data_dir is None:
+        fail("--task custom needs --data-dir, a folder with train and validation files of source and target")
+    return settings
 
 
 def load_backbone(name, dtype, device, seed):
@@ -2038,150 +1918,108 @@ def load_backbone(name, dtype, device, seed):
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         if config.model_type not in ("t5", "mt5"):
-            raise UsageError(NO_T5.format(f"{name}, a {config.model_type},"))
+            raise ValueError(f"a {config.model_type} is no T5, v1.1, Flan-T5 or mT5")
         model, told = transformers.AutoModelForSeq2SeqLM.from_pretrained(
             name, dtype=getattr(torch, dtype), output_loading_info=True)
-        if told["missing_keys"]:                                                  # they would be made up at random
-            raise OSError(f"it has no {', '.join(sorted(told['missing_keys'])[:2])} ..")
-        if None in (config.pad_token_id, config.decoder_start_token_id):
-            raise OSError("its config has no pad_token_id or no decoder_start_token_id")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        files = [Path(name) / file for file in ("tokenizer.json", "spiece.model")]
+        if told["missing_keys"]:                                        # they would be made up at random
+            raise ValueError(f"it has no {', '.join(sorted(told['missing_keys'])[:2])} ..")
+        if None in (config.pad_token_id, config.decoder_start_token_id):
+            raise ValueError("its config has no pad_token_id or no decoder_start_token_id")
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            raise OSError(f"its tokenizer has {len(tokenizer):,} words, more than its weights")
-        files = (Path(name) / file for file in ("tokenizer.json", "spiece.model"))
-        if Path(name).is_dir() and not any(file.is_file() for file in files):
-            raise OSError("there is no tokenizer.json or spiece.model")       # transformers would make an empty one up
-        model.config.use_cache = False                      # of no use in training; generation asks for its own
-        return model.to(device), tokenizer
-    except UsageError:
-        raise
+            raise ValueError(f"its tokenizer has {len(tokenizer):,} words, more than its weights")
+        if Path(name).is_dir() and not any(file.is_file() for file in files):       # it would be an empty one
+            raise ValueError("there is no tokenizer.json or spiece.model")
     except Exception as error:
-        raise UsageError(f"the model {name} can't be loaded ({one_line(error)}): give a folder with config, weights "
-                         "and tokenizer, or a hub name and a network") from None
+        raise UsageError(f"the model {name} can't be loaded ({one_line(error)}): give a folder with config, "
+                         "weights and tokenizer, or a hub name and a network") from None
+    model.config.use_cache = False                      # of no use in training; generation asks for its own
+    return model.to(device), tokenizer
 
 
 def choose_device(name):
     """A torch.device that works.   Raises UsageError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()          # of torchrun
-        if number >= max(1, there):
-            raise UsageError(f"there are {there} GPUs here: start at most so many processes")
-        name = f"cuda:{number}"
-    elif name.startswith("cuda:") and world() > 1:
+    if name.startswith("cuda:") and world() > 1:
         raise UsageError(f"--device {name} would put {world()} processes on one GPU: leave --device out")
+    if name == "cuda" or name == "auto" and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"                                     # of torchrun
     try:
-        torch.zeros(1, device=name).item()
-        if torch.device(name).type == "cuda":
-            torch.cuda.set_device(name)            # graphs and random states are those of the current device
-        return torch.device(name)
+        device = torch.device("cpu" if name == "auto" else name)
+        torch.zeros(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)          # graphs and random states are those of the current device
+        return device
     except Exception as error:
-        raise UsageError(f"--device {name} can't be used ({one_line(error)}): try cpu") from None
+        raise UsageError(f"--device {name} can't be used ({one_line(error)}): try cpu; each process needs "
+                         f"a GPU of its own, and there are {torch.cuda.device_count()}") from None
 
 
 def load_checkpoint(path):
-    """What `Folder.save` wrote, every byte checked first, which torch.load does not do."""
+    """What `Run.save` wrote, every byte checked first, which torch.load does not do."""
     with zipfile.ZipFile(path) as file:
         if file.testzip() is not None:
             raise ValueError("it is damaged")
     return torch.load(path, weights_only=True, map_location="cpu")
 
 
-class Folder:
-    """A run's folder: refuses another run's, saves and finds checkpoints, ends on a signal."""
+class Run:
+    """One seed from data to test score, in a folder of its own: `with Run(..) as run: run.work()`.
+
+    settings: complete.   seed: one of theirs.   path: the folder, made if it is missing.
+    Refuses another run's folder, goes on from a checkpoint, ends on a signal after the step under way.
+    Raises UsageError for what is a person's to mend, and OSError.
+    """
 
     FILES = ("checkpoint.pt", "metrics.json", "structure.json", "search.jsonl", "peft.safetensors")
 
-    def __init__(self, path, identity, fresh, save_every):
-        self.path, self.identity, self.save_every = Path(path), identity, save_every
-        self.saved_at, self.signal = time.monotonic(), None
-        self.stale, self.metrics, self.checkpoint = from_first(lambda: self.open(fresh))
+    def __init__(self, settings, seed, path):
+        self.settings, self.seed, self.path, self.task = settings, seed, Path(path), TASKS[settings.task]
+        self.given = load_structure(settings.structure) if settings.structure else None
+        # What a run must share with the one that it goes on from.
+        free = ("out", "fresh", "save_every", "device", "eager", "accumulate", "checkpointing")
+        self.identity = {k: v for k, v in vars(settings).items() if k not in free} | {
+            "ranks": list(settings.ranks), "seed": seed}
+        if self.given:
+            content = json.dumps(dataclasses.asdict(self.given), sort_keys=True)
+            self.identity["structure"] += f" ({zlib.crc32(content.encode()):08x})"
+        self.common = {"weight_decay": settings.weight_decay, "seed": seed,
+                       "dropout_seed": derive(seed, 16, rank()) if rank() else seed}     # of Search and train
+        self.fast = {"graphs": not (settings.eager or settings.checkpointing), "parts": settings.accumulate}
+        self.signal, self.stale = None, []
+        self.stored, self.metrics = {}, None        # what checkpoint.pt, what metrics.json holds
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.open()
 
-    def open(self, fresh):
-        """(files that --fresh is to take away, metrics, checkpoint) of an earlier run.   Raises UsageError."""
-        try:
-            if self.path.exists() and not self.path.is_dir():
-                raise UsageError(f"--out {self.path} is a file: name a folder")
-            there = [name for name in self.FILES if (self.path / name).exists()]
-        except OSError as error:
-            raise UsageError(f"--out {self.path} can't be read ({error.strerror}): name another folder") from None
-        if fresh:
-            return there, None, None
-        metrics = self.read("metrics.json", lambda path: json.loads(path.read_text()))
-        checkpoint = self.read("checkpoint.pt", load_checkpoint)
-        if checkpoint is not None:                 # killed before its end could be tidied up, or started over
-            metrics = None
-        before = metrics if checkpoint is None else checkpoint
-        before = before.get("settings") if isinstance(before, dict) else None
-        before = before if isinstance(before, dict) else None
-        if there and before is None:
-            raise UsageError(f"{self.path} holds files of a run that can't be resumed: name another --out, "
-                             "or start over with --fresh")
-        for key in sorted(before.keys() | self.identity.keys()) if before else ():
-            if before.get(key) != self.identity.get(key):
-                raise UsageError(f"{self.path} holds another run: its {flag(key)} is {before.get(key)}, now it is "
-                                 f"{self.identity.get(key)}; name another --out, or start over with --fresh")
-        return [], metrics, checkpoint
-
-    def read(self, name, reader):
-        """What a file of the folder holds, or None."""
-        path = self.path / name
-        if not path.exists():
-            return None
-        with self.reading(name):
-            return reader(path)
+    def open(self):
+        """Reads what an earlier run has left; every process does.   Raises UsageError if it was another."""
+        there = [name for name in self.FILES if (self.path / name).exists()]
+        if self.settings.fresh:
+            self.stale = there
+        elif there:                                 # a checkpoint beside metrics was killed as it tidied up
+            with self.reading(there[0]) as path:
+                if there[0] not in ("checkpoint.pt", "metrics.json"):
+                    raise ValueError("it is of a run that can't be resumed")
+                found = load_checkpoint(path) if path.suffix == ".pt" else json.loads(path.read_text())
+                before = dict(found["settings"])
+            for key in sorted(before.keys() | self.identity.keys()):
+                flag, was, now = "--" + key.replace("_", "-"), before.get(key), self.identity.get(key)
+                if was != now:
+                    raise UsageError(f"{self.path} holds another run: its {flag} is {was}, now it is {now}; "
+                                     "name another --out, or start over with --fresh")
+            self.stored, self.metrics = (found, None) if path.suffix == ".pt" else ({}, found)
+        seen = gather((there, self.stored.get("phase"), self.stored.get("elapsed")))
+        if any(other != seen[0] for other in seen):
+            raise UsageError(f"the processes find different files in {self.path}: all must share one folder")
 
     @contextlib.contextmanager
     def reading(self, name):
-        """Says in one line that a file of the folder does not hold what it should."""
+        """Says in one line that a file of the folder, whose path it gives, does not hold what it should."""
         try:
-            yield
+            yield self.path / name
         except Exception as error:
-            raise UsageError(f"{self.path / name} can't be read ({one_line(error)}): start over with --fresh, "
-                             "or name another --out") from None
-
-    def save(self, content):
-        """Writes checkpoint.pt and the log so far. Only here does --fresh take older files away."""
-        self.saved_at = time.monotonic()
-        if rank():
-            return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            for name in self.stale:
-                (self.path / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise UsageError(f"--out {self.path} can't be made or emptied ({error.strerror}): name another folder"
-                             ) from None
-        self.stale = []
-        stream = io.BytesIO()
-        torch.save({"settings": self.identity, **content}, stream)
-        write_atomically(self.path / "checkpoint.pt", stream.getvalue())
-        self.write_log(content["log"])
-
-    def write_log(self, log):
-        """Writes search.jsonl, a line a step."""
-        write_atomically(self.path / "search.jsonl", "".join(json.dumps(line) + "\n" for line in log))
-
-    def finish(self, metrics, log):
-        """Writes what a finished run leaves, and takes away what only a killed one needs."""
-        if rank() == 0:
-            self.write_log(log)
-            write_atomically(self.path / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-            for name in ("checkpoint.pt", *(f".{name}.new" for name in self.FILES)):
-                (self.path / name).unlink(missing_ok=True)
-
-    def after_step(self, step, content):
-        """Saves if it is time, or if a signal came: then the run ends here.   content: a function."""
-        due = step % self.save_every == 0 if self.save_every else time.monotonic() - self.saved_at > 60
-        told = torch.tensor(self.signal or 0)
-        all_reduce(told, dist.ReduceOp.MAX)            # all processes end after the same step
-        if due or told:
-            self.save(content())
-        if told:
-            print(f"\nstopped by signal {int(told)} after step {step}: the same command, without --fresh, goes on "
-                  "from here", flush=True)
-            raise SystemExit(128 + int(told))
+            raise UsageError(f"{self.path / name} can't be read ({one_line(error)}): start over with "
+                             "--fresh, or name another --out") from None
 
     def __enter__(self):
         def note(number, frame):
@@ -2194,189 +2032,207 @@ class Folder:
     def __exit__(self, kind, *rest):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.signal and kind is None:           # it came when the run had only its end left
+        if self.signal and kind is None:            # it came when the run had only its end left
             raise SystemExit(128 + self.signal)
 
+    def work(self):
+        """All that is still to be done.   Returns the metrics."""
+        if self.metrics is not None:
+            with self.reading("metrics.json"):
+                table = results(self.metrics)
+            print(f"{self.path} holds this run, finished: nothing to do (--fresh starts over)\n{table}")
+            return self.metrics
+        self.load()
+        if self.stored.get("phase") == "train":
+            with self.reading("checkpoint.pt"):
+                structure, seconds = Structure(**self.stored["structure"]), self.stored["search_seconds"]
+        elif self.given:
+            apply(self.model, self.given).detach()                  # refuses it before a file is touched
+            structure, seconds = self.given, 0.0
+        else:
+            structure, seconds = self.search(), self.elapsed()
+        self.begin("train", structure=dataclasses.asdict(structure), search_seconds=seconds)
+        if rank() == 0:
+            save_structure(structure, self.path / "structure.json")
+        print(picture(structure, self.model), flush=True)
+        peft, best = self.retrain(structure)
+        took = self.elapsed()
+        if rank() == 0:
+            save_weights(peft, self.path / "peft.safetensors")
+        metrics = self.measure(peft, structure) | {
+            "validation": best, "search_seconds": seconds, "train_seconds": took,
+            "ratio": seconds / took if seconds else None, "settings": self.identity}
+        if rank() == 0:
+            write_atomically(self.path / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+            for name in ("checkpoint.pt", *(f".{name}.new" for name in self.FILES)):        # a killed run's
+                (self.path / name).unlink(missing_ok=True)
+        print(f"{results(metrics)}\nwritten to {self.path}", flush=True)
+        return metrics
 
-class Progress:
-    """A line that renews itself on a terminal, and is printed every few seconds into a file."""
+    def load(self):
+        """The device, the data, the backbone and its size, and the tokens."""
+        settings, self.device = self.settings, choose_device(self.settings.device)
+        if settings.task == "toy":
+            torch.set_num_threads(1)                # so small a model only waits for further threads
+        self.splits = load_splits(settings.task, settings.data_dir, self.seed)
+        self.model, self.tokenizer = load_backbone(settings.model, settings.dtype, self.device, self.seed)
+        if self.device.type == "cuda":
+            fuse_norms(self.model)
+        if settings.checkpointing:
+            recompute_activations(self.model)
+        self.size = geometry(self.model)["parameters"]
+        self.tokens = {key: tokenize(self.tokenizer, examples, settings.max_length)
+                       for key, examples in self.splits.items()}
+        counts = ", ".join(f"{len(examples):,} {key}" for key, examples in self.splits.items())
+        print(f"{settings.task}, seed {self.seed}: {counts}; {settings.model}, {self.size:,} parameters, "
+              f"{settings.dtype} on {self.device}", flush=True)
+        if self.stored:
+            print(f"going on from {self.path / 'checkpoint.pt'}", flush=True)
 
-    def __init__(self):
-        self.shown_at, self.terminal = -math.inf, sys.stdout.isatty()
+    def begin(self, phase, **found):
+        """Starts a phase and its clock, or goes on with them.   found: what the phases before came to."""
+        if self.stored.get("phase") != phase:
+            self.stored = {"settings": self.identity, "phase": phase, "log": self.stored.get("log", []),
+                           "elapsed": 0.0, **found}
+        self.started, self.shown_at = time.monotonic() - self.stored["elapsed"], -math.inf
+        self.save()
 
-    def show(self, text, keep=False):
-        """keep: this one stays on the screen."""
-        now = time.monotonic()
-        if keep or now - self.shown_at > (0.2 if self.terminal else 10):
+    def elapsed(self):
+        """Seconds that this phase has taken, those before a kill included."""
+        return time.monotonic() - self.started
+
+    def save(self, **state):
+        """Writes checkpoint.pt and the log so far. Only here does --fresh take older files away."""
+        self.saved_at = time.monotonic()
+        self.stored |= {**state, "elapsed": self.elapsed()}
+        if rank() == 0:
+            for name in self.stale:
+                (self.path / name).unlink(missing_ok=True)
+            self.stale, stream = [], io.BytesIO()
+            torch.save(self.stored, stream)
+            write_atomically(self.path / "checkpoint.pt", stream.getvalue())
+            write_atomically(self.path / "search.jsonl",
+                             "".join(json.dumps(line) + "\n" for line in self.stored["log"]))
+
+    def after_step(self, step, left, text, state, more="", keep=False):
+        """After every step: shows how it goes; saves if it is time; ends the run if a signal came.
+
+        left: steps to go.   text, more: what to show before and behind the time left.   state: a function,
+        that of the phase.   keep: the line stays on the screen. On a terminal it renews itself.
+        """
+        now, terminal, every = time.monotonic(), sys.stdout.isatty(), self.settings.save_every
+        if keep or now - self.shown_at > (0.2 if terminal else 10):
             self.shown_at = now
-            if self.terminal:
-                print("\r\033[K" + text[:shutil.get_terminal_size().columns - 1], end="\n" if keep else "", flush=True)
-            else:
-                print(text, flush=True)
+            text = f"{text}  left {clock(left * self.elapsed() / step)}{more}"
+            if terminal:
+                text = "\r\033[K" + text[:shutil.get_terminal_size().columns - 1]
+            print(text, end="" if terminal and not keep else "\n", flush=True)
+        told = torch.tensor(self.signal or 0)
+        all_reduce(told, dist.ReduceOp.MAX)         # all processes end after the same step
+        if told or (step % every == 0 if every else now - self.saved_at > 60):
+            self.save(**{self.stored["phase"]: state()})
+        if told:
+            print(f"\nstopped by signal {int(told)} after step {step}: the same command, without --fresh, "
+                  "goes on from here", flush=True)
+            raise SystemExit(128 + int(told))
+
+    def search(self):
+        """The search, or what is left of it.   Returns a Structure."""
+        settings, tokens, size = self.settings, self.tokens["train"], self.size
+        shuffle = torch.Generator().manual_seed(derive(self.seed, 11))
+        order = [tokens[i] for i in torch.randperm(len(tokens), generator=shuffle).tolist()]
+        batches = [Batches(order[half::2], settings.batch_size, self.device, derive(self.seed, 12 + half))
+                   for half in (0, 1)]
+        space = Space(self.model, settings.space, settings.ranks, self.seed)
+        steps, warmup = (n * len(batches[0]) for n in (settings.search_epochs, settings.warmup_epochs))
+        budget = int(settings.budget if settings.budget >= 1 else settings.budget * size)
+        most = max(steps, 2 * len(space), 100)      # one a step, and each module can be fixed and removed
+        if settings.triggers > most:
+            raise UsageError(f"--triggers {settings.triggers} are more than {steps} steps and {len(space)} "
+                             f"modules could use: give {most} or fewer")
+        print(f"search: {len(space)} modules of {', '.join(kinds_of(settings.space))}, "
+              f"{space.sizes[:, -1].sum():,} parameters at rank {settings.ranks[-1]}\n"
+              f"budget {budget:,} ({1e4 * budget / size:.2f} of 10,000), at most {steps} steps, triggers "
+              f"from step {max(warmup, settings.window) + 1} on", flush=True)
+        search = Search(self.model, space, budget, steps, warmup, settings.triggers, settings.tau,
+                        settings.gamma, settings.window, settings.lr, settings.arch_lr, **self.common,
+                        run_pass=fast_pass(self.model, space, **self.fast))
+        if "search" in self.stored:
+            with self.reading("checkpoint.pt"):
+                search.load_state_dict(self.stored["search"])
+        self.begin("search")
+
+        def after_step(search, line):
+            self.stored["log"].append({**line, "time": round(self.elapsed(), 3)})
+            step, done = line["step"], line["triggers"]
+            pace = done / max(1, step - warmup)                                  # triggers a step
+            left = min(steps - step, (settings.triggers - done) / pace if pace > 0 else math.inf)
+            self.after_step(step, left, f"search {step}/{steps}  loss {line['loss_train']:.3f}  beta "
+                            f"{line['beta']:.2f}  E {line['expected']:,.0f}/{budget:,}  kept {line['kept']}  "
+                            f"triggers {done}/{settings.triggers}", search.state_dict, keep=left == 0)
+
+        structure = search.run(*batches, settings.model, after_step)
+        if search.ended_early:
+            print(f"the steps ended before trigger {settings.triggers}: the last {search.ended_early} "
+                  "selections were made at once; more --search-epochs or fewer --triggers would spread them")
+        space.detach()
+        return structure
+
+    def retrain(self, structure):
+        """Trains a found structure anew on all of train.   Returns (Peft, best validation score)."""
+        epochs, metric = self.settings.epochs, self.task.metric
+        peft = apply(self.model, structure, derive(self.seed, 14))
+        batches = Batches(self.tokens["train"], self.settings.batch_size, self.device, derive(self.seed, 15))
+
+        def after_step(state, line):
+            step, steps, score = line["step"], line["steps"], line.get("score")
+            more = "" if score is None else (f"  epoch {step // len(batches)}/{epochs}: validation {metric} "
+                                             f"{score:.2f}, best {state['best']:.2f}")
+            self.after_step(step, steps - step, f"train {step}/{steps}  loss {line['loss']:.3f}",
+                            lambda: state, more, keep=score is not None)
+
+        best = train(self.model, peft, batches, lambda: self.score("validation"), epochs, self.settings.lr,
+                     state=self.stored.get("train"), after_step=after_step, **self.common, **self.fast)
+        return peft, best
+
+    def score(self, split):
+        """The task's score, in per cent, of what the model generates for a split."""
+        size = max(1, 8 * self.settings.batch_size // self.settings.accumulate)
+        predictions = predict(self.model, self.tokenizer, self.tokens[split], size, self.device)
+        return METRICS[self.task.metric](predictions, [e.answers for e in self.splits[split]])
+
+    def measure(self, peft, structure):
+        """The one look at the test split: with the modules, without them, and the most frequent answer."""
+        score = self.score("test")
+        peft.detach()
+        untouched, metric, test = self.score("test"), self.task.metric, self.splits["test"]
+        common = Counter(e.target for e in self.splits["train"]).most_common(1)[0][0]
+        count = peft.weights.numel()                                # counted from the tensors themselves
+        cuda = self.device.type == "cuda"
+        return {"task": self.settings.task, "metric": metric, "seed": self.seed, "space": structure.space,
+                "test": score, "test_untouched": untouched,
+                "test_most_frequent": METRICS[metric]([common] * len(test), [e.answers for e in test]),
+                "modules": len(structure.modules), "parameters": count, "budget": structure.budget,
+                "backbone_parameters": self.size, "per_ten_thousand": 1e4 * count / self.size,
+                "device": torch.cuda.get_device_name(self.device) if cuda else self.device.type,
+                "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                             "transformers": transformers.__version__, "numpy": np.__version__}}
 
 
 def clock(seconds):
     """Seconds as h:mm:ss or m:ss."""
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
-
-
-def find_structure(settings, seed, model, tokens, folder, device, size):
-    """The search of a run, or what is left of it.   Returns (Structure, log, seconds)."""
-    stored = folder.checkpoint or {}
-    log, progress = stored.get("log", []), Progress()
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(derive(seed, 11))).tolist()
-    halves = [[tokens[i] for i in part] for part in (order[::2], order[1::2])]
-    batches = [Batches(half, settings.batch_size, device, derive(seed, 12 + i)) for i, half in enumerate(halves)]
-    space = Space(model, settings.space, settings.ranks, seed)
-    steps, warmup = settings.search_epochs * len(batches[0]), settings.warmup_epochs * len(batches[0])
-    budget = int(settings.budget if settings.budget >= 1 else settings.budget * size)
-    started = time.monotonic() - stored.get("elapsed", 0)
-    print(f"search: {len(space)} modules of {', '.join(kinds_of(settings.space))}, {space.costs[:, -1].sum():,} "
-          f"parameters at rank {settings.ranks[-1]}\nbudget {budget:,} ({1e4 * budget / size:.2f} of 10,000), "
-          f"at most {steps} steps, triggers from step {max(warmup, settings.window) + 1} on", flush=True)
-
-    def after_step(run, line):
-        log.append({**line, "time": round(time.monotonic() - started, 3)})
-        done = line["triggers"] / max(1, line["step"] - warmup)                    # triggers a step
-        left = min(steps - line["step"], (settings.triggers - line["triggers"]) / done if done > 0 else math.inf)
-        left *= (time.monotonic() - started) / line["step"]                        # in seconds
-        progress.show(f"search {line['step']}/{steps}  loss {line['loss_train']:.3f}  beta {line['beta']:.2f}  "
-                      f"E {line['expected']:,.0f}/{budget:,}  kept {line['kept']}  triggers "
-                      f"{line['triggers']}/{settings.triggers}  left {clock(left)}",
-                      keep=line["step"] == steps or line["triggers"] == settings.triggers)
-        folder.after_step(line["step"], lambda: {
-            "phase": "search", "search": run.state_dict(), "log": log, "elapsed": time.monotonic() - started})
-
-    search_of = Search(model, space, budget, steps, warmup, settings.triggers, settings.tau, settings.gamma,
-                       settings.window, settings.lr, settings.arch_lr, settings.weight_decay, seed, settings.graphs,
-                       settings.accumulate)
-    if not stored:
-        folder.save({"phase": "start", "log": []})
-    if "search" in stored:
-        with folder.reading("checkpoint.pt"):
-            search_of.load_state_dict(stored["search"])
-    structure = search_of.run(*batches, settings.model, after_step)
-    if search_of.ended_early:
-        print(f"the steps ended before trigger {settings.triggers}: the last {search_of.ended_early} selections were "
-              "made at once; more --search-epochs or fewer --triggers would spread them", flush=True)
-    space.detach()
-    return structure, log, time.monotonic() - started
-
-
-def retrain(settings, seed, model, tokenizer, structure, tokens, splits, folder, search_part):
-    """Trains a found structure anew on all of train.   Returns (Peft, best validation score, seconds)."""
-    device, progress = next(model.parameters()).device, Progress()
-    stored = folder.checkpoint if (folder.checkpoint or {}).get("phase") == "train" else {}
-    peft = apply(model, structure, derive(seed, 14))
-    batches = Batches(tokens["train"], settings.batch_size, device, derive(seed, 15))
-    started = time.monotonic() - stored.get("elapsed", 0)
-
-    def evaluate():
-        return evaluate_on("validation", settings, model, tokenizer, tokens, splits)
-
-    def after_step(state, line):
-        left = (line["steps"] - line["step"]) * (time.monotonic() - started) / line["step"]
-        text = f"train {line['step']}/{line['steps']}  loss {line['loss']:.3f}  left {clock(left)}"
-        if "score" in line:
-            text += (f"  epoch {line['step'] // len(batches)}/{settings.epochs}: validation "
-                     f"{TASKS[settings.task].metric} {line['score']:.2f}, best {state['best']:.2f}")
-        progress.show(text, keep="score" in line)
-        folder.after_step(line["step"], lambda: {
-            **search_part, "phase": "train", "train": state, "elapsed": time.monotonic() - started})
-
-    best = train(model, peft, batches, evaluate, settings.epochs, settings.lr, weight_decay=settings.weight_decay,
-                 seed=seed, graphs=settings.graphs, accumulate=settings.accumulate, state=stored.get("train"),
-                 after_step=after_step)
-    return peft, best, time.monotonic() - started
-
-
-def evaluate_on(split, settings, model, tokenizer, tokens, splits):
-    """The task's score, in per cent, of what the model generates for a split."""
-    device = next(model.parameters()).device
-    size = max(1, 8 * settings.batch_size // settings.accumulate)
-    predictions = predict(model, tokenizer, tokens[split], size, device)
-    return METRICS[TASKS[settings.task].metric](predictions, [e.answers for e in splits[split]])
-
-
-def run(settings, seed, out):
-    """One seed from data to test score; writes the folder `out`.   Returns the metrics."""
-    given = Structure.load(settings.structure) if settings.structure else None
-    identity = settings.identity(seed, given)
-    with deterministic(), Folder(out, identity, settings.fresh, settings.save_every) as folder:
-        if folder.metrics:
-            print(f"{out} holds this run, finished: nothing to do (--fresh starts over)")
-            with folder.reading("metrics.json"):
-                table = results(folder.metrics)
-            print(table, flush=True)
-            return folder.metrics
-        device = choose_device(settings.device)
-        if settings.task == "toy":
-            torch.set_num_threads(1)            # so small a model only waits for further threads
-        splits = load_splits(settings.task, settings.data_dir, seed)
-        model, tokenizer = load_backbone(settings.model, settings.dtype, device, seed)
-        if device.type == "cuda":
-            fuse_norms(model)
-        if settings.checkpointing:
-            recompute_activations(model)
-        size = geometry(model)["parameters"]
-        tokens = {key: tokenize(tokenizer, examples, settings.max_length) for key, examples in splits.items()}
-        print(f"{settings.task}, seed {seed}: {', '.join(f'{len(v):,} {k}' for k, v in splits.items())}; "
-              f"{settings.model}, {size:,} parameters, {settings.dtype} on {device}", flush=True)
-        stored = folder.checkpoint or {}
-        if stored:
-            print(f"going on from {folder.path / 'checkpoint.pt'}", flush=True)
-        if stored.get("phase") == "train":
-            with folder.reading("checkpoint.pt"):
-                structure, log, seconds = Structure(**stored["structure"]), stored["log"], stored["search_seconds"]
-        elif given:
-            apply(model, given).detach()                        # refuses it before a file is touched
-            structure, log, seconds = given, [], 0.0
-            folder.save({"phase": "start", "log": []})
-        else:
-            structure, log, seconds = find_structure(settings, seed, model, tokens["train"], folder, device, size)
-        if rank() == 0:
-            structure.save(folder.path / "structure.json")
-        print(picture(structure, model), flush=True)
-        part = {"structure": dataclasses.asdict(structure), "log": log, "search_seconds": seconds}
-        if stored.get("phase") != "train":
-            folder.save({**part, "phase": "train", "elapsed": 0.0})
-        peft, best, train_seconds = retrain(settings, seed, model, tokenizer, structure, tokens, splits, folder, part)
-        if rank() == 0:
-            peft.save(folder.path / "peft.safetensors")
-        metrics = measure(settings, seed, model, tokenizer, tokens, splits, peft, structure)
-        metrics |= {"validation": best, "search_seconds": seconds, "train_seconds": train_seconds,
-                    "ratio": seconds / train_seconds if seconds else None, "settings": identity}
-        folder.finish(metrics, log)
-        print(results(metrics) + f"\nwritten to {folder.path}", flush=True)
-        return metrics
-
-
-def measure(settings, seed, model, tokenizer, tokens, splits, peft, structure):
-    """The one look at the test split: with the modules, without them, and the most frequent answer."""
-    score = evaluate_on("test", settings, model, tokenizer, tokens, splits)
-    peft.detach()
-    untouched = evaluate_on("test", settings, model, tokenizer, tokens, splits)
-    common = Counter(e.target for e in splits["train"]).most_common(1)[0][0]
-    metric, size = TASKS[settings.task].metric, structure.geometry["parameters"]
-    majority = METRICS[metric]([common] * len(splits["test"]), [e.answers for e in splits["test"]])
-    count = peft.weights.numel()                                   # counted from the tensors themselves
-    device = next(model.parameters()).device
-    return {"task": settings.task, "metric": metric, "seed": seed, "space": structure.space, "test": score,
-            "test_untouched": untouched, "test_most_frequent": majority, "modules": len(structure.modules),
-            "parameters": count, "budget": structure.budget, "backbone_parameters": size,
-            "per_ten_thousand": 1e4 * count / size,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                         "transformers": transformers.__version__, "numpy": np.__version__}}
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def results(m):
     """The table at a run's end, from what metrics.json holds."""
+    head = f"{m['task']}, seed {m['seed']}, {m['metric']} in per cent"
     times = "" if m["ratio"] is None else (f"\nsearch {clock(m['search_seconds'])}, re-training "
                                            f"{clock(m['train_seconds'])} (ratio {m['ratio']:.2f})")
     return "\n".join([
-        f"{m['task']}, seed {m['seed']}, {m['metric']} in per cent".ljust(44) + "validation    test    parameters",
+        head.ljust(44) + "validation    test    parameters",
         "  most frequent answer".ljust(54) + f"{m['test_most_frequent']:8.2f}",
         "  the backbone, untouched".ljust(54) + f"{m['test_untouched']:8.2f}{0:14,}",
         "  with the found structure, re-trained".ljust(44) + f"{m['validation']:10.2f}{m['test']:8.2f}"
@@ -2389,43 +2245,48 @@ def picture(structure, model):
     n0, n1, n2 are the layer norms before a layer's first, second and third block.
     """
     kept = {(m["name"], m["kind"]): str(m["rank"] or "x") for m in structure.modules}
-    kinds, cells, columns = kinds_of(structure.space), {}, {kind: [] for kind in kinds_of(structure.space)}
+    cells, rows = {kind: {} for kind in kinds_of(structure.space)}, []          # kind: {column: {row: text}}
+    columns = {"SelfAttention": "attn", "DenseReluDense": "ffn", "final_layer_norm": "n0"}
     for name, role, _ in places(model):
         stack, *middle, last = name.split(".")
-        row = (stack, int(middle[1]) if middle else "end")
-        label = {"SelfAttention": "attn", "DenseReluDense": "ffn", "layer_norm": "n" + middle[3] if middle else "",
-                 "final_layer_norm": "n0"}.get(last, last.replace("wi_", "wi"))
-        for kind in kinds:
+        row = f"{stack} {middle[1] if middle else 'end':>3}"
+        label = "n" + middle[3] if last == "layer_norm" else columns.get(last, last.replace("wi_", "wi"))
+        for kind in cells:
             if role in KINDS[kind].roles:
-                cells[row, kind, label] = kept.get((name, kind), ".")
-                if label not in columns[kind]:
-                    columns[kind].append(label)
-    heads = {kind: "".join(f"{label:>{max(2, len(label)) + 1}}" for label in columns[kind]) for kind in kinds}
-    widths = {kind: max(len(heads[kind]), len(kind) + 1) for kind in kinds}
-    lines = [" " * 12 + " ".join(f"{kind:>{widths[kind]}}" for kind in kinds),
-             " " * 12 + " ".join(f"{heads[kind]:>{widths[kind]}}" for kind in kinds)]
-    for stack, layer in dict.fromkeys(row for row, *_ in cells):
-        parts = ["".join(f"{cells.get(((stack, layer), kind, label), ''):>{max(2, len(label)) + 1}}"
-                         for label in columns[kind]) for kind in kinds]
-        lines.append(f"{stack} {layer!s:>3} " + " ".join(f"{part:>{widths[kind]}}" for part, kind in zip(parts, kinds)))
+                cells[kind].setdefault(f"{label:>2}", {})[row] = kept.get((name, kind), ".")
+                rows += [row] if row not in rows else []
+    blocks = [[" " * 11] * 2 + rows]                                      # side by side, a block a kind
+    for kind, found in cells.items():
+        lines = [kind, "".join(f" {label}" for label in found)]
+        for row in rows:
+            lines.append("".join(f" {column.get(row, ''):>{len(label)}}" for label, column in found.items()))
+        blocks.append([f"{line:>{max(len(lines[1]), len(kind) + 1)}}" for line in lines])
+    lines = [" ".join(parts) for parts in zip(*blocks)]
     lines.append("  a number: the rank kept there; x: kept, without a rank; .: left out; n: a layer norm")
-    size = structure.geometry["parameters"]
-    for kind in kinds:
-        counts = [m["parameters"] for m in structure.modules if m["kind"] == kind]
+    for kind in (*cells, "together"):
+        counts = [m["parameters"] for m in structure.modules if kind in (m["kind"], "together")]
         lines.append(f"  {kind:<11}{len(counts):>5} modules {sum(counts):>10,} parameters "
-                     f"{1e4 * sum(counts) / size:9.2f} of 10,000")
-    lines.append(f"  {'together':<11}{len(structure.modules):>5} modules {structure.parameters:>10,} parameters "
-                 f"{1e4 * structure.parameters / size:9.2f} of 10,000  (budget {structure.budget:,})")
-    return "\n".join(lines)
+                     f"{1e4 * sum(counts) / structure.geometry['parameters']:9.2f} of 10,000")
+    return "\n".join(lines) + f"  (budget {structure.budget:,})"
 
 
 def join():
-    """Joins the other processes, if torchrun has started this one; all but the first fall silent.   Returns whether."""
+    """Joins torchrun's other processes, if any; all but the first fall silent.   Returns whether."""
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         return False
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")
+    return True
+
+
+def is_first_to_tell(message):
+    """Whether no other process has told a person the same: torchrun's store counts, so that none waits."""
+    if not dist.is_torchelastic_launched():
+        return True
+    with contextlib.suppress(Exception):             # a store that is gone
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.TCPStore(host, port, timeout=timedelta(seconds=9)).add(message, 1) == 1
     return True
 
 
@@ -2436,34 +2297,33 @@ def main(arguments=None):
     try:
         settings = parse(arguments)
         joined, finished = join(), []
+        kind = settings.space.replace(",", "+")
+        if settings.structure:                       # named after the folder that the structure is from
+            kind = f"from-{Path(settings.structure).resolve().parent.name}"
         for seed in settings.seed:
-            kind = settings.space.replace(",", "+")
-            if settings.structure:                     # named after the folder that the structure is from
-                kind = f"from-{Path(settings.structure).resolve().parent.name}"
-            out = settings.out or f"runs/{settings.task}-{kind}-{seed}"
+            out = Path(settings.out or f"runs/{settings.task}-{kind}-{seed}")
             if settings.out and len(settings.seed) > 1:
-                out = str(Path(out) / f"seed-{seed}")
-            finished.append(run(settings, seed, out))
+                out /= f"seed-{seed}"
+            with deterministic(), Run(settings, seed, out) as run:
+                finished.append(run.work())
         if len(finished) > 1:
-            tests = [m["test"] for m in finished]
-            print(f"{settings.task}: test {finished[0]['metric']} {np.mean(tests):.2f} ± {np.std(tests, ddof=1):.2f} "
+            tests, metric = [m["test"] for m in finished], TASKS[settings.task].metric
+            print(f"{settings.task}: test {metric} {np.mean(tests):.2f} ± {np.std(tests, ddof=1):.2f} "
                   f"over {len(tests)} seeds")
         if joined:
             dist.destroy_process_group()
         return 0
     except UsageError as error:
-        print(f"bipeft.py: {error}", file=sys.stderr)
-        return 2
+        message = str(error)
     except torch.OutOfMemoryError:
-        print("bipeft.py: the GPU's memory is full: use --accumulate 2 or more, --checkpointing, or --dtype bfloat16",
-              file=sys.stderr)
-        return 2
-    except OSError as error:                       # standard output on a full disk, say, or what has become read-only
-        print(f"bipeft.py: {one_line(error)}; once that is mended, the same command goes on from the last checkpoint",
-              file=sys.stderr)
-        return 2
+        message = "the GPU's memory is full: use --accumulate 2 or more, --checkpointing, or --dtype bfloat16"
+    except OSError as error:                         # a folder that can't be made, a full disk under a pipe
+        message = f"{one_line(error)}: mend that or name another --out, and the same command goes on"
     except KeyboardInterrupt:
         return 130
+    if is_first_to_tell(message):
+        print(f"bipeft.py: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
