@@ -326,10 +326,11 @@ class Searchable(nn.Module):
     generator: the source of its random initial weights.
     """
 
-    roles = ()            # the kinds of place, named in `places`, that take this module
+    roles = ()            # the roles of the places that take this module, as `places_of` names them
     ranked = True         # False: there is nothing to choose a rank of, and q_n is the same for all k
     factors = {}          # tensor's name: "gate", "mask" or "gate·mask"; the others stay as they are
     active = True         # False skips it: what a shut gate adds is zero, so why compute it
+    seen = None           # the input of another module than the place, where that is meant
 
     def tensor(self, *shape, init=None, generator=None):
         """A float32 parameter: zeros, Kaiming-uniform (init='kaiming') or N(0, init^2)."""
@@ -340,15 +341,22 @@ class Searchable(nn.Module):
             value.normal_(0, init, generator=generator)
         return nn.Parameter(value)
 
-    def attach(self, place):
-        """Hooks the module to its place; returns the handle whose remove() undoes that."""
-        return place.register_forward_hook(self._after)
+    def attach(self, place, source=None):
+        """Hooks the module to its place; returns the handles whose remove() undoes that.
 
-    def _after(self, place, args, output):
+        source: the module whose input is x, if not the place: a feed-forward block may be two modules.
+        """
+        def before(source, args, kwargs):
+            self.seen = input_of(args, kwargs)
+        handles = [] if source is None else [source.register_forward_pre_hook(before, with_kwargs=True)]
+        return handles + [place.register_forward_hook(self._after, with_kwargs=True)]
+
+    def _after(self, place, args, kwargs, output):
         if not self.active:
             return None                                         # leaves the output as it is
         first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-        changed = self(args[0], first)
+        changed = self(input_of(args, kwargs) if self.seen is None else self.seen, first)
+        self.seen = None
         return changed if rest is None else (changed, *rest)
 
 
@@ -443,7 +451,7 @@ class ParallelAdapter(SerialAdapter):
 class BitFit(Searchable):
     """Ben Zaken et al. 2022:  y + b, a bias on a linear layer or a layer norm.   Parameters: d_out.
 
-    b starts at zero; the gate scales it (reading 25).
+    Beside a bias of the backbone's own, if there is one. b starts at zero; the gate scales it (reading 25).
     """
 
     roles = ("linear", "norm")
@@ -462,8 +470,9 @@ class BitFit(Searchable):
 class LNFit(Searchable):
     """A trainable delta on a layer norm's weight w.   Parameters: d.
 
-    (w + delta) · x/rms(x) = y + delta · x/rms(x), so that the backbone's own w stays untouched; delta
-    starts at zero, and the gate scales it (reading 25).
+    (w + delta) · x/rms(x) = y + delta · x/rms(x), so that the backbone's own w stays untouched, be it w or,
+    as in Gemma, 1 + w; for an nn.LayerNorm x/rms(x) is its own normalisation. delta starts at zero, and the
+    gate scales it (reading 25).
     """
 
     roles = ("norm",)
@@ -473,11 +482,12 @@ class LNFit(Searchable):
     def __init__(self, place, rank, generator=None):
         super().__init__()
         self.delta = self.tensor(place.weight.numel())                                # in R^d
-        self.epsilon = place.variance_epsilon
+        self.normalise = F.layer_norm if isinstance(place, nn.LayerNorm) else F.rms_norm
+        self.epsilon = place.eps if hasattr(place, "eps") else place.variance_epsilon
 
     def forward(self, x, y):
         """x, y: [..., d], the norm's input and output.   Returns the new y."""
-        return y + F.rms_norm(x, self.delta.shape, self.delta.to(x.dtype), self.epsilon).to(y.dtype)
+        return y + self.normalise(x, self.delta.shape, self.delta.to(x.dtype), eps=self.epsilon).to(y.dtype)
 
 
 class Prefix(Searchable):
@@ -488,12 +498,14 @@ class Prefix(Searchable):
     its tensors, and gate·mask goes into `prefix_attention`, as `openness`, [R]; None: every pair counts.
     """
 
-    roles = ("attention",)
+    roles = ("prefix",)
     openness = None
 
     def __init__(self, place, rank, generator=None):
         super().__init__()
-        self.heads, self.width = place.n_heads, place.key_value_proj_dim
+        config = place.config
+        self.heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         inner = self.heads * self.width                                                 # h · d_kv
         self.keys = self.tensor(rank, inner, init=0.02, generator=generator)            # R^(r×h·d_kv)
         self.values = self.tensor(rank, inner, init=0.02, generator=generator)          # R^(r×h·d_kv)
@@ -504,11 +516,12 @@ class Prefix(Searchable):
                         for pairs in (self.keys, self.values))
         return keys, values, keys.new_ones(keys.shape[1]) if self.openness is None else self.openness
 
-    def attach(self, place):
-        """The pairs travel to `prefix_attention` as a keyword that T5's attention hands on."""
+    def attach(self, place, source=None):
+        """The pairs travel to `prefix_attention` as a keyword that the backbone's attention hands on."""
         def before(place, args, kwargs):
-            return (args, {**kwargs, "prefix": self(args[0].dtype)}) if self.active else None
-        return place.register_forward_pre_hook(before, with_kwargs=True)
+            if self.active:
+                return args, {**kwargs, "prefix": self(input_of(args, kwargs).dtype)}
+        return [place.register_forward_pre_hook(before, with_kwargs=True)]
 
 
 def prefix_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0,
@@ -525,6 +538,9 @@ def prefix_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         return plain(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                      position_bias=position_bias, **kwargs)
     keys, values, openness = prefix
+    groups = query.shape[1] // key.shape[1]              # query heads to a key/value head, as in Llama: 1 in T5
+    key, value = (t.repeat_interleave(groups, 1) for t in (key, value)) if groups > 1 else (key, value)
+    keys, values = (t.repeat_interleave(groups, 0) for t in (keys, values)) if groups > 1 else (keys, values)
     scores = torch.matmul(query, key.transpose(2, 3)).float() * scaling               # [b, h, q, s]
     for bias in (position_bias, attention_mask):
         scores = scores if bias is None else scores + bias
@@ -539,8 +555,13 @@ def prefix_attention(module, query, key, value, attention_mask, dropout=0.0, sca
 
 
 def width(place):
-    """d_model of a self-attention or feed-forward block."""
-    return place.o.out_features if hasattr(place, "o") else place.wo.out_features
+    """d_model, what the last linear layer of a self-attention or feed-forward block gives."""
+    return [m for m in place.modules() if isinstance(m, nn.Linear)][-1].out_features
+
+
+def input_of(args, kwargs):
+    """What a backbone gives a module as its input, by position or by name."""
+    return args[0] if args else kwargs["hidden_states"]
 
 
 KINDS = {        # a new kind of module is one class and one line here
@@ -564,51 +585,91 @@ SPACES = {
 # ==================================================================================================
 
 
-def t5_of(model):
-    """The T5 in a model: v1.0, v1.1, Flan or mT5; encoder, decoder or both.
-
-    model: any nn.Module.   Raises UsageError if it holds none, or two.
-    """
-    found = [m for m in model.modules()
-             if isinstance(m, transformers.PreTrainedModel) and m.config.model_type in ("t5", "mt5")]
-    if not found:
-        raise UsageError(f"{type(model).__name__} is no T5: give a T5, v1.1, Flan-T5 or mT5")
-    if not set(found) <= set(found[0].modules()):
-        raise UsageError("the model holds more than one T5: pass the one that is to be adapted")
-    return found[0]
+def present(at, module, *rows):
+    """The places among "path role" or "path role path-of-input" that a module at path `at` has."""
+    for path, role, *source in map(str.split, rows):
+        with contextlib.suppress(AttributeError):
+            yield f"{at}.{path}", role, *(module.get_submodule(p) for p in (path, *source))
 
 
-def places(model):
-    """Every place of a T5 that can take a module, in the order of computation (readings 18, 19).
-
-    No cross-attention projection is among them, as in S3Delta; its layer norm is. T5-large has 122
+def t5_places(model):
+    """T5's, as in S3Delta (readings 18, 19): no cross-attention projection, but its layer norm. T5-large has 122
     norms, 48 self-attentions, 48 feed-forward blocks and 288 linear layers: N = 916 in S2, 144 in S1.
-    model: as for `t5_of`.   Yields (name, role, place); name starts at the T5's "encoder" or "decoder".
     """
-    for path, stack in t5_of(model).named_modules():
-        if not type(stack).__name__.endswith("T5Stack"):
-            continue
-        stack_name = path.rpartition(".")[2]
-        for i, block in enumerate(stack.block):
-            for j, layer in enumerate(block.layer):
-                at = f"{stack_name}.block.{i}.layer.{j}"
-                yield f"{at}.layer_norm", "norm", layer.layer_norm
-                for name, role in (("SelfAttention", "attention"), ("DenseReluDense", "ffn")):
-                    if hasattr(layer, name):
-                        inner = getattr(layer, name)
-                        yield f"{at}.{name}", role, inner
-                        for child, linear in inner.named_children():
-                            if isinstance(linear, nn.Linear):
-                                yield f"{at}.{name}.{child}", "linear", linear
-        yield f"{stack_name}.final_layer_norm", "norm", stack.final_layer_norm
+    for at, m in model.named_modules():
+        if re.search(r"\.layer\.\d+$", at):
+            yield from present(at, m, "layer_norm norm", "SelfAttention attention", "SelfAttention prefix",
+                               *(f"SelfAttention.{name} linear" for name in "qkvo"), "DenseReluDense ffn",
+                               *(f"DenseReluDense.{name} linear" for name in ("wi", "wi_0", "wi_1", "wo")))
+        elif at.endswith("final_layer_norm"):
+            yield at, "norm", m
 
 
-def geometry(model):
-    """The sizes of the T5 in a model that a structure depends on, and its number of parameters."""
-    t5 = t5_of(model)
-    keys = ("d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers", "is_gated_act")
-    return {**{key: getattr(t5.config, key) for key in keys},
-            "parameters": sum(p.numel() for p in t5.parameters())}
+def bert_places(model):
+    """BERT's: what comes after a block is its last linear layer, and a feed-forward block begins a module before."""
+    for at, m in model.named_modules():
+        if re.search(r"\.layer\.\d+$", at):
+            yield from present(at, m, "attention.self prefix",
+                               *(f"attention.self.{name} linear" for name in ("query", "key", "value")),
+                               "attention.output.dense linear", "attention.output.dense attention",
+                               "attention.output.LayerNorm norm", "intermediate.dense linear",
+                               "output.dense linear", "output.dense ffn intermediate", "output.LayerNorm norm")
+        elif at == "embeddings.LayerNorm":
+            yield at, "norm", m
+
+
+def llama_places(model):
+    """Llama's, and those of its many relatives."""
+    for at, m in model.named_modules():
+        if re.search(r"layers\.\d+$", at):
+            yield from present(at, m, "input_layernorm norm", "self_attn attention", "self_attn prefix",
+                               *(f"self_attn.{name}_proj linear" for name in "qkvo"), "self_attn.q_norm norm",
+                               "self_attn.k_norm norm", "post_attention_layernorm norm",
+                               "pre_feedforward_layernorm norm", "mlp ffn",
+                               *(f"mlp.{name}_proj linear" for name in ("gate", "up", "down")),
+                               "post_feedforward_layernorm norm")
+        elif at == "norm":
+            yield at, "norm", m
+
+
+FAMILIES = {t5_places: "t5 mt5", bert_places: "bert roberta electra xlm-roberta camembert ernie",
+            llama_places: "llama mistral qwen2 qwen3 gemma gemma3_text olmo2 smollm3 granite"}
+PLACES = {model_type: function for function, names in FAMILIES.items() for model_type in names.split()}
+
+
+def backbone_of(model):
+    """The pretrained model of a known family in a model.   Raises UsageError if it holds none, or two."""
+    known = [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)
+             and m.config.model_type in PLACES]
+    if not known or not set(known) <= set(known[0].modules()):
+        raise UsageError(f"{type(model).__name__} holds {'two' if known else 'no'} known backbones: give one of "
+                         f"{', '.join(PLACES)}, or its own function of places (docs/copying.md)")
+    return known[0]
+
+
+def places_of(model):
+    """Every place of a known backbone that can take a module, in the order of computation.
+
+    Yields (name, role, place), and a fourth, the module whose input is meant, if that is another one. name:
+    within the base model. role: "linear", "norm", "attention" and "ffn", a block with its output, or "prefix",
+    an attention that hands keywords on to transformers' attention functions.
+    """
+    backbone = backbone_of(model)
+    return PLACES[backbone.config.model_type](backbone.base_model)
+
+
+def geometry(model, also_train=()):
+    """What a structure depends on: the backbone's type and its number of parameters, without also_train's."""
+    with contextlib.suppress(UsageError):
+        model = backbone_of(model)                            # else the model is an architecture of a person's own
+    own = {id(p) for p in named_within(model, also_train).values()}
+    return {"model_type": getattr(getattr(model, "config", None), "model_type", type(model).__name__),
+            "parameters": sum(p.numel() for p in model.parameters() if id(p) not in own)}
+
+
+def named_within(model, paths):
+    """{name: parameter} of the parameters at or below some of a model's paths, such as "classifier"."""
+    return {name: p for name, p in model.named_parameters() if any(f"{name}.".startswith(f"{at}.") for at in paths)}
 
 
 def kinds_of(space):
@@ -632,41 +693,51 @@ def check_ranks(ranks):
 class Peft(nn.Module):
     """PEFT modules attached to a frozen backbone by hooks: its own tensors stay as they are.
 
-    model: holds a T5.   chosen: the modules, (place name, kind, rank) each.   seed: decides their
-    initial weights.   Raises UsageError for a place or kind that does not exist.
+    model: of a known family, or any with `places`.   chosen: the modules, (place name, kind, rank) each.
+    seed: decides their initial weights.   places: a function as `places_of`, of the model's owner.
+    also_train: paths of a network's own parameters that are trained beside the modules, outside of gates,
+    budget and N, such as a fresh "classifier"; `detach` puts them back.   Raises UsageError for a place, kind
+    or path that does not exist.
 
-    All weights, Delta W, lie end to end in one float32 vector, `weights`, [P], so that a step over all
-    of them is one operation. The modules' own tensors are views of it; or, in a search and in training,
-    of `working`, which `refresh` fills: a copy in the backbone's format, under an architecture or not.
+    All weights, Delta W, lie end to end in one float32 vector, `weights`, [P], and those of also_train behind
+    them, so that a step over all of them is one operation. The tensors are views of it; or, in a search and
+    in training, of `working`, which `refresh` fills: a copy in the backbone's format, under an architecture
+    or not.
     """
 
-    def __init__(self, model, chosen, seed=0):
+    def __init__(self, model, chosen, seed=0, places=None, also_train=()):
         super().__init__()
-        found = {name: (role, place) for name, role, place in places(model)}
-        generator = torch.Generator().manual_seed(derive(seed, 1))
-        for name, kind, _ in chosen:
-            if kind not in KINDS or found.get(name, (None,))[0] not in KINDS[kind].roles:
-                raise UsageError(f"the model has no place '{name}' for a module of kind '{kind}'")
+        found = {(name, kind): where for name, role, *where in (places or places_of)(model)
+                 for kind in KINDS if role in KINDS[kind].roles}
         self.names, self.kinds = [f"{name}.{kind}" for name, kind, _ in chosen], [c[1] for c in chosen]
-        targets = [found[name][1] for name, *_ in chosen]
-        self.modules_ = nn.ModuleList(KINDS[kind](place, rank, generator)
-                                      for (_, kind, rank), place in zip(chosen, targets))
+        for (name, kind, _), full in zip(chosen, self.names):
+            if (name, kind) not in found:
+                raise UsageError(f"the model has no place '{name}' for a module of kind '{kind}'")
+            if self.names.count(full) > 1:
+                raise UsageError(f"two modules of kind '{kind}' are asked for at {name}")
+        for path in also_train:
+            if not named_within(model, [path]):
+                raise UsageError(f"the model has no parameters '{path}' to be trained beside the modules")
+        generator = torch.Generator().manual_seed(derive(seed, 1))
+        self.modules_ = nn.ModuleList(KINDS[kind](found[name, kind][0], rank, generator) for name, kind, rank in chosen)
         example = next(model.parameters())
         self.dtype = example.dtype                                  # that the modules compute in
         self.modules_.to(example.device)
-        self.lay_end_to_end()
-        self._frozen = [p for p in model.parameters() if p.requires_grad]
-        for p in self._frozen:
+        self.own = named_within(model, also_train)                  # {name: parameter}
+        self._before = [(p, p.data, p.requires_grad) for p in model.parameters()]
+        for p in model.parameters():
             p.requires_grad_(False)
-        self._backbones = []                    # in a list, so that it doesn't become a part of this module
+        self.lay_end_to_end()
+        self._attention = []
         if "prefix" in self.kinds:              # transformers' public registry is where a prefix comes in
-            transformers.AttentionInterface.register("bipeft_prefix", prefix_attention)
             mask = transformers.masking_utils.eager_mask
+            transformers.AttentionInterface.register("bipeft_prefix", prefix_attention)
             transformers.AttentionMaskInterface.register("bipeft_prefix", mask)
-            self._backbones = [t5_of(model)]
-            self._attention = self._backbones[0].config._attn_implementation
-            self._backbones[0].set_attn_implementation("bipeft_prefix")
-        self.handles = [m.attach(place) for m, place in zip(self.modules_, targets)]
+            outer = next(m for m in model.modules() if isinstance(m, transformers.PreTrainedModel))
+            self._attention = [(outer, outer.config._attn_implementation)]
+            outer.set_attn_implementation("bipeft_prefix")
+        self.handles = [handle for m, (name, kind, _) in zip(self.modules_, chosen)
+                        for handle in m.attach(*found[name, kind])]
 
     def __len__(self):
         return len(self.names)
@@ -674,17 +745,20 @@ class Peft(nn.Module):
     def lay_end_to_end(self):
         """Makes `weights` of the modules' tensors, and these views of it."""
         named = [(f"{n}.{k}", p) for n, m in zip(self.names, self.modules_) for k, p in m.named_parameters()]
+        self.size = sum(p.numel() for _, p in named)                                             # P
+        named += [(name, p.requires_grad_()) for name, p in self.own.items()]
         self.tensor_names, self.tensors = [name for name, _ in named], [p for _, p in named]
         self.numels = [p.numel() for p in self.tensors]
-        self.weights = torch.cat([p.detach().flatten() for p in self.tensors])
+        self.weights = torch.cat([p.detach().flatten().to(named[0][1].dtype) for p in self.tensors])
         self.working = torch.empty_like(self.weights, dtype=self.dtype)
         self.use(self.weights)
 
     def use(self, flat):
         """Has the modules compute with the numbers of another vector.   flat: [P], of any dtype."""
         self.in_use = flat
-        for p, part in zip(self.tensors, flat.split(self.numels)):
-            p.data = part.view(p.shape)
+        first_own = len(self.tensors) - len(self.own)
+        for i, (p, part) in enumerate(zip(self.tensors, flat.split(self.numels))):
+            p.data = (part if i < first_own else part.to(self.dtype)).view(p.shape)   # the network's own format
 
     def refresh(self, factors=None):
         """Has the modules compute with a copy of the present weights in the backbone's dtype.
@@ -699,11 +773,12 @@ class Peft(nn.Module):
         """Takes everything off: the backbone computes bit for bit what it did before."""
         for handle in self.handles:
             handle.remove()
-        for p in self._frozen:
-            p.requires_grad_(True)
-        for backbone in self._backbones:
-            backbone.set_attn_implementation(self._attention)
-        self._frozen, self._backbones = [], []
+        for p, data, learns in self._before:
+            p.data = data
+            p.requires_grad_(learns)
+        for backbone, implementation in self._attention:
+            backbone.set_attn_implementation(implementation)
+        self._before, self._attention = [], []
 
     def named_weights(self):
         """{module's name.tensor's name: tensor}, parts of `weights`."""
@@ -714,9 +789,9 @@ class Peft(nn.Module):
 class Space(Peft):
     """All candidate modules of a search space, attached at the largest rank, under an architecture.
 
-    model: holds a T5.   space: "s1", "s2", "all" or a comma list of kinds.   ranks: Dim, ascending.
-    seed: decides the initial weights.   `sizes`, q, [N, K], counts real tensors: those of the module
-    as it would be built at each rank (reading 17).   Raises UsageError for an unknown kind or odd ranks.
+    space: "s1", "s2", "all" or a comma list of kinds.   ranks: Dim, ascending.   model, seed, places,
+    also_train: as for `Peft`.   `sizes`, q, [N, K], counts real tensors: those of the module as it would be
+    built at each rank (reading 17).   Raises UsageError for an unknown kind or odd ranks, too.
 
     Weight entanglement (3.5, after AutoFormer): a module holds its weights once, at the largest rank R;
     a smaller rank is their leading slice. So an architecture is not N modules built anew in each step:
@@ -742,12 +817,13 @@ class Space(Peft):
     removed = None                  # [N] bool: what a search has removed is not computed again
     skips_shut = True               # False: computes every module in every pass, whatever its gate
 
-    def __init__(self, model, space="s2", ranks=(1, 4, 8), seed=0):
+    def __init__(self, model, space="s2", ranks=(1, 4, 8), seed=0, places=None, also_train=()):
         ranks, kinds = check_ranks(ranks), kinds_of(space)
-        spots = [(name, kind, place) for name, role, place in places(model)
+        spots = [(name, kind, place) for name, role, place, *_ in (places or places_of)(model)
                  for kind in kinds if role in KINDS[kind].roles]
-        super().__init__(model, [(name, kind, ranks[-1]) for name, kind, _ in spots], seed)
-        self.space, self.ranks, self.geometry, device = space, ranks, geometry(model), self.weights.device
+        super().__init__(model, [(name, kind, ranks[-1]) for name, kind, _ in spots], seed, places, also_train)
+        self.space, self.ranks, self.geometry = space, ranks, geometry(model, also_train)
+        device = self.weights.device
         self.dim = torch.tensor(ranks, device=device)                                            # [K]
         self.leading = (torch.arange(ranks[-1], device=device) < self.dim[:, None]).float()      # [K, R]
         self.ranked = torch.tensor([KINDS[kind].ranked for kind in self.kinds], device=device)   # [N]
@@ -771,11 +847,14 @@ class Space(Peft):
                 count = R if self.carries_rank[-1] else 1
                 rows += [(n, first[factor] + i, min(longest, p.numel() // count - at))
                          for i in range(count) for at in range(0, p.numel() // count, longest)]
+        inside = len(rows)                                                   # what follows has factor 1, always
+        rows += [(N, 0, p.numel()) for p in self.own.values()]
+        self.carries_rank += [False] * len(self.own)
         module_of, factor_of, lengths = torch.tensor(rows).T.contiguous()
         device, index = self.weights.device, torch.arange(len(rows), dtype=torch.int32)
         self.row_of = index.repeat_interleave(lengths).to(device)                                # [P]
         self.factor_of, self.lengths = factor_of.to(device), lengths.to(device)                  # [rows] each
-        self.segments = self.lengths, module_of.bincount(minlength=N).to(device)   # weights, rows, modules
+        self.segments = self.lengths[:inside], module_of[:inside].bincount(minlength=N).to(device)
 
     def enter(self, gate, ranks, for_gates=False):
         """Puts an architecture into the modules, for the pass that follows.
@@ -829,7 +908,8 @@ class Space(Peft):
                     "rank": self.ranks[k] if KINDS[kind].ranked else None, "parameters": sizes[k]}
                    for name, kind, b, k, sizes in zip(self.names, self.kinds, kept, choice,
                                                       self.sizes.tolist()) if b]
-        return Structure(backbone, self.geometry, self.space, list(self.ranks), budget, modules)
+        return Structure(backbone, self.geometry, self.space, list(self.ranks), budget, modules,
+                         sum(p.numel() for p in self.own.values()))
 
 
 @dataclass
@@ -842,6 +922,7 @@ class Structure:
     ranks: list
     budget: int              # B
     modules: list            # {"name": place, "kind", "rank" (None without one), "parameters"} each
+    also_trained: int = 0    # parameters of the network's own, outside of the budget
 
     @property
     def parameters(self):
@@ -849,16 +930,18 @@ class Structure:
         return sum(m["parameters"] for m in self.modules)
 
 
-def apply(model, structure, seed=0):
+def apply(model, structure, seed=0, places=None, also_train=()):
     """A structure's modules, with fresh weights, on a model (reading 51).   Returns the attached Peft.
 
+    seed, places, also_train: as for `Peft`.
     Raises UsageError if the model is of other sizes, or its counts are not those of the built tensors.
     """
-    for key, value in geometry(model).items():
+    for key, value in geometry(model, also_train).items():
         if structure.geometry.get(key) != value:
             raise UsageError(f"the structure is of another backbone: its {key} is "
                              f"{structure.geometry.get(key)}, this model's is {value}")
-    peft = Peft(model, [(m["name"], m["kind"], m["rank"] or 1) for m in structure.modules], seed)
+    peft = Peft(model, [(m["name"], m["kind"], m["rank"] or 1) for m in structure.modules], seed, places,
+                also_train)
     for m, module in zip(structure.modules, peft.modules_):
         built = sum(p.numel() for p in module.parameters())
         if m["parameters"] != built:
@@ -940,7 +1023,8 @@ class Search:
         phi_loss = self.optimize_phi(noise, phi_batch)
 
         # "Accumulate the sensitivity score of each PEFT module": Eq. 1-4. A removed one keeps its last s-bar.
-        similarity = alignment(train_gradient, val_gradient, self.space.segments)           # alpha, [N]
+        of_modules, segments = slice(self.space.size), self.space.segments     # without what is also trained
+        similarity = alignment(train_gradient[of_modules], val_gradient[of_modules], segments)    # alpha, [N]
         current = sensitivity(train_magnitude, val_magnitude, similarity)                   # s, [N]
         self.smoothed = torch.where(self.kept, smooth(self.smoothed, current, self.gamma), self.smoothed)
 
@@ -1028,7 +1112,8 @@ class Search:
     def magnitude(self, gradient):
         """Eq. (2) for the present weights. |M_n| is q_n at k*, the largest until one is fixed (reading 1)."""
         counts = self.space.sizes.gather(1, self.choice[:, None]).squeeze(1)
-        return magnitude(self.space.weights, gradient, self.space.segments, counts)
+        size = self.space.size
+        return magnitude(self.space.weights[:size], gradient[:size], self.space.segments, counts)
 
     def expectation(self):
         """p_n and C_n now, [N] each. In the last tenth of the triggers p_n is certain (reading 7)."""
@@ -2247,7 +2332,7 @@ def picture(structure, model):
     kept = {(m["name"], m["kind"]): str(m["rank"] or "x") for m in structure.modules}
     cells, rows = {kind: {} for kind in kinds_of(structure.space)}, []          # kind: {column: {row: text}}
     columns = {"SelfAttention": "attn", "DenseReluDense": "ffn", "final_layer_norm": "n0"}
-    for name, role, _ in places(model):
+    for name, role, *_ in places_of(model):
         stack, *middle, last = name.split(".")
         row = f"{stack} {middle[1] if middle else 'end':>3}"
         label = "n" + middle[3] if last == "layer_norm" else columns.get(last, last.replace("wi_", "wi"))

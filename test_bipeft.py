@@ -667,7 +667,7 @@ def a_module(kind, rank=8, role=None, scale=None):
     """(module, x, y): a module for an uneven T5, and an input and output of its place. scale: of random weights."""
     model = tiny_t5(**VERSIONS["uneven"])
     roles = bipeft.KINDS[kind].roles if role is None else (role,)
-    place = next(place for _, r, place in bipeft.places(model) if r in roles)
+    place = next(place for _, r, place in bipeft.places_of(model) if r in roles)
     module = bipeft.KINDS[kind](place, rank, torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(2)
     if scale is not None:
@@ -1157,7 +1157,7 @@ def test_generation_with_a_cache_is_stepwise_decoding(kind):
     model = tiny_t5(seed=3, tie_word_embeddings=False)
     batch = {key: value for key, value in some_batch(5).items() if key != "labels"}
     plain = logits_of(model, {**batch, "decoder_input_ids": torch.zeros(3, 1).long()})
-    randomise(bipeft.Peft(model, [(name, kind, 4) for name, role, _ in bipeft.places(model)
+    randomise(bipeft.Peft(model, [(name, kind, 4) for name, role, _ in bipeft.places_of(model)
                                   if role in bipeft.KINDS[kind].roles]), 0.5)
     made = model.generate(**batch, max_new_tokens=8, min_new_tokens=8, do_sample=False, num_beams=1, use_cache=True,
                           return_dict_in_generate=True, output_logits=True)
