@@ -121,10 +121,9 @@ def alignment(train_gradients, val_gradients, segments):
 
 
 def segment_sum(values, segments):
-    """The sums of consecutive runs of a vector.   values: [P].   Returns [N].
+    """The sums of consecutive runs of a vector, [N] of [P].   segments: the length of each run, [N], together P.
 
-    segments: the length of each run, [N], together P; or a tuple of such, the sums of one being the
-    values of the next: a GPU gives each run to one thread, and many short runs take it less time.
+    Or a tuple of such, the sums of one being the values of the next: many short runs suit a GPU.
     """
     for lengths in segments if isinstance(segments, tuple) else (segments,):
         values = torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
@@ -192,9 +191,9 @@ def expected_parameters(probability, size):
 def keep_probability(theta, kept, certain):
     """3.3.1:  p_n = b_n · softmax(Theta_n)[1], or b_n itself once `certain` (reading 7)
 
-    theta: [N, 2].   kept: b, [N] bool.   certain: bool.   Returns p, [N].
+    theta: [N, 2].   kept: b, [N] bool.   Returns p, [N].
     """
-    probability = torch.ones_like(theta[:, 1]) if certain else theta.softmax(1)[:, 1]
+    probability = torch.ones_like(theta[:, 1]) if certain else theta.softmax(1)[:, 1]              # [N]
     return probability * kept
 
 
@@ -565,10 +564,7 @@ SPACES = {
 
 
 def t5_of(model):
-    """The T5 in a model: v1.0, v1.1, Flan or mT5; encoder, decoder or both.
-
-    model: any nn.Module.   Raises UsageError if it holds none, or two.
-    """
+    """The T5 in a model: v1.0, v1.1, Flan or mT5; encoder, decoder or both.   UsageError: none, or two."""
     found = [m for m in model.modules()
              if isinstance(m, transformers.PreTrainedModel) and m.config.model_type in ("t5", "mt5")]
     if not found:
@@ -687,10 +683,7 @@ class Peft(nn.Module):
             p.data = part.view(p.shape)
 
     def refresh(self, factors=None):
-        """Has the modules compute with a copy of the present weights in the backbone's dtype.
-
-        factors: [P], what they are multiplied with.   `use(weights)` ends it.
-        """
+        """Has the modules compute with weights · factors, [P], in the backbone's dtype. `use` ends it."""
         if self.in_use is not self.working:
             self.use(self.working)
         self.working.copy_(self.weights if factors is None else self.weights * factors)
@@ -758,10 +751,7 @@ class Space(Peft):
         self.cut_into_rows()
 
     def cut_into_rows(self, longest=512):
-        """Gives each row the index of its factor among 1, gate, [N], mask, [N·R], and gate·mask, [N·R].
-
-        A row of more than `longest` numbers counts as several, for the speed of `segment_sum` alone.
-        """
+        """Gives each row the index of its factor among 1, gate, [N], mask, [N·R], and gate·mask, [N·R]."""
         N, R, rows, self.carries_rank = len(self), self.ranks[-1], [], []
         for n, module in enumerate(self.modules_):
             first = {None: 0, "gate": 1 + n, "mask": 1 + N + n * R, "gate·mask": 1 + N + N * R + n * R}
@@ -769,6 +759,7 @@ class Space(Peft):
                 factor = module.factors.get(key)
                 self.carries_rank.append(factor in ("mask", "gate·mask"))
                 count = R if self.carries_rank[-1] else 1
+                # A row of more than `longest` numbers counts as several, for the speed of `segment_sum` alone.
                 rows += [(n, first[factor] + i, min(longest, p.numel() // count - at))
                          for i in range(count) for at in range(0, p.numel() // count, longest)]
         module_of, factor_of, lengths = torch.tensor(rows).T.contiguous()
@@ -780,8 +771,8 @@ class Space(Peft):
     def enter(self, gate, ranks, for_gates=False):
         """Puts an architecture into the modules, for the pass that follows.
 
-        gate: [N], 0 or 1 (or soft).   ranks: [N, K], rows summing to 1.   Both may carry gradients.
-        for_gates: compute shut modules as well, since the pass is to give the gradients of their gates.
+        gate: [N], 0 or 1 (or soft).   ranks: [N, K], rows summing to 1.   for_gates: whether the pass is to
+        give the gradients of gates, for which shut modules are computed, too.
         """
         mask = ranks @ self.leading                                            # [N, R]
         both = gate[:, None] * mask                                            # [N, R]
@@ -852,7 +843,7 @@ class Structure:
 def apply(model, structure, seed=0):
     """A structure's modules, with fresh weights, on a model (reading 51).   Returns the attached Peft.
 
-    Raises UsageError if the model is of other sizes, or its counts are not those of the built tensors.
+    Raises UsageError if the model is of other sizes, or a count is not that of the built tensors.
     """
     for key, value in geometry(model).items():
         if structure.geometry.get(key) != value:
@@ -869,7 +860,7 @@ def apply(model, structure, seed=0):
 
 
 # ==================================================================================================
-# 4. Algorithm 1. Its lines stand in quotation marks beside the code.
+# 4. Algorithm 1, whose lines stand in quotation marks
 # ==================================================================================================
 
 
@@ -999,7 +990,7 @@ class Search:
     def architecture(self, noise, hard=True):
         """The sample of 3.5: gate, [N], and one-hot ranks, [N, K], with gradients to Theta and Phi.
 
-        Removed modules are shut, and fixed ranks are what they are.   noise: what `draw` returns.
+        noise: what `draw` returns. Removed modules are shut, and fixed ranks are what they are.
         """
         temperature = 5 - 4 * self.steps_done / max(1, self.steps - 1)      # from 5 to 1 (reading 30)
         gate = gumbel_softmax(self.theta, noise[0], temperature, hard)[:, 1] * self.kept
@@ -1111,7 +1102,7 @@ def run_pass(model, space, wanted, gate, ranks, batch):
 
     wanted: some of "gate", [N], "ranks", [N, K], and "weights", [P].   gate, ranks: as for `Space.enter`.
     batch: a dict of tensors.   Returns [loss, a tensor for each of wanted].
-    A search asks no more of the network than this. Whoever can do it faster gives Search another one.
+    A search asks no more of the network than this: whoever can do it faster gives it another one.
     """
     space.enter(gate.detach().requires_grad_(), ranks.detach().requires_grad_(), for_gates="gate" in wanted)
     loss = loss_of(model(**batch))
