@@ -1165,13 +1165,8 @@ def stream(batches, start=0):
 # ==================================================================================================
 
 
-@dataclass(frozen=True)
-class Example:
-    """An input text, the text to be produced, and every text that counts as right."""
-
-    source: str
-    target: str
-    answers: tuple
+# An input text, the text to be produced, and every text that counts as right.
+Example = dataclasses.make_dataclass("Example", ("source", "target", "answers"), frozen=True)
 
 
 @dataclass(frozen=True)
@@ -1183,7 +1178,6 @@ class Task:
     metric: str                     # a key of METRICS
     epochs: int
     warmup_epochs: int
-    suite: str = "glue"
     answer: str = "label"           # the column that holds the target
     carve: bool = False             # validation comes out of train, and the original one is the test
     defaults: dict = field(default_factory=dict)      # of flags, where they are not the paper's
@@ -1191,8 +1185,7 @@ class Task:
 
 BINARY, THREE = ("0", "1"), ("0", "1", "2")
 FIFTHS = tuple(f"{n / 5:.1f}" for n in range(26))     # 0.0, 0.2, .. 5.0
-PAIR = ("sentence1", "sentence2")
-LONGER = {"max_length": 256}                          # SuperGLUE's inputs
+PAIR, LONGER = ("sentence1", "sentence2"), {"max_length": 256}         # of SuperGLUE's inputs
 TASKS = {
     "cola": Task(("sentence",), BINARY, "Matthews", 15, 2),
     "sst2": Task(("sentence",), BINARY, "accuracy", 5, 1, carve=True),
@@ -1202,21 +1195,19 @@ TASKS = {
     "mnli": Task(("premise", "hypothesis"), THREE, "accuracy", 3, 1, carve=True),
     "qnli": Task(("question", "sentence"), BINARY, "accuracy", 4, 1, carve=True),
     "rte": Task(PAIR, BINARY, "accuracy", 20, 3, defaults=LONGER),       # the same examples in GLUE
-    "boolq": Task(("question", "passage"), BINARY, "accuracy", 15, 2, "super_glue", defaults=LONGER),
-    "cb": Task(("premise", "hypothesis"), THREE, "accuracy", 40, 4, "super_glue", defaults=LONGER),
-    "multirc": Task(("question", "answer", "paragraph"), BINARY, "F1", 40, 4, "super_glue", defaults=LONGER),
-    "record": Task(("query", "entities", "passage"), (), "token F1", 1, 1, "super_glue", "answers", True,
+    "boolq": Task(("question", "passage"), BINARY, "accuracy", 15, 2, defaults=LONGER),
+    "cb": Task(("premise", "hypothesis"), THREE, "accuracy", 40, 4, defaults=LONGER),
+    "multirc": Task(("question", "answer", "paragraph"), BINARY, "F1", 40, 4, defaults=LONGER),
+    "record": Task(("query", "entities", "passage"), (), "token F1", 1, 1, "answers", True,
                    {"max_length": 512, "batch_size": 16}),
-    "wic": Task(("word", *PAIR), BINARY, "accuracy", 15, 2, "super_glue", defaults=LONGER),
-    "custom": Task(("source",), (), "accuracy", 10, 1, "none", "target"),
-    "toy": Task((), ("good", "bad"), "accuracy", 7, 4, "none",
+    "wic": Task(("word", *PAIR), BINARY, "accuracy", 15, 2, defaults=LONGER),
+    "custom": Task(("source",), (), "accuracy", 10, 1, "target"),
+    "toy": Task((), ("good", "bad"), "accuracy", 7, 4,
                 defaults={"model": "toy", "lr": 3e-3, "budget": 0.03, "triggers": 30, "search_epochs": 5}),
 }
-CLEAN = {                           # columns that a prompt does not take as they are: MultiRC's and ReCoRD's
-    "paragraph": lambda html: " ".join(re.sub(r"</?[a-zA-Z][^<>]*>", " ", str(html)).split()),
-    "entities": ", ".join,
-    "passage": lambda text: re.sub(r"([.?!\"'])?\n@highlight\n", lambda end: f"{end[1] or '.'} ", str(text)),
-}
+CLEAN = {"entities": ", ".join,     # columns that a prompt does not take as they are: ReCoRD's and MultiRC's
+         "passage": lambda t: re.sub(r"([.?!\"'])?\n@highlight\n", lambda end: f"{end[1] or '.'} ", str(t)),
+         "paragraph": lambda t: " ".join(re.sub(r"</?[a-zA-Z][^<>]*>", " ", str(t)).split())}
 
 
 def to_examples(name, row, training):
@@ -1225,16 +1216,13 @@ def to_examples(name, row, training):
     for key in (*task.fields, task.answer):
         if row[key] is None or row[key] == []:
             raise UsageError(f"a row of {name} has no {key}: fill it in, or leave the row out")
-        if key in ("entities", "answers"):
-            if not isinstance(row[key], list) or not all(isinstance(text, str) for text in row[key]):
-                raise UsageError(f"a row of {name} has {key} that are no list of texts, which a .csv can't "
-                                 "hold: give a .jsonl or .parquet")
-    texts = [CLEAN.get(key, str)(row[key]) for key in task.fields]
-    source = " ".join([name, *(f"{key}: {text}" for key, text in zip(task.fields, texts))])
+        listed = isinstance(row[key], list) and all(isinstance(text, str) for text in row[key])
+        if key in ("entities", "answers") and not listed:                        # a .csv can't hold one
+            raise UsageError(f"a row of {name} has {key} that are no list of texts: give .jsonl or .parquet")
+    parts = [f"{key}: {CLEAN.get(key, str)(row[key])}" for key in task.fields]
+    source = str(row["source"]) if name == "custom" else " ".join([name, *parts])
     answers = row[task.answer] if name == "record" else [str(row[task.answer]).strip()]
-    if name == "custom":
-        source = texts[0]
-    elif task.labels:
+    if task.labels:
         with contextlib.suppress(ValueError, OverflowError):
             number = float(answers[0])
             answers = [f"{round(number * 5) / 5:.1f}" if task.labels is FIFTHS else f"{number:g}"]
@@ -1246,34 +1234,28 @@ def to_examples(name, row, training):
 
 
 def load_splits(name, data_dir, seed):
-    """{"train", "validation", "test": [Example, ..]}, as S3Delta splits a task.   Raises UsageError.
-
-    Large tasks: 2,000 training rows (at most half) become validation, and the original validation set the
-    test. Others: the original validation set is halved, unless a custom test split exists.
-    """
+    """{"train": [Example, ..], "validation": .., "test": ..}; the seed decides.   Raises UsageError."""
     if name == "toy":
         return toy_splits(seed)
     task, original = TASKS[name], "validation_matched" if name == "mnli" else "validation"
     train, other = read_split(name, "train", data_dir), read_split(name, original, data_dir)
+    # S3Delta's: large tasks validate on 2,000 rows of train and test on validation, others halve the latter
     whole, size = (train, min(2000, len(train) // 2)) if task.carve else (other, len(other) // 2)
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(derive(seed, 5))).tolist()
     first, rest = [whole[i] for i in order[:size]], [whole[i] for i in order[size:]]
     parts = (rest, first, other) if task.carve else (train, first, rest)
     if name == "custom" and (test := read_split(name, "test", data_dir)):
         parts = train, other, test
-    splits = {key: [example for row in rows for example in to_examples(name, row, key == "train")]
-              for key, rows in zip(("train", "validation", "test"), parts)}
-    for key, examples in splits.items():
-        if len(examples) < 2:
+    splits = {}
+    for key, rows in zip(("train", "validation", "test"), parts):
+        splits[key] = [example for row in rows for example in to_examples(name, row, key == "train")]
+        if len(splits[key]) < 2:
             raise UsageError(f"{name} has too few rows for its {key} part: give at least 4 in each file")
     return splits
 
 
 def read_split(name, split, data_dir):
-    """The rows of a split, from a folder or the hub; none if it is a test split and not there.
-
-    Raises UsageError. SuperGLUE's own repository is a script; a branch of it holds its files.
-    """
+    """The rows of a split, from a folder or the hub; none if there is no test file.   Raises UsageError."""
     import datasets        # only where data is read: the rest of the file works without it
     datasets.disable_progress_bars()
     task, where, source, more = TASKS[name], f"{name} on the hub", ("nyu-mll/glue", name), {}
@@ -1287,7 +1269,7 @@ def read_split(name, split, data_dir):
         if where is None:
             raise UsageError(f"there is no {stems[0]}.parquet, .jsonl or .csv: --data-dir names its folder")
         source, more = (kinds[where],), {"data_files": {split: where}}
-    elif task.suite == "super_glue":
+    elif name in ("boolq", "cb", "multirc", "record", "wic"):    # a script; a branch of it holds the files
         files = {split: f"{name}/{split}/*.parquet"}
         source, more = ("aps/super_glue",), {"revision": "refs/convert/parquet", "data_files": files}
     try:
@@ -1349,7 +1331,8 @@ TOY_WORDS = {
     "name": "anna ben carla david emma felix gina hugo",
     "thing": "soup film book song cake room train boat garden coat", "how": "very quite really rather",
     "good": "tasty lovely great bright charming clever", "bad": "awful dull bitter broken ugly boring",
-    "glad": "smiled laughed cheered", "sad": "sighed frowned cried", "doing": "sold took drew lost bought cleaned",
+    "glad": "smiled laughed cheered", "sad": "sighed frowned cried",
+    "doing": "sold took drew lost bought cleaned",
 }
 
 
@@ -1357,9 +1340,10 @@ def toy_sentence(rng):
     """A random sentence and whether the thing in it was found "good" or "bad"."""
     word = {key: rng.choice(words.split()) for key, words in TOY_WORDS.items()}
     is_good, negated, stressed = rng.random() < 0.5, rng.random() < 0.5, rng.random() < 0.7
-    opinion = ["not"] * negated + [word["how"]] * stressed + [word["good" if is_good else "bad"]]
+    found = [word["name"], "found the", word["thing"], *["not"] * negated, *[word["how"]] * stressed,
+             word["good" if is_good else "bad"]]
     other, thing = (rng.choice(TOY_WORDS[key].split()) for key in ("name", "thing"))
-    clauses = [" ".join([word["name"], "found the", word["thing"], *opinion]), f"{other} {word['doing']} the {thing}"]
+    clauses = [" ".join(found), f"{other} {word['doing']} the {thing}"]
     text = " and ".join(clauses if rng.random() < 0.5 else clauses[::-1])
     return text, "good" if is_good != negated else "bad"
 
@@ -1374,29 +1358,23 @@ def toy_splits(seed):
 
 
 def toy_backbone(seed, steps=500, batch_size=64):
-    """(model, tokenizer): a tiny T5, pretrained for some seconds to fill in a masked word.
-
-    Its sentences go on with "so smiled" or "so sighed": it comes to know what a finding means, as a large model
-    would. It has seen the task's prompt, too, with random verdicts: untouched, it answers in form and at chance.
-    """
+    """(model, tokenizer): a tiny T5 that fills in masked words: "so smiled" tells it what a finding means."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    words = " ".join(["<pad> </s> <unk> <mask> good bad toy sentence: found the not and so", *TOY_WORDS.values()])
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words.split()))}
+    words = ["<pad> </s> <unk> <mask> good bad toy sentence: found the not and so", *TOY_WORDS.values()]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(" ".join(words).split()))}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", mask_token="<mask>")
     rng = random.Random(derive(seed, 7))
-
     def masked():
         text, verdict = toy_sentence(rng)
-        if rng.random() < 0.3:
+        if rng.random() < 0.3:              # the task's prompt: untouched, it answers in form and at chance
             return Example(f"toy sentence: {text}", rng.choice(("good", "bad")), ())
-        pieces = [*text.split(), "so", rng.choice(TOY_WORDS["glad" if verdict == "good" else "sad"].split())]
-        hole = len(pieces) - 1 if rng.random() < 0.7 else rng.randrange(len(pieces))
-        return Example(" ".join([*pieces[:hole], "<mask>", *pieces[hole + 1:]]), pieces[hole], ())
-
+        words = [*text.split(), "so", rng.choice(TOY_WORDS["glad" if verdict == "good" else "sad"].split())]
+        hole = len(words) - 1 if rng.random() < 0.7 else rng.randrange(len(words))
+        return Example(" ".join([*words[:hole], "<mask>", *words[hole + 1:]]), words[hole], ())
     with torch.random.fork_rng([]):
         torch.manual_seed(derive(seed, 8))
         model = transformers.T5ForConditionalGeneration(transformers.T5Config(
@@ -1418,17 +1396,12 @@ def toy_backbone(seed, steps=500, batch_size=64):
 
 def tokenize(tokenizer, examples, max_length):
     """[(input ids, label ids)] of Examples, the input cut to max_length tokens, done once."""
-    cut = {"max_length": max_length, "truncation": True}
-    return list(zip(tokenizer([e.source for e in examples], **cut).input_ids,
-                    tokenizer(text_target=[e.target for e in examples], **cut).input_ids))
+    texts = [e.source for e in examples], [e.target for e in examples]
+    return list(zip(*(tokenizer(part, max_length=max_length, truncation=True).input_ids for part in texts)))
 
 
 class Batches:
-    """Padded batches of what `tokenize` returns, in an order that the seed and the epoch decide.
-
-    seed: None keeps the order; else examples are shuffled, and of every 16 batches' worth those of like
-    length share a batch, which halves the padding. Of many processes each yields its rows of every batch.
-    """
+    """Padded batches of what `tokenize` returns; seed and epoch decide their order, no seed keeps it."""
 
     def __init__(self, tokens, batch_size, device, seed=None):
         self.tokens, self.batch_size, self.device, self.seed, self.epoch = tokens, batch_size, device, seed, 0
@@ -1447,10 +1420,11 @@ class Batches:
         if self.seed is not None:
             generator = torch.Generator().manual_seed(derive(self.seed, 9, self.epoch))
             shuffled = torch.randperm(len(self.tokens), generator=generator).tolist()
+            # of every 16 batches' worth those of like length share a batch, which halves the padding
             batches = [batch for window in cut(shuffled, 16 * size)
                        for batch in cut(sorted(window, key=lambda i: len(self.tokens[i][0])), size)]
             batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-        on_gpu = torch.device(self.device).type == "cuda"       # there few CUDA graphs are to serve all batches
+        on_gpu = torch.device(self.device).type == "cuda"       # where few CUDA graphs are to serve all
         least = math.ceil(min(size, len(self.tokens)) / world()) if on_gpu else 1
         for indices in batches:
             rows = [self.tokens[i] for i in indices[rank()::world()]]
@@ -1458,27 +1432,20 @@ class Batches:
 
 
 def collate(rows, device, rounded=False):
-    """Of tokenised examples: input_ids and attention_mask, [batch, longest input], and labels, padded with -100.
-
-    rounded: to powers of two, which changes no loss.
-    """
+    """A batch of tokenised examples, padded; rounded: to powers of two, which changes no loss."""
     def pad(rows, filler, least):
         longest = max(map(len, rows))
         longest = max(least, 1 << (longest - 1).bit_length()) if rounded else longest
-        made = torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
-        made = made.pin_memory() if torch.device(device).type == "cuda" else made
-        return made.to(device, non_blocking=True)
-    sources, targets = zip(*rows)
-    ones = [[1] * len(row) for row in sources]
-    return {"input_ids": pad(sources, 0, 32), "attention_mask": pad(ones, 0, 32), "labels": pad(targets, -100, 4)}
+        padded = [[*row, *[filler] * (longest - len(row))] for row in rows]
+        on_gpu = torch.device(device).type == "cuda"
+        return torch.tensor(padded, pin_memory=on_gpu).to(device, non_blocking=True)
+    inputs, targets = zip(*rows)
+    return {"input_ids": pad(inputs, 0, 32), "attention_mask": pad([[1] * len(row) for row in inputs], 0, 32),
+            "labels": pad(targets, -100, 4)}                                               # [batch, longest]
 
 
-@torch.no_grad()
 def predict(model, tokenizer, tokens, batch_size, device):
-    """The texts that a model generates, greedily, for tokenised inputs, in their order.
-
-    Sorted by length, so that little is padding; no longer than any target. Each process generates its share.
-    """
+    """The texts that a model generates for tokenised inputs: greedily, no longer than the longest target."""
     was_training, texts = model.training, {}
     model.eval()
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i][0]))[rank()::world()]
@@ -1487,12 +1454,11 @@ def predict(model, tokenizer, tokens, batch_size, device):
         rows = order[start:start + batch_size]
         batch = collate([tokens[i] for i in rows], device)
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())     # generate's is of the encoder's depth
-        made = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], past_key_values=cache,
-                              use_cache=True, max_new_tokens=longest, num_beams=1, do_sample=False)
+        made = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], num_beams=1,
+                              do_sample=False, max_new_tokens=longest, use_cache=True, past_key_values=cache)
         texts |= zip(rows, map(str.strip, tokenizer.batch_decode(made, skip_special_tokens=True)))
     model.train(was_training)
-    for part in gather(texts):
-        texts |= part
+    texts = {i: text for part in gather(texts) for i, text in part.items()}
     return [texts[i] for i in range(len(tokens))]
 
 
@@ -1500,15 +1466,13 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
           graphs=False, parts=1, state=None, after_step=lambda state, line: None):
     """Trains the attached modules anew; leaves them as after their best epoch, whose score it returns.
 
-    batches: a Batches or any iterable with a length.   evaluate: called after each epoch, returns the
-    score.   lr: falls linearly to 0.   graphs, parts: as in `fast_pass`.   after_step: called after every
-    step with a state, from which `state` goes on, and a line: its step, loss and, at an epoch's end, score.
+    batches: an iterable with a length.   evaluate: gives an epoch's score.   lr: falls to 0.   after_step: is
+    given after every step a state, from which `state` goes on, and a line: step, loss, an epoch's score.
     """
     def gradient(_, **batch):
         loss = loss_of(model(**batch))
         found = torch.autograd.grad(loss, peft.tensors, materialize_grads=True)
         return loss.detach(), torch.cat([g.flatten() for g in found]).to(weights.dtype)
-
     weights, total = peft.weights, epochs * len(batches)
     replay = replayed(gradient, graphs and weights.is_cuda)
     optimizer = torch.optim.AdamW([weights], lr=lr, weight_decay=weight_decay, fused=True)
@@ -1548,16 +1512,14 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
 # ==================================================================================================
 
 
-@contextlib.contextmanager
 def deterministic():
     """A context in which torch takes only algorithms that give the same twice; cuBLAS is told in advance."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    with contextlib.ExitStack() as after:
-        after.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
-        after.callback(setattr, torch.utils.deterministic, "fill_uninitialized_memory", True)
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        yield
+    torch.utils.deterministic.fill_uninitialized_memory = False        # slow, and nothing reads it
+    torch.use_deterministic_algorithms(True)
+    after = contextlib.ExitStack()
+    after.callback(torch.use_deterministic_algorithms, False)
+    return after
 
 
 def write_atomically(path, content):
@@ -1567,10 +1529,8 @@ def write_atomically(path, content):
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UsageError(f"{path} can't be written ({error.strerror}): make room or name another --out, and "
-                         "the same command goes on") from None
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"{path} can't be written ({error.strerror}): make room or change --out") from None
 
 
 def one_line(error):
@@ -1624,19 +1584,13 @@ def load_structure(path):
 
 
 def replayed(function, enabled):
-    """A function of a key and tensors, run as a CUDA graph for each key and shape: one launch, not thousands.
-
-    It must ask the device for no value. A shape runs as it is when it comes first, and is recorded when it
-    comes again: what libraries set up when first asked must not happen during a recording. The graphs share
-    one memory, so that what they return is copied at once. Dropout follows torch.manual_seed as ever.
-    """
+    """A function of a key and tensors as a CUDA graph for each key and shape: one launch, not thousands."""
     if not enabled:
         return function
     graphs, pool, stream = {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-
     def run(key, **tensors):
         shape = (key, *((name, t.shape, t.dtype) for name, t in tensors.items()))
-        if shape not in graphs:
+        if shape not in graphs:                      # what libraries set up at first must not be recorded
             graphs[shape] = None
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -1644,31 +1598,25 @@ def replayed(function, enabled):
             torch.cuda.current_stream().wait_stream(stream)
             return [t.clone() for t in outputs]
         if graphs[shape] is None:
-            inputs, state = {name: t.detach().clone() for name, t in tensors.items()}, torch.cuda.get_rng_state()
+            state, inputs = torch.cuda.get_rng_state(), {k: t.detach().clone() for k, t in tensors.items()}
             torch.cuda.empty_cache()                 # of what the same work took outside of graphs
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream):
-                outputs = function(key, **inputs)
+                graphs[shape] = graph, inputs, function(key, **inputs)
             torch.cuda.set_rng_state(state)          # the step draws what it would have drawn anyway
-            graphs[shape] = graph, inputs, outputs
         graph, inputs, outputs = graphs[shape]
         for name, t in tensors.items():
             inputs[name].copy_(t.detach(), non_blocking=True)
         graph.replay()
-        return [t.clone() for t in outputs]
+        return [t.clone() for t in outputs]          # whose memory all graphs share
     return run
 
 
 def fast_pass(model, space, graphs=False, parts=1):
-    """A `run_pass` for Search: its passes as CUDA graphs, in parts and over processes.
-
-    graphs: on a GPU, for batches of tensors there, of few shapes. Shut modules are then computed and
-    multiplied by zero.   parts: that a batch goes in.
-    """
-    def one_pass(wanted, gate, ranks, **batch):
-        return run_pass(model, space, wanted, gate, ranks, batch)
+    """A `run_pass` for Search: as CUDA graphs, which compute shut modules, too; in parts; over processes."""
     space.skips_shut = not (graphs and space.weights.is_cuda)
-    replay = replayed(one_pass, not space.skips_shut)
+    replay = replayed(lambda wanted, gate, ranks, **batch: run_pass(model, space, wanted, gate, ranks, batch),
+                      not space.skips_shut)
     return lambda wanted, gate, ranks, batch: mean_over_parts(
         lambda part: replay(wanted, gate=gate, ranks=ranks, **part), batch, parts)
 
@@ -1685,8 +1633,7 @@ def fuse_norms(model):
 
 
 def recompute_activations(model):
-    """Gradient checkpointing: keeps a layer's input alone for the backward pass, and computes it again."""
-    # transformers up to 5.17 has only the second name, and later ones warn of it
+    """Keeps a layer's input alone for the backward pass. The second name is transformers' up to 5.17."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
@@ -1703,11 +1650,7 @@ def world():
 
 
 def mean_over_parts(function, batch, parts=1):
-    """What a function returns for a whole batch, a mean over its labels, from what it returns for pieces.
-
-    batch: this process's part, in `parts` pieces; others' come in by one all-reduce.   Returns a list of
-    tensors, each the mean weighed by numbers of labels (of rows, if there are none).
-    """
+    """The mean, weighed by labels (or rows), of what a function returns for the parts of a batch."""
     if parts == world() == 1:
         return function(batch)
     total = 0
@@ -1732,9 +1675,7 @@ def with_peers(collective, *arguments):
                          "command again, it goes on from the last checkpoint") from None
 
 
-def all_reduce(tensor, operation=dist.ReduceOp.SUM):
-    """Adds a tensor up over all processes, in place."""
-    with_peers(dist.all_reduce, tensor, operation)
+all_reduce = functools.partial(with_peers, dist.all_reduce)      # a tensor's sum over all processes, in place
 
 
 def gather(value):
