@@ -1432,7 +1432,7 @@ class Batches:
 
 
 def collate(rows, device, rounded=False):
-    """A batch of tokenised examples, padded; rounded: to powers of two, which changes no loss."""
+    """A padded batch of tokenised examples.   rounded: to powers of two, which changes no loss."""
     def pad(rows, filler, least):
         longest = max(map(len, rows))
         longest = max(least, 1 << (longest - 1).bit_length()) if rounded else longest
@@ -1584,7 +1584,7 @@ def load_structure(path):
 
 
 def replayed(function, enabled):
-    """A function of a key and tensors as a CUDA graph for each key and shape: one launch, not thousands."""
+    """A function of a key and tensors as one CUDA graph a shape; it must ask the device for no value."""
     if not enabled:
         return function
     graphs, pool, stream = {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream()
@@ -1650,7 +1650,7 @@ def world():
 
 
 def mean_over_parts(function, batch, parts=1):
-    """The mean, weighed by labels (or rows), of what a function returns for the parts of a batch."""
+    """The mean, weighed by labels (or rows), of what a function returns for all parts and processes."""
     if parts == world() == 1:
         return function(batch)
     total = 0
