@@ -1156,13 +1156,8 @@ def stream(batches, start=0):
 # ==================================================================================================
 
 
-@dataclass(frozen=True)
-class Example:
-    """An input text, the text to be produced, and every text that counts as right."""
-
-    source: str
-    target: str
-    answers: tuple
+# An input text, the text to be produced, and every text that counts as right.
+Example = dataclasses.make_dataclass("Example", ("source", "target", "answers"), frozen=True)
 
 
 @dataclass(frozen=True)
@@ -1174,7 +1169,6 @@ class Task:
     metric: str                     # a key of METRICS
     epochs: int
     warmup_epochs: int
-    suite: str = "glue"
     answer: str = "label"           # the column that holds the target
     carve: bool = False             # validation comes out of train, and the original one is the test
     defaults: dict = field(default_factory=dict)      # of flags, where they are not the paper's
@@ -1182,8 +1176,7 @@ class Task:
 
 BINARY, THREE = ("0", "1"), ("0", "1", "2")
 FIFTHS = tuple(f"{n / 5:.1f}" for n in range(26))     # 0.0, 0.2, .. 5.0
-PAIR = ("sentence1", "sentence2")
-LONGER = {"max_length": 256}                          # SuperGLUE's inputs
+PAIR, LONGER = ("sentence1", "sentence2"), {"max_length": 256}         # of SuperGLUE's inputs
 TASKS = {
     "cola": Task(("sentence",), BINARY, "Matthews", 15, 2),
     "sst2": Task(("sentence",), BINARY, "accuracy", 5, 1, carve=True),
@@ -1193,207 +1186,157 @@ TASKS = {
     "mnli": Task(("premise", "hypothesis"), THREE, "accuracy", 3, 1, carve=True),
     "qnli": Task(("question", "sentence"), BINARY, "accuracy", 4, 1, carve=True),
     "rte": Task(PAIR, BINARY, "accuracy", 20, 3, defaults=LONGER),       # the same examples in GLUE
-    "boolq": Task(("question", "passage"), BINARY, "accuracy", 15, 2, "super_glue", defaults=LONGER),
-    "cb": Task(("premise", "hypothesis"), THREE, "accuracy", 40, 4, "super_glue", defaults=LONGER),
-    "multirc": Task(("question", "answer", "paragraph"), BINARY, "F1", 40, 4, "super_glue", defaults=LONGER),
-    "record": Task(("query", "entities", "passage"), (), "token F1", 1, 1, "super_glue", "answers", True,
+    "boolq": Task(("question", "passage"), BINARY, "accuracy", 15, 2, defaults=LONGER),
+    "cb": Task(("premise", "hypothesis"), THREE, "accuracy", 40, 4, defaults=LONGER),
+    "multirc": Task(("question", "answer", "paragraph"), BINARY, "F1", 40, 4, defaults=LONGER),
+    "record": Task(("query", "entities", "passage"), (), "token F1", 1, 1, "answers", True,
                    {"max_length": 512, "batch_size": 16}),
-    "wic": Task(("word", *PAIR), BINARY, "accuracy", 15, 2, "super_glue", defaults=LONGER),
-    "custom": Task(("source",), (), "accuracy", 10, 1, "none", "target"),
-    "toy": Task((), ("good", "bad"), "accuracy", 7, 4, "none",
+    "wic": Task(("word", *PAIR), BINARY, "accuracy", 15, 2, defaults=LONGER),
+    "custom": Task(("source",), (), "accuracy", 10, 1, "target"),
+    "toy": Task((), ("good", "bad"), "accuracy", 7, 4,
                 defaults={"model": "toy", "lr": 3e-3, "budget": 0.03, "triggers": 30, "search_epochs": 5}),
 }
+CLEAN = {"entities": ", ".join,     # columns that a prompt does not take as they are: ReCoRD's and MultiRC's
+         "passage": lambda t: re.sub(r"([.?!\"'])?\n@highlight\n", lambda end: f"{end[1] or '.'} ", str(t)),
+         "paragraph": lambda t: " ".join(re.sub(r"</?[a-zA-Z][^<>]*>", " ", str(t)).split())}
 
 
 def to_examples(name, row, training):
-    """A row of task `name`, in the hub's columns, as Examples: one, or for ReCoRD one an answer.
-
-    Raises UsageError for a label outside the task.
-    """
-    task, row = TASKS[name], dict(row)
+    """A row in the hub's columns as Examples: one, or in training one an answer.   Raises UsageError."""
+    task = TASKS[name]
     for key in (*task.fields, task.answer):
         if row[key] is None or row[key] == []:
             raise UsageError(f"a row of {name} has no {key}: fill it in, or leave the row out")
-    if name == "custom":
-        target = str(row["target"]).strip()
-        return [Example(str(row["source"]), target, (target,))]
-    if name == "multirc":
-        row["paragraph"] = " ".join(re.sub(r"</?[a-zA-Z][^<>]*>", " ", str(row["paragraph"])).split())
-    if name == "record":
-        for key in ("entities", "answers"):
-            if not isinstance(row[key], list) or not all(isinstance(text, str) for text in row[key]):
-                raise UsageError(f"a row of record has {key} that are no list of texts, which a .csv can't "
-                                 "hold: give a .jsonl or .parquet")
-        row["entities"] = ", ".join(row["entities"])
-        mark = re.compile(r"([.?!\"'])?\n@highlight\n")
-        row["passage"] = mark.sub(lambda found: f"{found[1] or '.'} ", str(row["passage"]))
-    source = " ".join([name, *(f"{key}: {row[key]}" for key in task.fields)])
-    if name == "record":
-        answers = tuple(dict.fromkeys(row["answers"]))
-        return [Example(source, answer, answers) for answer in (answers if training else answers[:1])]
-    try:
-        number = float(row["label"])
-        target = f"{round(number * 5) / 5:.1f}" if task.labels is FIFTHS else f"{number:g}"
-    except (TypeError, ValueError, OverflowError):
-        target = str(row["label"])
-    if target not in task.labels:
-        raise UsageError(f"the label {row['label']!r} is none of {name}'s ({task.labels[0]} .. "
-                         f"{task.labels[-1]}): is this split without labels?")
-    return [Example(source, target, (target,))]
+        listed = isinstance(row[key], list) and all(isinstance(text, str) for text in row[key])
+        if key in ("entities", "answers") and not listed:                        # a .csv can't hold one
+            raise UsageError(f"a row of {name} has {key} that are no list of texts: give .jsonl or .parquet")
+    parts = [f"{key}: {CLEAN.get(key, str)(row[key])}" for key in task.fields]
+    source = str(row["source"]) if name == "custom" else " ".join([name, *parts])
+    answers = row[task.answer] if name == "record" else [str(row[task.answer]).strip()]
+    if task.labels:
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(answers[0])
+            answers = [f"{round(number * 5) / 5:.1f}" if task.labels is FIFTHS else f"{number:g}"]
+        if answers[0] not in task.labels:
+            raise UsageError(f"the label {row['label']!r} is none of {name}'s ({task.labels[0]} .. "
+                             f"{task.labels[-1]}): is this split without labels?")
+    answers = tuple(dict.fromkeys(answers))
+    return [Example(source, answer, answers) for answer in (answers if training else answers[:1])]
 
 
 def load_splits(name, data_dir, seed):
-    """Train, validation and test Examples of a task, as S3Delta splits them; the seed decides.
-
-    Large tasks: 2,000 training rows (at most half) become validation, and the original validation
-    set the test. Others: the original validation set is halved, unless a custom test split exists.
-    Returns {"train": [...], "validation": [...], "test": [...]}.   Raises UsageError.
-    """
+    """{"train": [Example, ..], "validation": .., "test": ..}; the seed decides.   Raises UsageError."""
     if name == "toy":
         return toy_splits(seed)
     task, original = TASKS[name], "validation_matched" if name == "mnli" else "validation"
     train, other = read_split(name, "train", data_dir), read_split(name, original, data_dir)
+    # S3Delta's: large tasks validate on 2,000 rows of train and test on validation, others halve the latter
     whole, size = (train, min(2000, len(train) // 2)) if task.carve else (other, len(other) // 2)
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(derive(seed, 5))).tolist()
     first, rest = [whole[i] for i in order[:size]], [whole[i] for i in order[size:]]
     parts = (rest, first, other) if task.carve else (train, first, rest)
-    if name == "custom" and find_file(name, "test", data_dir):
-        parts = train, other, read_split(name, "test", data_dir)
-    splits = {key: [example for row in rows for example in to_examples(name, row, key == "train")]
-              for key, rows in zip(("train", "validation", "test"), parts)}
-    for key, examples in splits.items():
-        if len(examples) < 2:
+    if name == "custom" and (test := read_split(name, "test", data_dir)):
+        parts = train, other, test
+    splits = {}
+    for key, rows in zip(("train", "validation", "test"), parts):
+        splits[key] = [example for row in rows for example in to_examples(name, row, key == "train")]
+        if len(splits[key]) < 2:
             raise UsageError(f"{name} has too few rows for its {key} part: give at least 4 in each file")
     return splits
 
 
-READERS = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv"}       # of datasets, by a file's ending
-
-
-def find_file(name, split, data_dir):
-    """The file of a split in a person's folder, DIR/<task>/<split>.parquet, .jsonl or .csv, or None."""
-    folders = [Path(data_dir) / name] + ([Path(data_dir)] if name == "custom" else [])
-    candidates = [folder / f"{split}{ending}" for folder in folders for ending in READERS]
-    return next((path for path in candidates if path.is_file()), None)
-
-
 def read_split(name, split, data_dir):
-    """The rows of a split, from a folder or the hub, with the columns checked.   Raises UsageError.
-
-    SuperGLUE's own repository holds a loading script, which `datasets` 4 and later do not run; its
-    automatic conversion to parquet is a branch of the same repository.
-    """
+    """The rows of a split, from a folder or the hub; none if there is no test file.   Raises UsageError."""
     import datasets        # only where data is read: the rest of the file works without it
-
     datasets.disable_progress_bars()
     task, where, source, more = TASKS[name], f"{name} on the hub", ("nyu-mll/glue", name), {}
     if data_dir is not None:
-        where = find_file(name, split, data_dir)
+        stems = [Path(data_dir) / name / split] + [Path(data_dir) / split] * (name == "custom")
+        kinds = {f"{stem}{ending}": kind for stem in stems
+                 for ending, kind in ((".parquet", "parquet"), (".jsonl", "json"), (".csv", "csv"))}
+        where = next(filter(os.path.isfile, kinds), None)
+        if where is None and split == "test":
+            return []
         if where is None:
-            raise UsageError(f"there is no {Path(data_dir) / name / split}.parquet, .jsonl or .csv: "
-                             "--data-dir names the folder that holds it")
-        source, more = (READERS[where.suffix],), {"data_files": {split: str(where)}}
-    elif task.suite == "super_glue":
-        source, more = ("aps/super_glue",), {"revision": "refs/convert/parquet",
-                                             "data_files": {split: f"{name}/{split}/*.parquet"}}
+            raise UsageError(f"there is no {stems[0]}.parquet, .jsonl or .csv: --data-dir names its folder")
+        source, more = (kinds[where],), {"data_files": {split: where}}
+    elif name in ("boolq", "cb", "multirc", "record", "wic"):    # a script; a branch of it holds the files
+        files = {split: f"{name}/{split}/*.parquet"}
+        source, more = ("aps/super_glue",), {"revision": "refs/convert/parquet", "data_files": files}
     try:
         rows = datasets.load_dataset(*source, split=split, **more)
+        if name == "rte" and "premise" in rows.column_names:       # SuperGLUE's copy of the same examples
+            rows = rows.rename_columns({"premise": "sentence1", "hypothesis": "sentence2"})
+        for column in (*task.fields, task.answer):
+            if len(rows) == 0 or column not in rows.column_names:
+                raise ValueError(f"no column '{column}' or no row; it has {', '.join(rows.column_names)}")
+        return rows.to_list()
     except Exception as error:
         raise UsageError(f"{where} can't be read ({one_line(error.__cause__ or error)}): mend the file or "
                          "the network, or give other files with --data-dir") from None
-    if name == "rte" and "premise" in rows.column_names:       # SuperGLUE's copy of the same examples
-        rows = rows.rename_columns({"premise": "sentence1", "hypothesis": "sentence2"})
-    for column in (*task.fields, task.answer):
-        if column not in rows.column_names:
-            raise UsageError(f"{where} has no column '{column}'; it has {', '.join(rows.column_names)}")
-    if len(rows) == 0:
-        raise UsageError(f"{where}: the {split} split of {name} is empty")
-    return rows.to_list()
 
 
 # The metrics: predicted texts and, for each, the texts that count as right. All return per cent.
-
-
 def accuracy(predictions, answers):
-    """Share of predictions that are among their answers, in per cent."""
+    """Share of predictions that are among their answers."""
     return 100 * sum(p in right for p, right in zip(predictions, answers)) / len(answers)
 
 
 def numbers(predictions, answers, pattern, top):
-    """(said, gold), numbers in 0 .. top. A prediction that does not match the pattern of a valid one counts
-    as the end of the scale farther from the answer: in 0 .. 1, as the other label.
-    """
+    """(said, gold) in 0 .. top. What is no valid prediction counts as the end farther from the answer."""
     gold = [float(right[0]) for right in answers]
     said = [float(p) if re.fullmatch(pattern, p) else top * (g <= top / 2) for p, g in zip(predictions, gold)]
     return np.array(said), np.array(gold)
 
 
-def correlation(said, gold):
-    """Pearson's, in per cent, 0 if either side is constant; rounded, since it is to compare epochs."""
-    constant = len(set(said)) == 1 or len(set(gold)) == 1
-    return 0.0 if constant else round(100 * float(np.corrcoef(said, gold)[0, 1]), 10)
-
-
 def f1(predictions, answers):
-    """F1 of the class "1", in per cent: 2·TP / (2·TP + FP + FN), 0 without any positive."""
+    """F1 of the class "1": 2·TP / (2·TP + FP + FN), 0 without any positive."""
     said, gold = numbers(predictions, answers, "[01]", 1)
     return 200 * float((said * gold).sum() / max(1, (said + gold).sum()))
 
 
-def matthews(predictions, answers):
-    """Matthews correlation, in per cent: that of labels 0 and 1; 0 where either side is constant."""
-    return correlation(*numbers(predictions, answers, "[01]", 1))
-
-
-def pearson(predictions, answers):
-    """Pearson correlation of numbers in 0 .. 5, in per cent; 0 if either side is constant."""
-    return correlation(*numbers(predictions, answers, r"[0-4](\.\d*)?|5(\.0*)?", 5))
+def pearson(predictions, answers, pattern=r"[0-4](\.\d*)?|5(\.0*)?", top=5):
+    """Pearson correlation, 0 if either side is constant; rounded, since it is to compare epochs."""
+    said, gold = numbers(predictions, answers, pattern, top)
+    constant = len(set(said)) == 1 or len(set(gold)) == 1
+    return 0.0 if constant else round(100 * float(np.corrcoef(said, gold)[0, 1]), 10)
 
 
 def token_f1(predictions, answers):
-    """SQuAD's F1 over the bag of words, best over the answers, mean over examples, in per cent."""
-    def words(text):
-        text = "".join(c for c in text.lower() if c not in string.punctuation)
-        return Counter(w for w in text.split() if w not in ("a", "an", "the"))
-
-    def overlap(said, right):
+    """SQuAD's F1 over the bag of words, best over the answers, mean over examples."""
+    def overlap(*texts):
+        bare = ("".join(c for c in text.lower() if c not in string.punctuation) for text in texts)
+        said, right = (Counter(w for w in text.split() if w not in ("a", "an", "the")) for text in bare)
         common = (said & right).total()
         return 2 * common / (said.total() + right.total()) if common else float(said == right)
+    best = [max(overlap(p, r) for r in right) for p, right in zip(predictions, answers)]
+    return 100 * sum(best) / len(best)
 
-    return 100 * sum(max(overlap(words(p), words(r)) for r in right)
-                     for p, right in zip(predictions, answers)) / len(answers)
 
-
+matthews = functools.partial(pearson, pattern="[01]", top=1)          # Pearson's of labels 0 and 1
 METRICS = {"accuracy": accuracy, "F1": f1, "Matthews": matthews, "Pearson": pearson, "token F1": token_f1}
-
 
 # The toy: was the thing found good or bad? The adjective and a "not" decide together, so that
 # neither word alone tells anything; a clause about something else stands before or behind.
-
 TOY_WORDS = {
     "name": "anna ben carla david emma felix gina hugo",
-    "thing": "soup film book song cake room train boat garden coat",
-    "how": "very quite really rather",
-    "good": "tasty lovely great bright charming clever",
-    "bad": "awful dull bitter broken ugly boring",
-    "glad": "smiled laughed cheered",
-    "sad": "sighed frowned cried",
+    "thing": "soup film book song cake room train boat garden coat", "how": "very quite really rather",
+    "good": "tasty lovely great bright charming clever", "bad": "awful dull bitter broken ugly boring",
+    "glad": "smiled laughed cheered", "sad": "sighed frowned cried",
     "doing": "sold took drew lost bought cleaned",
 }
 
 
 def toy_sentence(rng):
     """A random sentence and whether the thing in it was found "good" or "bad"."""
-    def any_of(key):
-        return rng.choice(TOY_WORDS[key].split())
-
-    word = {key: any_of(key) for key in TOY_WORDS}
-    is_good, negated = rng.random() < 0.5, rng.random() < 0.5
-    found = [word["name"], "found", "the", word["thing"], *(["not"] if negated else []),
-             *([word["how"]] if rng.random() < 0.7 else []), word["good" if is_good else "bad"]]
-    other = [any_of("name"), word["doing"], "the", any_of("thing")]
-    clauses = [found, other] if rng.random() < 0.5 else [other, found]
-    return " ".join([*clauses[0], "and", *clauses[1]]), "good" if is_good != negated else "bad"
+    word = {key: rng.choice(words.split()) for key, words in TOY_WORDS.items()}
+    is_good, negated, stressed = rng.random() < 0.5, rng.random() < 0.5, rng.random() < 0.7
+    found = [word["name"], "found the", word["thing"], *["not"] * negated, *[word["how"]] * stressed,
+             word["good" if is_good else "bad"]]
+    other, thing = (rng.choice(TOY_WORDS[key].split()) for key in ("name", "thing"))
+    clauses = [" ".join(found), f"{other} {word['doing']} the {thing}"]
+    text = " and ".join(clauses if rng.random() < 0.5 else clauses[::-1])
+    return text, "good" if is_good != negated else "bad"
 
 
 def toy_splits(seed):
@@ -1406,41 +1349,32 @@ def toy_splits(seed):
 
 
 def toy_backbone(seed, steps=500, batch_size=64):
-    """A tiny T5 and its tokenizer, pretrained for some seconds to fill in a masked word.
-
-    Its sentences go on with "so smiled" or "so sighed": it comes to know what a finding means, as a
-    large model would. It has also seen the task's prompt, with verdicts drawn at random: untouched,
-    it answers in the right form and at chance.   Returns (model, tokenizer).
-    """
+    """(model, tokenizer): a tiny T5 that fills in masked words: "so smiled" tells it what a finding means."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    first = "<pad> </s> <unk> <mask> good bad toy sentence: found the not and so"
-    words = " ".join([first, *TOY_WORDS.values()]).split()
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>",
-                                                     eos_token="</s>", unk_token="<unk>", mask_token="<mask>")
+    words = ["<pad> </s> <unk> <mask> good bad toy sentence: found the not and so", *TOY_WORDS.values()]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(" ".join(words).split()))}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", mask_token="<mask>")
     rng = random.Random(derive(seed, 7))
-
     def masked():
         text, verdict = toy_sentence(rng)
-        if rng.random() < 0.3:
+        if rng.random() < 0.3:              # the task's prompt: untouched, it answers in form and at chance
             return Example(f"toy sentence: {text}", rng.choice(("good", "bad")), ())
-        pieces = [*text.split(), "so", rng.choice(TOY_WORDS["glad" if verdict == "good" else "sad"].split())]
-        hole = len(pieces) - 1 if rng.random() < 0.7 else rng.randrange(len(pieces))
-        return Example(" ".join([*pieces[:hole], "<mask>", *pieces[hole + 1:]]), pieces[hole], ())
-
+        words = [*text.split(), "so", rng.choice(TOY_WORDS["glad" if verdict == "good" else "sad"].split())]
+        hole = len(words) - 1 if rng.random() < 0.7 else rng.randrange(len(words))
+        return Example(" ".join([*words[:hole], "<mask>", *words[hole + 1:]]), words[hole], ())
     with torch.random.fork_rng([]):
         torch.manual_seed(derive(seed, 8))
         model = transformers.T5ForConditionalGeneration(transformers.T5Config(
             vocab_size=len(vocabulary), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
-            dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
+            dropout_rate=0.0, decoder_start_token_id=0))
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-        tokens = tokenize(tokenizer, [masked() for _ in range(steps * batch_size)], 32)
-        for start in range(0, len(tokens), batch_size):        # not Batches: all processes need the same
-            loss_of(model(**collate(tokens[start:start + batch_size], "cpu"))).backward()
+        for _ in range(steps):                                 # not Batches: all processes need the same
+            tokens = tokenize(tokenizer, [masked() for _ in range(batch_size)], 32)
+            loss_of(model(**collate(tokens, "cpu"))).backward()
             optimizer.step()
             optimizer.zero_grad()
     return model, tokenizer
@@ -1453,21 +1387,12 @@ def toy_backbone(seed, steps=500, batch_size=64):
 
 def tokenize(tokenizer, examples, max_length):
     """[(input ids, label ids)] of Examples, the input cut to max_length tokens, done once."""
-    cut = {"max_length": max_length, "truncation": True}
-    return list(zip(tokenizer([e.source for e in examples], **cut).input_ids,
-                    tokenizer(text_target=[e.target for e in examples], **cut).input_ids))
+    texts = [e.source for e in examples], [e.target for e in examples]
+    return list(zip(*(tokenizer(part, max_length=max_length, truncation=True).input_ids for part in texts)))
 
 
 class Batches:
-    """Padded batches of tokenised examples, in an order that the seed and the epoch decide.
-
-    tokens: what `tokenize` returns.   seed: None keeps the order; else examples are shuffled, and of
-    every 16 batches' worth those of like length share a batch, which halves the padding.
-    Yields input_ids and attention_mask, [batch, longest input], and labels, [batch, longest target],
-    padded with -100. On a GPU lengths are rounded up to powers of two and the last batch is filled
-    with rows without a label, so that a few CUDA graphs serve all batches; neither changes the loss.
-    Of many processes each yields its own rows of every batch.
-    """
+    """Padded batches of what `tokenize` returns; seed and epoch decide their order, no seed keeps it."""
 
     def __init__(self, tokens, batch_size, device, seed=None):
         self.tokens, self.batch_size, self.device, self.seed, self.epoch = tokens, batch_size, device, seed, 0
@@ -1479,47 +1404,39 @@ class Batches:
     def __len__(self):
         return math.ceil(len(self.tokens) / self.batch_size)
 
-    def order(self):
-        """The indices of each batch of this epoch."""
+    def __iter__(self):
         def cut(indices, size):
             return [indices[i:i + size] for i in range(0, len(indices), size)]
-        if self.seed is None:
-            return cut(range(len(self.tokens)), self.batch_size)
-        generator = torch.Generator().manual_seed(derive(self.seed, 9, self.epoch))
-        shuffled = torch.randperm(len(self.tokens), generator=generator).tolist()
-        batches = [batch for window in cut(shuffled, 16 * self.batch_size)
-                   for batch in cut(sorted(window, key=lambda i: len(self.tokens[i][0])), self.batch_size)]
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-    def __iter__(self):
-        on_gpu = torch.device(self.device).type == "cuda"
-        least = math.ceil(min(self.batch_size, len(self.tokens)) / world()) if on_gpu else 1
-        for indices in self.order():
+        size, batches = self.batch_size, cut(range(len(self.tokens)), self.batch_size)
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(derive(self.seed, 9, self.epoch))
+            shuffled = torch.randperm(len(self.tokens), generator=generator).tolist()
+            # of every 16 batches' worth those of like length share a batch, which halves the padding
+            batches = [batch for window in cut(shuffled, 16 * size)
+                       for batch in cut(sorted(window, key=lambda i: len(self.tokens[i][0])), size)]
+            batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        on_gpu = torch.device(self.device).type == "cuda"       # where few CUDA graphs are to serve all
+        least = math.ceil(min(size, len(self.tokens)) / world()) if on_gpu else 1
+        for indices in batches:
             rows = [self.tokens[i] for i in indices[rank()::world()]]
             yield collate(rows + [([1], [-100])] * (least - len(rows)), self.device, on_gpu)
 
 
 def collate(rows, device, rounded=False):
-    """A batch of tokenised examples, as `Batches` describes it."""
+    """A padded batch of tokenised examples.   rounded: to powers of two, which changes no loss."""
     def pad(rows, filler, least):
         longest = max(map(len, rows))
         longest = max(least, 1 << (longest - 1).bit_length()) if rounded else longest
-        made = torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
-        return (made.pin_memory() if torch.device(device).type == "cuda" else made).to(device, non_blocking=True)
+        padded = [[*row, *[filler] * (longest - len(row))] for row in rows]
+        on_gpu = torch.device(device).type == "cuda"
+        return torch.tensor(padded, pin_memory=on_gpu).to(device, non_blocking=True)
+    inputs, targets = zip(*rows)
+    return {"input_ids": pad(inputs, 0, 32), "attention_mask": pad([[1] * len(row) for row in inputs], 0, 32),
+            "labels": pad(targets, -100, 4)}                                               # [batch, longest]
 
-    sources, targets = zip(*rows)
-    ones = [[1] * len(row) for row in sources]
-    return {"input_ids": pad(sources, 0, 32), "attention_mask": pad(ones, 0, 32),
-            "labels": pad(targets, -100, 4)}
 
-
-@torch.no_grad()
 def predict(model, tokenizer, tokens, batch_size, device):
-    """The texts a model generates, greedily, for tokenised inputs, in their order.
-
-    Sorted by length, so that little is padding; each batch stops when its last answer is complete,
-    or has become longer than any target. Of many processes each generates its share.
-    """
+    """The texts that a model generates for tokenised inputs: greedily, no longer than the longest target."""
     was_training, texts = model.training, {}
     model.eval()
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i][0]))[rank()::world()]
@@ -1527,15 +1444,12 @@ def predict(model, tokenizer, tokens, batch_size, device):
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
         batch = collate([tokens[i] for i in rows], device)
-        del batch["labels"]
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())     # generate's is of the encoder's depth
-        made = model.generate(**batch, past_key_values=cache, use_cache=True, max_new_tokens=longest,
-                              num_beams=1, do_sample=False)
-        for i, text in zip(rows, tokenizer.batch_decode(made, skip_special_tokens=True)):
-            texts[i] = text.strip()
+        made = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], num_beams=1,
+                              do_sample=False, max_new_tokens=longest, use_cache=True, past_key_values=cache)
+        texts |= zip(rows, map(str.strip, tokenizer.batch_decode(made, skip_special_tokens=True)))
     model.train(was_training)
-    for part in gather(texts):
-        texts.update(part)
+    texts = {i: text for part in gather(texts) for i, text in part.items()}
     return [texts[i] for i in range(len(tokens))]
 
 
@@ -1543,28 +1457,25 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
           graphs=False, parts=1, state=None, after_step=lambda state, line: None):
     """Trains the attached modules anew; leaves them as after their best epoch, whose score it returns.
 
-    batches: a Batches or any iterable with a length.   evaluate: called after each epoch, returns the
-    score.   lr: falls linearly to 0.   graphs, parts: as in `fast_pass`.   after_step: called after every
-    step with a state, from which `state` goes on, and a line: its step, loss and, at an epoch's end, score.
+    batches: an iterable with a length.   evaluate: gives an epoch's score.   lr: falls to 0.   after_step: is
+    given after every step a state, from which `state` goes on, and a line: step, loss, an epoch's score.
     """
     def gradient(_, **batch):
         loss = loss_of(model(**batch))
         found = torch.autograd.grad(loss, peft.tensors, materialize_grads=True)
         return loss.detach(), torch.cat([g.flatten() for g in found]).to(weights.dtype)
-
     weights, total = peft.weights, epochs * len(batches)
-    replay = Replay(gradient, graphs and weights.is_cuda)
+    replay = replayed(gradient, graphs and weights.is_cuda)
     optimizer = torch.optim.AdamW([weights], lr=lr, weight_decay=weight_decay, fused=True)
-    done, best, best_weights = 0, -math.inf, weights.clone()
-    if state is not None:
-        done, best, best_weights = state["step"], state["best"], state["best_weights"].to(weights.device)
-        weights.copy_(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
+    state = dict(state or {"step": 0, "best": -math.inf, "best_weights": weights.clone(), "weights": weights,
+                           "optimizer": optimizer.state_dict()})
+    weights.copy_(state["weights"])
+    optimizer.load_state_dict(state["optimizer"])
     try:
         model.train()
         peft.refresh()
         with torch.random.fork_rng([weights.device] if weights.is_cuda else []):
-            for step, batch in zip(range(done, total), stream(batches, done)):
+            for step, batch in zip(range(state["step"], total), stream(batches, state["step"])):
                 torch.manual_seed(derive(seed if dropout_seed is None else dropout_seed, 10, step))
                 loss, weights.grad = mean_over_parts(lambda part: replay("train", **part), batch, parts)
                 optimizer.param_groups[0]["lr"] = lr * (1 - step / total)
@@ -1576,15 +1487,15 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
                 if line["step"] % len(batches) == 0:
                     line["score"] = evaluate()
                     model.train()
-                    if line["score"] > best:
-                        best, best_weights = line["score"], weights.clone()
-                after_step({"step": step + 1, "best": best, "best_weights": best_weights, "weights": weights,
-                            "optimizer": optimizer.state_dict()}, line)
-        weights.copy_(best_weights)
+                    if line["score"] > state["best"]:
+                        state |= {"best": line["score"], "best_weights": weights.clone()}
+                state |= {"step": step + 1, "weights": weights, "optimizer": optimizer.state_dict()}
+                after_step(state, line)
+        weights.copy_(state["best_weights"])
     finally:
         peft.use(weights)
         model.eval()
-    return best
+    return state["best"]
 
 
 # ==================================================================================================
@@ -1592,32 +1503,25 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
 # ==================================================================================================
 
 
-@contextlib.contextmanager
 def deterministic():
     """A context in which torch takes only algorithms that give the same twice; cuBLAS is told in advance."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = False        # slow, and nothing reads it
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = True
+    after = contextlib.ExitStack()
+    after.callback(torch.use_deterministic_algorithms, False)
+    return after
 
 
 def write_atomically(path, content):
     """Writes text or bytes so that a reader, or a crash, finds the old file or the new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.new")
+    temporary = Path(path).with_name(f".{Path(path).name}.new")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UsageError(f"{path} can't be written ({error.strerror}): what was there before is whole; make room and "
-                         "give the same command again, or name another folder with --out") from None
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"{path} can't be written ({error.strerror}): make room or change --out") from None
 
 
 def one_line(error):
@@ -1634,23 +1538,23 @@ def save_weights(peft, path):
 
 def load_weights(peft, path):
     """Reads what `save_weights` wrote.   Raises UsageError if the file is of another structure."""
+    own = peft.named_weights()
     try:
         stored = safetensors.torch.load_file(path)
+        found, wanted = ({(name, *t.shape) for name, t in tensors.items()} for tensors in (stored, own))
+        if found != wanted:
+            raise ValueError(f"another structure's: names or shapes differ, first {min(found ^ wanted)}")
     except Exception as error:
-        raise UsageError(f"{path} can't be read as safetensors ({one_line(error)})") from None
-    shapes, own = ({key: tuple(t.shape) for key, t in found.items()} for found in (stored, peft.named_weights()))
-    for key in sorted(shapes.keys() | own.keys()):
-        if shapes.get(key) != own.get(key):
-            raise UsageError(f"{path} is of another structure: {key} has shape {shapes.get(key)}, not {own.get(key)}")
-    for key, t in peft.named_weights().items():
-        t.copy_(stored[key])
+        raise UsageError(f"{path} can't be read as weights of these modules ({one_line(error)})") from None
+    for name, t in own.items():
+        t.copy_(stored[name])
 
 
 def save_structure(structure, path):
     """Writes a Structure as JSON, atomically, with totals for people."""
     size = structure.geometry["parameters"]
-    totals = {"modules": len(structure.modules), "parameters": structure.parameters, "backbone_parameters": size,
-              "per_ten_thousand": round(1e4 * structure.parameters / size, 4)}
+    totals = {"modules": len(structure.modules), "parameters": structure.parameters,
+              "backbone_parameters": size, "per_ten_thousand": round(1e4 * structure.parameters / size, 4)}
     write_atomically(path, json.dumps({**dataclasses.asdict(structure), "totals": totals}, indent=1) + "\n")
 
 
@@ -1666,71 +1570,44 @@ def load_structure(path):
         if not 0 < found.parameters <= found.budget < math.inf:
             raise ValueError(f"it holds {found.parameters:,} parameters for a budget of {found.budget:,}")
         return found
-    except FileNotFoundError:
-        raise UsageError(f"there is no structure file {path}") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except Exception as error:
         raise UsageError(f"{path} is no structure.json of this program ({one_line(error)})") from None
 
 
-class Replay:
-    """Runs a function of tensors; on a GPU as a CUDA graph for each shape: one launch, not thousands.
-
-    function: called as function(key, **tensors), returns tensors, asks the device for no value.
-    A shape runs as it is when it comes first, and is recorded when it comes again: what libraries set up
-    when first asked, on the stream that is recorded later, must not happen during a recording. All graphs
-    share the memory of their insides, so that what one returns is copied at once. Dropout in a replayed
-    graph follows torch.manual_seed as ever.
-    """
-
-    def __init__(self, function, enabled):
-        self.function, self.enabled = function, enabled
-        self.forget()
-        self.stream = torch.cuda.Stream() if enabled else None     # recording needs one other than the usual
-
-    def __call__(self, key, **tensors):
-        if not self.enabled:
-            return self.function(key, **tensors)
+def replayed(function, enabled):
+    """A function of a key and tensors as one CUDA graph a shape; it must ask the device for no value."""
+    if not enabled:
+        return function
+    graphs, pool, stream = {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    def run(key, **tensors):
         shape = (key, *((name, t.shape, t.dtype) for name, t in tensors.items()))
-        if shape not in self.graphs:
-            self.graphs[shape] = None
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                outputs = self.function(key, **tensors)
-            torch.cuda.current_stream().wait_stream(self.stream)
-        else:
-            self.graphs[shape] = self.graphs[shape] or self._record(key, tensors)
-            graph, inputs, outputs = self.graphs[shape]
-            with torch.no_grad():
-                for name, t in tensors.items():
-                    inputs[name].copy_(t, non_blocking=True)
-            graph.replay()
-        return [t.clone() for t in outputs]
-
-    def forget(self):
-        """Drops all graphs and their memory."""
-        self.graphs, self.pool = {}, None
-
-    def _record(self, key, tensors):
-        """A graph of the function, its inputs and its outputs."""
-        inputs, state = {name: t.detach().clone() for name, t in tensors.items()}, torch.cuda.get_rng_state()
-        torch.cuda.empty_cache()                     # of what the same work took outside of graphs
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            outputs = self.function(key, **inputs)
-        self.pool = self.pool or graph.pool()
-        torch.cuda.set_rng_state(state)              # the step draws what it would have drawn anyway
-        return graph, inputs, outputs
+        if shape not in graphs:                      # what libraries set up at first must not be recorded
+            graphs[shape] = None
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                outputs = function(key, **tensors)
+            torch.cuda.current_stream().wait_stream(stream)
+            return [t.clone() for t in outputs]
+        if graphs[shape] is None:
+            state, inputs = torch.cuda.get_rng_state(), {k: t.detach().clone() for k, t in tensors.items()}
+            torch.cuda.empty_cache()                 # of what the same work took outside of graphs
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                graphs[shape] = graph, inputs, function(key, **inputs)
+            torch.cuda.set_rng_state(state)          # the step draws what it would have drawn anyway
+        graph, inputs, outputs = graphs[shape]
+        for name, t in tensors.items():
+            inputs[name].copy_(t.detach(), non_blocking=True)
+        graph.replay()
+        return [t.clone() for t in outputs]          # whose memory all graphs share
+    return run
 
 
 def fast_pass(model, space, graphs=False, parts=1):
-    """A `run_pass` for Search: its passes as CUDA graphs, in parts and over processes.
-
-    graphs: on a GPU; the model's forward must ask the device for no value, and its batches be tensors there,
-    of few shapes. Shut modules are then computed and multiplied by zero.   parts: that a batch goes in.
-    """
-    graphs = graphs and space.weights.is_cuda
-    space.skips_shut = not graphs
-    replay = Replay(lambda wanted, gate, ranks, **batch: run_pass(model, space, wanted, gate, ranks, batch), graphs)
+    """A `run_pass` for Search: as CUDA graphs, which compute shut modules, too; in parts; over processes."""
+    space.skips_shut = not (graphs and space.weights.is_cuda)
+    replay = replayed(lambda wanted, gate, ranks, **batch: run_pass(model, space, wanted, gate, ranks, batch),
+                      not space.skips_shut)
     return lambda wanted, gate, ranks, batch: mean_over_parts(
         lambda part: replay(wanted, gate=gate, ranks=ranks, **part), batch, parts)
 
@@ -1747,16 +1624,12 @@ def fuse_norms(model):
 
 
 def recompute_activations(model):
-    """Gradient checkpointing: keeps a layer's input alone for the backward pass, and computes it again."""
-    # transformers up to 5.17 has only the second name, and later ones warn of it
+    """Keeps a layer's input alone for the backward pass. The second name is transformers' up to 5.17."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
-# Many processes, as torchrun starts them: each computes a part of every batch, and all hold the same
-# state. Without a process group these functions do nothing.
-
-
+# Many processes, as torchrun starts them: each computes a part of every batch, all hold the same state.
 def rank():
     """This process's number; 0 is the one that prints and writes."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -1768,21 +1641,14 @@ def world():
 
 
 def mean_over_parts(function, batch, parts=1):
-    """What a function returns for a whole batch, a mean over its labels, from what it returns for parts.
-
-    batch: this process's part, tensors of the same first dimension, which goes through the function in
-    `parts` pieces; those of other processes come in by one all-reduce.   Returns a list of tensors, each
-    the mean weighed by numbers of labels (of rows, if the batch has none): a batch in parts gives what
-    it gives as a whole, but for rounding and the draws of dropout.
-    """
+    """The mean, weighed by labels (or rows), of what a function returns for all parts and processes."""
     if parts == world() == 1:
         return function(batch)
     total = 0
-    for piece in zip(*(t.chunk(parts) for t in batch.values())):
-        piece = dict(zip(batch, piece))
-        rows = next(iter(piece.values()))
-        count = (piece["labels"] != -100).sum() if "labels" in piece else torch.tensor(len(rows), device=rows.device)
-        found = function(piece)
+    for pieces in zip(*(t.chunk(parts) for t in batch.values())):
+        piece = dict(zip(batch, pieces))
+        labels = piece["labels"] if "labels" in piece else pieces[0].new_zeros(len(pieces[0]))
+        count, found = (labels != -100).sum(), function(piece)
         flat = torch.cat([t.flatten() for t in found])
         total = total + torch.cat([torch.where(count > 0, flat * count, 0), count[None]])
     all_reduce(total)
@@ -1790,31 +1656,23 @@ def mean_over_parts(function, batch, parts=1):
     return [part.view(t.shape).to(t.dtype) for part, t in zip(mean.split([t.numel() for t in found]), found)]
 
 
-@contextlib.contextmanager
-def peers():
-    """Says in one line that another process is gone, where torch says it in a hundred."""
+def with_peers(collective, *arguments):
+    """Calls one of torch's collectives, if there are others.   Raises UsageError if one of them is gone."""
     try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
+        if world() > 1:
+            collective(*arguments)
     except RuntimeError as error:
         raise UsageError(f"process {rank()} lost another one of this run ({one_line(error)}): start the same "
                          "command again, it goes on from the last checkpoint") from None
 
 
-@peers()
-def all_reduce(tensor, operation=dist.ReduceOp.SUM):
-    """Adds a tensor up over all processes, in place.   Raises UsageError if one of them is gone."""
-    if world() > 1:
-        dist.all_reduce(tensor, operation)
+all_reduce = functools.partial(with_peers, dist.all_reduce)      # a tensor's sum over all processes, in place
 
 
-@peers()
 def gather(value):
-    """The value that each process gives, in a list, on all of them.   Raises as `all_reduce`."""
+    """The value that each process gives, in a list, on all of them."""
     values = [value] * world()
-    if world() > 1:
-        dist.all_gather_object(values, value)
+    with_peers(dist.all_gather_object, values, value)
     return values
 
 

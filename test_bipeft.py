@@ -2413,7 +2413,6 @@ def test_deterministic_algorithms_are_for_the_run_alone():
         assert torch.are_deterministic_algorithms_enabled()
         raise KeyError
     assert not torch.are_deterministic_algorithms_enabled()
-    assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 def test_two_processes_and_batches_in_parts_find_what_one_finds(ahead, tmp_path):
