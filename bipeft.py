@@ -1681,35 +1681,35 @@ def gather(value):
 # ==================================================================================================
 
 
-def within(kind, low, high):
-    """An argparse type: a number of a kind, int or float, in low .. high."""
-    def read(text):
+def within(kind, low, high=10**12):
+    """An argparse type: an int or a float in low .. high."""
+    def number(text):                                       # argparse speaks of an "invalid number value"
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} must lie in {low:g} .. {high:g}")
         return kind(text)
-    read.__name__ = kind.__name__                           # argparse speaks of an "invalid int value"
-    return read
+    return number
 
 
-COUNT, FROM_0, SHARE = within(int, 1, 10**12), within(int, 0, 10**12), within(float, 0, 1)
-POSITIVE = within(float, 1e-12, 1e12)
+COUNT, FROM_0, POSITIVE, SHARE = within(int, 1), within(int, 0), within(float, 1e-12), within(float, 0, 1)
 
 
-def flags():
-    """The parser of the command line. The defaults are the paper's; None: as the task has it."""
-    parser = argparse.ArgumentParser(
-        prog="bipeft.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        epilog="Ratios are in parts per ten thousand. Example: python bipeft.py --task toy")
-    add = parser.add_argument_group("task").add_argument
+def parse(arguments):
+    """The settings in a command line. Defaults: the paper's, or the task's.   Raises UsageError."""
+    def fail(message):
+        raise UsageError(f"{message} (--help lists the flags)")
+
+    parser = argparse.ArgumentParser("bipeft.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     epilog="Ratios are in parts per ten thousand.")
+    parser.error = fail
+    add = parser.add_argument
     add("--task", default="rte", choices=TASKS, help="which data set (%(default)s)")
-    add("--model", help="a T5 on the hub or in a folder (google-t5/t5-large)")
+    add("--model", default="google-t5/t5-large", help="a T5 on the hub or in a folder (%(default)s)")
     add("--data-dir", help="folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub")
-    add("--max-length", type=COUNT, help="input tokens (GLUE 128, SuperGLUE 256, ReCoRD 512)")
-    add = parser.add_argument_group("search").add_argument
+    add("--max-length", default=128, type=COUNT, help="input tokens (GLUE 128, SuperGLUE 256, ReCoRD 512)")
     add("--space", default="s2", help=f"s1, s2, all, or a comma list of {', '.join(KINDS)} (%(default)s)")
-    add("--ranks", default=(1, 4, 8), type=FROM_0, nargs="+", help="Dim, the candidate ranks (1 4 8)")
-    add("--budget", type=POSITIVE, help="B: below 1 a fraction of the backbone, else a count (1.39e-4)")
-    add("--triggers", type=COUNT, help="Z, how many times modules and ranks are selected (100; toy 30)")
+    add("--ranks", default=[1, 4, 8], type=FROM_0, nargs="+", help="Dim, the candidate ranks (1 4 8)")
+    add("--budget", default=1.39e-4, type=POSITIVE, help="B: below 1 a share of the backbone (%(default)s)")
+    add("--triggers", default=100, type=within(int, 1, 10**4), help="Z, times that it selects (100; toy 30)")
     add("--tau", default=0.85, type=SHARE, help="tau, the stability that triggers (%(default)s)")
     add("--gamma", default=0.85, type=SHARE, help="gamma, how much of the past s-bar keeps (%(default)s)")
     add("--window", default=5, type=COUNT, help="H, the steps over which stability is measured (%(default)s)")
@@ -1717,158 +1717,104 @@ def flags():
     add("--warmup-epochs", type=FROM_0, help="of these before the first trigger (the task's)")
     add("--arch-lr", default=0.01, type=POSITIVE, help="learning rate of Theta and Phi (%(default)s)")
     add("--structure", help="a structure.json to train: no search")
-    add = parser.add_argument_group("training").add_argument
     add("--epochs", type=COUNT, help="passes over train (the task's: 1 to 40)")
-    add("--lr", type=POSITIVE, help="learning rate of Delta W, falling linearly (3e-4)")
-    add("--weight-decay", default=1e-4, type=within(float, 0, 1e12), help="of all three (%(default)s)")
-    add("--batch-size", type=COUNT, help="examples a step, of all processes together (32, ReCoRD 16)")
+    add("--lr", default=3e-4, type=POSITIVE, help="learning rate of Delta W, falling linearly (%(default)s)")
+    add("--weight-decay", default=1e-4, type=within(float, 0), help="of all three (%(default)s)")
+    add("--batch-size", default=32, type=COUNT, help="examples a step, of all processes (32, ReCoRD 16)")
     add("--accumulate", default=1, type=COUNT, help="parts that a batch is computed in, to save memory (1)")
     add("--checkpointing", action="store_true", help="recompute activations, to save memory; no CUDA graphs")
-    add = parser.add_argument_group("run").add_argument
-    add("--seed", default=(0,), type=FROM_0, nargs="+", help="one or more: of splits, weights, draws (0)")
+    add("--seed", default=[0], type=FROM_0, nargs="+", help="one or more: of splits, weights, draws (0)")
     add("--out", help="folder to write (runs/<task>-<space>-<seed>)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the backbone")
     add("--eager", action="store_true", help="on a GPU: no CUDA graphs; shut modules are skipped")
     add("--save-every", default=0, type=FROM_0, help="steps between checkpoints; 0: about a minute")
     add("--fresh", action="store_true", help="start over instead of resuming")
-    return parser
-
-
-def parse(arguments):
-    """The settings in a command line, completed by what the task decides.   Raises UsageError."""
-    def fail(message):
-        raise UsageError(f"{message} (--help lists the flags)")
-
-    parser = flags()
-    parser.error = fail
+    task = TASKS[parser.parse_args(arguments).task]
+    parser.set_defaults(epochs=task.epochs, warmup_epochs=task.warmup_epochs, **task.defaults)
     settings = parser.parse_args(arguments)
-    task, given = TASKS[settings.task], {k: v for k, v in vars(settings).items() if v is not None}
-    vars(settings).update({"model": "google-t5/t5-large", "max_length": 128, "budget": 1.39e-4, "lr": 3e-4,
-                           "batch_size": 32, "triggers": 100, "epochs": task.epochs,
-                           "warmup_epochs": task.warmup_epochs, **task.defaults, **given})
     settings.search_epochs = settings.search_epochs or settings.epochs
     kinds_of(settings.space)
     check_ranks(settings.ranks)
-    if settings.accumulate > settings.batch_size:
-        fail(f"--accumulate {settings.accumulate} parts of --batch-size {settings.batch_size} would be empty")
-    if len(set(settings.seed)) < len(settings.seed):
-        fail(f"--seed {' '.join(map(str, settings.seed))} must be different numbers")
-    if settings.task == "custom" and settings.data_dir is None:
-        fail("--task custom needs --data-dir, a folder with train and validation files of source and target")
     return settings
 
 
 def load_backbone(name, dtype, device, seed):
-    """(model, tokenizer) from the hub or a folder, or the toy's.   Raises UsageError if it is no T5."""
+    """(model, tokenizer) from the hub or a folder, or the toy's.   Raises UsageError if parts are missing."""
     if name == "toy":
         model, tokenizer = toy_backbone(seed)
         return model.to(device, getattr(torch, dtype)), tokenizer
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        if config.model_type not in ("t5", "mt5"):
-            raise ValueError(f"a {config.model_type} is no T5, v1.1, Flan-T5 or mT5")
         model, told = transformers.AutoModelForSeq2SeqLM.from_pretrained(
             name, dtype=getattr(torch, dtype), output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        files = [Path(name) / file for file in ("tokenizer.json", "spiece.model")]
-        if told["missing_keys"]:                                        # they would be made up at random
-            raise ValueError(f"it has no {', '.join(sorted(told['missing_keys'])[:2])} ..")
-        if None in (config.pad_token_id, config.decoder_start_token_id):
-            raise ValueError("its config has no pad_token_id or no decoder_start_token_id")
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            raise ValueError(f"its tokenizer has {len(tokenizer):,} words, more than its weights")
-        if Path(name).is_dir() and not any(file.is_file() for file in files):       # it would be an empty one
-            raise ValueError("there is no tokenizer.json or spiece.model")
+        missing = sorted(told["missing_keys"])                      # transformers makes these up, and this:
+        if Path(name).is_dir() and not {"tokenizer.json", "spiece.model"} & set(os.listdir(name)):
+            missing.append("tokenizer.json or spiece.model")
+        if missing:
+            raise ValueError(f"it has no {missing[0]}")
     except Exception as error:
-        raise UsageError(f"the model {name} can't be loaded ({one_line(error)}): give a folder with config, "
-                         "weights and tokenizer, or a hub name and a network") from None
+        raise UsageError(f"the model {name} can't be loaded ({one_line(error)}): give a folder with a T5's "
+                         "config, weights and tokenizer, or a hub name and a network") from None
     model.config.use_cache = False                      # of no use in training; generation asks for its own
     return model.to(device), tokenizer
 
 
 def choose_device(name):
     """A torch.device that works.   Raises UsageError."""
-    if name.startswith("cuda:") and world() > 1:
-        raise UsageError(f"--device {name} would put {world()} processes on one GPU: leave --device out")
-    if name == "cuda" or name == "auto" and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"                                     # of torchrun
     try:
+        if name in ("auto", "cuda") and torch.cuda.is_available():
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"                                 # of torchrun
         device = torch.device("cpu" if name == "auto" else name)
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
             torch.cuda.set_device(device)          # graphs and random states are those of the current device
         return device
     except Exception as error:
-        raise UsageError(f"--device {name} can't be used ({one_line(error)}): try cpu; each process needs "
-                         f"a GPU of its own, and there are {torch.cuda.device_count()}") from None
-
-
-def load_checkpoint(path):
-    """What `Run.save` wrote, every byte checked first, which torch.load does not do."""
-    with zipfile.ZipFile(path) as file:
-        if file.testzip() is not None:
-            raise ValueError("it is damaged")
-    return torch.load(path, weights_only=True, map_location="cpu")
+        raise UsageError(f"--device {name}: {one_line(error)}; try cpu, or fewer processes") from None
 
 
 class Run:
     """One seed from data to test score, in a folder of its own: `with Run(..) as run: run.work()`.
 
-    settings: complete.   seed: one of theirs.   path: the folder, made if it is missing.
-    Refuses another run's folder, goes on from a checkpoint, ends on a signal after the step under way.
-    Raises UsageError for what is a person's to mend, and OSError.
+    settings: complete.   seed: one of theirs.   Raises UsageError for what a person can mend, and OSError.
     """
 
     FILES = ("checkpoint.pt", "metrics.json", "structure.json", "search.jsonl", "peft.safetensors")
+    FREE = ("out", "fresh", "save_every", "device", "eager", "accumulate", "checkpointing")     # may change
 
     def __init__(self, settings, seed, path):
         self.settings, self.seed, self.path, self.task = settings, seed, Path(path), TASKS[settings.task]
+        self.identity = {k: v for k, v in vars(settings).items() if k not in self.FREE} | {"seed": seed}
         self.given = load_structure(settings.structure) if settings.structure else None
-        # What a run must share with the one that it goes on from.
-        free = ("out", "fresh", "save_every", "device", "eager", "accumulate", "checkpointing")
-        self.identity = {k: v for k, v in vars(settings).items() if k not in free} | {
-            "ranks": list(settings.ranks), "seed": seed}
         if self.given:
-            content = json.dumps(dataclasses.asdict(self.given), sort_keys=True)
-            self.identity["structure"] += f" ({zlib.crc32(content.encode()):08x})"
-        self.common = {"weight_decay": settings.weight_decay, "seed": seed,
+            self.identity["structure"] += f" ({zlib.crc32(repr(self.given).encode()):08x})"
+        self.common = {"lr": settings.lr, "weight_decay": settings.weight_decay, "seed": seed,
                        "dropout_seed": derive(seed, 16, rank()) if rank() else seed}     # of Search and train
         self.fast = {"graphs": not (settings.eager or settings.checkpointing), "parts": settings.accumulate}
-        self.signal, self.stale = None, []
-        self.stored, self.metrics = {}, None        # what checkpoint.pt, what metrics.json holds
+        self.signal, self.stored = None, {}         # stored: what checkpoint.pt or metrics.json holds
         self.path.mkdir(parents=True, exist_ok=True)
-        self.open()
-
-    def open(self):
-        """Reads what an earlier run has left; every process does.   Raises UsageError if it was another."""
-        there = [name for name in self.FILES if (self.path / name).exists()]
-        if self.settings.fresh:
-            self.stale = there
-        elif there:                                 # a checkpoint beside metrics was killed as it tidied up
-            with self.reading(there[0]) as path:
-                if there[0] not in ("checkpoint.pt", "metrics.json"):
-                    raise ValueError("it is of a run that can't be resumed")
-                found = load_checkpoint(path) if path.suffix == ".pt" else json.loads(path.read_text())
-                before = dict(found["settings"])
-            for key in sorted(before.keys() | self.identity.keys()):
-                flag, was, now = "--" + key.replace("_", "-"), before.get(key), self.identity.get(key)
-                if was != now:
-                    raise UsageError(f"{self.path} holds another run: its {flag} is {was}, now it is {now}; "
-                                     "name another --out, or start over with --fresh")
-            self.stored, self.metrics = (found, None) if path.suffix == ".pt" else ({}, found)
-        seen = gather((there, self.stored.get("phase"), self.stored.get("elapsed")))
-        if any(other != seen[0] for other in seen):
+        there = [name for name in self.FILES if (self.path / name).exists() and not settings.fresh]
+        if there:                                   # a checkpoint beside metrics was killed as it tidied up
+            self.stored = self.read(self.path / there[0])
+        if len(set(gather(f"{there} {self.stored.get('elapsed')}"))) > 1:
             raise UsageError(f"the processes find different files in {self.path}: all must share one folder")
+        self.given = Structure(**self.stored["structure"]) if "structure" in self.stored else self.given
 
-    @contextlib.contextmanager
-    def reading(self, name):
-        """Says in one line that a file of the folder, whose path it gives, does not hold what it should."""
+    def read(self, path):
+        """What checkpoint.pt or metrics.json holds.   Raises UsageError if damaged, or of another run."""
         try:
-            yield self.path / name
+            if path.suffix == ".pt" and zipfile.ZipFile(path).testzip():          # torch.load doesn't look
+                raise ValueError("it is damaged")
+            found = torch.load(path, "cpu") if path.suffix == ".pt" else json.loads(path.read_text())
+            before = {key: found["settings"].get(key) for key in self.identity}
         except Exception as error:
-            raise UsageError(f"{self.path / name} can't be read ({one_line(error)}): start over with "
-                             "--fresh, or name another --out") from None
+            raise UsageError(f"{path} can't be read ({one_line(error)}): --out another, or --fresh") from None
+        for key, now in self.identity.items():
+            if before[key] != now:
+                raise UsageError(f"{self.path} holds another run: its --{key.replace('_', '-')} is "
+                                 f"{before[key]}, now it is {now}; name another --out, or use --fresh")
+        return found
 
     def __enter__(self):
         def note(number, frame):
@@ -1886,35 +1832,26 @@ class Run:
 
     def work(self):
         """All that is still to be done.   Returns the metrics."""
-        if self.metrics is not None:
-            with self.reading("metrics.json"):
-                table = results(self.metrics)
-            print(f"{self.path} holds this run, finished: nothing to do (--fresh starts over)\n{table}")
-            return self.metrics
+        if "test" in self.stored:
+            print(f"{self.path} holds this run, finished: nothing to do (--fresh starts over)\n"
+                  f"{results(self.stored)}")
+            return self.stored
         self.load()
-        if self.stored.get("phase") == "train":
-            with self.reading("checkpoint.pt"):
-                structure, seconds = Structure(**self.stored["structure"]), self.stored["search_seconds"]
-        elif self.given:
-            apply(self.model, self.given).detach()                  # refuses it before a file is touched
-            structure, seconds = self.given, 0.0
-        else:
-            structure, seconds = self.search(), self.elapsed()
+        structure = self.given or self.search()
+        seconds = self.stored.get("search_seconds", 0.0) if self.given else time.monotonic() - self.started
+        peft = apply(self.model, structure, derive(self.seed, 14))          # before a file is touched
         self.begin("train", structure=dataclasses.asdict(structure), search_seconds=seconds)
         if rank() == 0:
             save_structure(structure, self.path / "structure.json")
         print(picture(structure, self.model), flush=True)
-        peft, best = self.retrain(structure)
-        took = self.elapsed()
-        if rank() == 0:
-            save_weights(peft, self.path / "peft.safetensors")
+        best, took = self.retrain(peft), time.monotonic() - self.started
         metrics = self.measure(peft, structure) | {
             "validation": best, "search_seconds": seconds, "train_seconds": took,
             "ratio": seconds / took if seconds else None, "settings": self.identity}
-        if rank() == 0:
+        if rank() == 0:                             # each file is written again after a kill: no .new stays
+            save_weights(peft, self.path / "peft.safetensors")
             write_atomically(self.path / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-            for name in ("checkpoint.pt", *(f".{name}.new" for name in self.FILES)):        # a killed run's
-                (self.path / name).unlink(missing_ok=True)
+            (self.path / "checkpoint.pt").unlink()
         print(f"{results(metrics)}\nwritten to {self.path}", flush=True)
         return metrics
 
@@ -1925,11 +1862,11 @@ class Run:
             torch.set_num_threads(1)                # so small a model only waits for further threads
         self.splits = load_splits(settings.task, settings.data_dir, self.seed)
         self.model, self.tokenizer = load_backbone(settings.model, settings.dtype, self.device, self.seed)
+        self.size = geometry(self.model)["parameters"]
         if self.device.type == "cuda":
             fuse_norms(self.model)
         if settings.checkpointing:
             recompute_activations(self.model)
-        self.size = geometry(self.model)["parameters"]
         self.tokens = {key: tokenize(self.tokenizer, examples, settings.max_length)
                        for key, examples in self.splits.items()}
         counts = ", ".join(f"{len(examples):,} {key}" for key, examples in self.splits.items())
@@ -1946,33 +1883,23 @@ class Run:
         self.started, self.shown_at = time.monotonic() - self.stored["elapsed"], -math.inf
         self.save()
 
-    def elapsed(self):
-        """Seconds that this phase has taken, those before a kill included."""
-        return time.monotonic() - self.started
-
     def save(self, **state):
-        """Writes checkpoint.pt and the log so far. Only here does --fresh take older files away."""
+        """Writes checkpoint.pt and the log so far. Only here does --fresh take older scores away."""
         self.saved_at = time.monotonic()
-        self.stored |= {**state, "elapsed": self.elapsed()}
+        self.stored |= {**state, "elapsed": time.monotonic() - self.started}
         if rank() == 0:
-            for name in self.stale:
-                (self.path / name).unlink(missing_ok=True)
-            self.stale, stream = [], io.BytesIO()
+            (self.path / "metrics.json").unlink(missing_ok=True)
+            stream = io.BytesIO()
             torch.save(self.stored, stream)
             write_atomically(self.path / "checkpoint.pt", stream.getvalue())
-            write_atomically(self.path / "search.jsonl",
-                             "".join(json.dumps(line) + "\n" for line in self.stored["log"]))
+            log = "".join(json.dumps(line) + "\n" for line in self.stored["log"])
+            write_atomically(self.path / "search.jsonl", log)
 
-    def after_step(self, step, left, text, state, more="", keep=False):
-        """After every step: shows how it goes; saves if it is time; ends the run if a signal came.
-
-        left: steps to go.   text, more: what to show before and behind the time left.   state: a function,
-        that of the phase.   keep: the line stays on the screen. On a terminal it renews itself.
-        """
+    def after_step(self, step, left, text, state, keep):
+        """Shows how it goes, {} in text being the time left, for good if keep; saves; ends after a signal."""
         now, terminal, every = time.monotonic(), sys.stdout.isatty(), self.settings.save_every
         if keep or now - self.shown_at > (0.2 if terminal else 10):
-            self.shown_at = now
-            text = f"{text}  left {clock(left * self.elapsed() / step)}{more}"
+            self.shown_at, text = now, text.format(clock(left * (now - self.started) / step))
             if terminal:
                 text = "\r\033[K" + text[:shutil.get_terminal_size().columns - 1]
             print(text, end="" if terminal and not keep else "\n", flush=True)
@@ -1981,68 +1908,59 @@ class Run:
         if told or (step % every == 0 if every else now - self.saved_at > 60):
             self.save(**{self.stored["phase"]: state()})
         if told:
-            print(f"\nstopped by signal {int(told)} after step {step}: the same command, without --fresh, "
-                  "goes on from here", flush=True)
+            print(f"\nstopped by signal {told} after step {step}: the same command goes on from here")
             raise SystemExit(128 + int(told))
 
     def search(self):
         """The search, or what is left of it.   Returns a Structure."""
-        settings, tokens, size = self.settings, self.tokens["train"], self.size
-        shuffle = torch.Generator().manual_seed(derive(self.seed, 11))
-        order = [tokens[i] for i in torch.randperm(len(tokens), generator=shuffle).tolist()]
-        batches = [Batches(order[half::2], settings.batch_size, self.device, derive(self.seed, 12 + half))
-                   for half in (0, 1)]
+        settings, tokens, size, most = self.settings, self.tokens["train"], self.size, self.settings.triggers
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(derive(self.seed, 11)))
+        batches = [Batches([tokens[i] for i in order[half::2]], settings.batch_size, self.device,
+                           derive(self.seed, 12 + half)) for half in (0, 1)]
         space = Space(self.model, settings.space, settings.ranks, self.seed)
         steps, warmup = (n * len(batches[0]) for n in (settings.search_epochs, settings.warmup_epochs))
         budget = int(settings.budget if settings.budget >= 1 else settings.budget * size)
-        most = max(steps, 2 * len(space), 100)      # one a step, and each module can be fixed and removed
-        if settings.triggers > most:
-            raise UsageError(f"--triggers {settings.triggers} are more than {steps} steps and {len(space)} "
-                             f"modules could use: give {most} or fewer")
         print(f"search: {len(space)} modules of {', '.join(kinds_of(settings.space))}, "
               f"{space.sizes[:, -1].sum():,} parameters at rank {settings.ranks[-1]}\n"
               f"budget {budget:,} ({1e4 * budget / size:.2f} of 10,000), at most {steps} steps, triggers "
               f"from step {max(warmup, settings.window) + 1} on", flush=True)
-        search = Search(self.model, space, budget, steps, warmup, settings.triggers, settings.tau,
-                        settings.gamma, settings.window, settings.lr, settings.arch_lr, **self.common,
+        more = {key: getattr(settings, key) for key in ("triggers", "tau", "gamma", "window", "arch_lr")}
+        search = Search(self.model, space, budget, steps, warmup, **more, **self.common,
                         run_pass=fast_pass(self.model, space, **self.fast))
         if "search" in self.stored:
-            with self.reading("checkpoint.pt"):
-                search.load_state_dict(self.stored["search"])
+            search.load_state_dict(self.stored["search"])
         self.begin("search")
 
         def after_step(search, line):
-            self.stored["log"].append({**line, "time": round(self.elapsed(), 3)})
+            self.stored["log"].append({**line, "time": round(time.monotonic() - self.started, 3)})
             step, done = line["step"], line["triggers"]
             pace = done / max(1, step - warmup)                                  # triggers a step
-            left = min(steps - step, (settings.triggers - done) / pace if pace > 0 else math.inf)
-            self.after_step(step, left, f"search {step}/{steps}  loss {line['loss_train']:.3f}  beta "
-                            f"{line['beta']:.2f}  E {line['expected']:,.0f}/{budget:,}  kept {line['kept']}  "
-                            f"triggers {done}/{settings.triggers}", search.state_dict, keep=left == 0)
+            left = min(steps - step, (most - done) / pace if done else math.inf)
+            text = (f"search {step}/{steps}  loss {line['loss_train']:.3f}  beta {line['beta']:.2f}  E "
+                    f"{line['expected']:,.0f}/{budget:,}  kept {line['kept']}  triggers {done}/{most}")
+            self.after_step(step, left, text + "  left {}", search.state_dict, keep=left == 0)
 
         structure = search.run(*batches, settings.model, after_step)
         if search.ended_early:
-            print(f"the steps ended before trigger {settings.triggers}: the last {search.ended_early} "
-                  "selections were made at once; more --search-epochs or fewer --triggers would spread them")
+            print(f"the steps ended before trigger {most}: the last ones were made up at once")
         space.detach()
         return structure
 
-    def retrain(self, structure):
-        """Trains a found structure anew on all of train.   Returns (Peft, best validation score)."""
-        epochs, metric = self.settings.epochs, self.task.metric
-        peft = apply(self.model, structure, derive(self.seed, 14))
-        batches = Batches(self.tokens["train"], self.settings.batch_size, self.device, derive(self.seed, 15))
+    def retrain(self, peft):
+        """Trains a structure's fresh modules on all of train.   Returns the best validation score."""
+        settings = self.settings
+        batches = Batches(self.tokens["train"], settings.batch_size, self.device, derive(self.seed, 15))
 
         def after_step(state, line):
             step, steps, score = line["step"], line["steps"], line.get("score")
-            more = "" if score is None else (f"  epoch {step // len(batches)}/{epochs}: validation {metric} "
-                                             f"{score:.2f}, best {state['best']:.2f}")
-            self.after_step(step, steps - step, f"train {step}/{steps}  loss {line['loss']:.3f}",
-                            lambda: state, more, keep=score is not None)
+            text = f"train {step}/{steps}  loss {line['loss']:.3f}  left {{}}"
+            if score is not None:
+                text += (f"  epoch {step // len(batches)}/{settings.epochs}: validation {self.task.metric} "
+                         f"{score:.2f}, best {state['best']:.2f}")
+            self.after_step(step, steps - step, text, lambda: state, keep=score is not None)
 
-        best = train(self.model, peft, batches, lambda: self.score("validation"), epochs, self.settings.lr,
+        return train(self.model, peft, batches, lambda: self.score("validation"), settings.epochs,
                      state=self.stored.get("train"), after_step=after_step, **self.common, **self.fast)
-        return peft, best
 
     def score(self, split):
         """The task's score, in per cent, of what the model generates for a split."""
@@ -2052,67 +1970,59 @@ class Run:
 
     def measure(self, peft, structure):
         """The one look at the test split: with the modules, without them, and the most frequent answer."""
-        score = self.score("test")
+        score, count = self.score("test"), peft.weights.numel()     # counted from the tensors themselves
         peft.detach()
-        untouched, metric, test = self.score("test"), self.task.metric, self.splits["test"]
+        metric, answers = self.task.metric, [e.answers for e in self.splits["test"]]
         common = Counter(e.target for e in self.splits["train"]).most_common(1)[0][0]
-        count = peft.weights.numel()                                # counted from the tensors themselves
-        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return {"task": self.settings.task, "metric": metric, "seed": self.seed, "space": structure.space,
-                "test": score, "test_untouched": untouched,
-                "test_most_frequent": METRICS[metric]([common] * len(test), [e.answers for e in test]),
+                "test": score, "test_untouched": self.score("test"),
+                "test_most_frequent": METRICS[metric]([common] * len(answers), answers),
                 "modules": len(structure.modules), "parameters": count, "budget": structure.budget,
-                "backbone_parameters": self.size, "per_ten_thousand": 1e4 * count / self.size,
-                "device": torch.cuda.get_device_name(self.device) if cuda else self.device.type,
-                "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                             "transformers": transformers.__version__, "numpy": np.__version__}}
+                "backbone_parameters": self.size, "per_ten_thousand": 1e4 * count / self.size, "device": name,
+                "versions": {"python": sys.version.split()[0], **{
+                    module.__name__: module.__version__ for module in (torch, transformers, np)}}}
 
 
 def clock(seconds):
     """Seconds as h:mm:ss or m:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    return re.sub("^0:0?", "", str(timedelta(seconds=round(seconds))))
 
 
 def results(m):
     """The table at a run's end, from what metrics.json holds."""
-    head = f"{m['task']}, seed {m['seed']}, {m['metric']} in per cent"
     times = "" if m["ratio"] is None else (f"\nsearch {clock(m['search_seconds'])}, re-training "
                                            f"{clock(m['train_seconds'])} (ratio {m['ratio']:.2f})")
-    return "\n".join([
-        head.ljust(44) + "validation    test    parameters",
-        "  most frequent answer".ljust(54) + f"{m['test_most_frequent']:8.2f}",
-        "  the backbone, untouched".ljust(54) + f"{m['test_untouched']:8.2f}{0:14,}",
-        "  with the found structure, re-trained".ljust(44) + f"{m['validation']:10.2f}{m['test']:8.2f}"
-        f"{m['parameters']:14,}  ({m['per_ten_thousand']:.2f} of 10,000)"]) + times
+    head = f"{m['task']}, seed {m['seed']}, {m['metric']} in per cent"
+    return (f"{head:<44}validation    test    parameters\n"
+            f"{'  most frequent answer':<54}{m['test_most_frequent']:8.2f}\n"
+            f"{'  the backbone, untouched':<54}{m['test_untouched']:8.2f}{0:14,}\n"
+            f"{'  with the found structure, re-trained':<44}{m['validation']:10.2f}{m['test']:8.2f}"
+            f"{m['parameters']:14,}  ({m['per_ten_thousand']:.2f} of 10,000){times}")
 
 
 def picture(structure, model):
-    """A structure as text: a row a layer, a column a place, its rank, x without one, . if left out.
-
-    n0, n1, n2 are the layer norms before a layer's first, second and third block.
-    """
+    """A structure as text: a row a layer, a column a place; n0, n1, n2: the norms before a layer's blocks."""
     kept = {(m["name"], m["kind"]): str(m["rank"] or "x") for m in structure.modules}
-    cells, rows = {kind: {} for kind in kinds_of(structure.space)}, []          # kind: {column: {row: text}}
-    columns = {"SelfAttention": "attn", "DenseReluDense": "ffn", "final_layer_norm": "n0"}
+    kinds, cells = kinds_of(structure.space), {}                         # cells: {(kind, column, row): text}
+    short = {"SelfAttention": "attn", "DenseReluDense": "ffn", "final_layer_norm": "n0"}
     for name, role, _ in places(model):
         stack, *middle, last = name.split(".")
         row = f"{stack} {middle[1] if middle else 'end':>3}"
-        label = "n" + middle[3] if last == "layer_norm" else columns.get(last, last.replace("wi_", "wi"))
-        for kind in cells:
+        label = "n" + middle[3] if last == "layer_norm" else short.get(last, last.replace("wi_", "wi"))
+        for kind in kinds:
             if role in KINDS[kind].roles:
-                cells[kind].setdefault(f"{label:>2}", {})[row] = kept.get((name, kind), ".")
-                rows += [row] if row not in rows else []
-    blocks = [[" " * 11] * 2 + rows]                                      # side by side, a block a kind
-    for kind, found in cells.items():
-        lines = [kind, "".join(f" {label}" for label in found)]
-        for row in rows:
-            lines.append("".join(f" {column.get(row, ''):>{len(label)}}" for label, column in found.items()))
-        blocks.append([f"{line:>{max(len(lines[1]), len(kind) + 1)}}" for line in lines])
-    lines = [" ".join(parts) for parts in zip(*blocks)]
+                cells[kind, f" {label:>2}", row] = kept.get((name, kind), ".")
+    rows = list(dict.fromkeys(row for *_, row in cells))
+    lines = [" " * 11] * 2 + rows
+    for kind in kinds:                                                   # side by side, a block a kind
+        labels = dict.fromkeys(label for one, label, _ in cells if one == kind)
+        block = [kind, "".join(labels)] + [
+            "".join(cells.get((kind, label, row), "").rjust(len(label)) for label in labels) for row in rows]
+        width = max(len(block[1]), len(kind) + 1)
+        lines = [f"{line} {part:>{width}}" for line, part in zip(lines, block)]
     lines.append("  a number: the rank kept there; x: kept, without a rank; .: left out; n: a layer norm")
-    for kind in (*cells, "together"):
+    for kind in (*kinds, "together"):
         counts = [m["parameters"] for m in structure.modules if kind in (m["kind"], "together")]
         lines.append(f"  {kind:<11}{len(counts):>5} modules {sum(counts):>10,} parameters "
                      f"{1e4 * sum(counts) / structure.geometry['parameters']:9.2f} of 10,000")
@@ -2129,36 +2039,23 @@ def join():
     return True
 
 
-def is_first_to_tell(message):
-    """Whether no other process has told a person the same: torchrun's store counts, so that none waits."""
-    if not dist.is_torchelastic_launched():
-        return True
-    with contextlib.suppress(Exception):             # a store that is gone
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.TCPStore(host, port, timeout=timedelta(seconds=9)).add(message, 1) == 1
-    return True
-
-
 def main(arguments=None):
     """The program. Returns the exit code: 0, or 2 after a person's mistake."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        settings = parse(arguments)
-        joined, finished = join(), []
-        kind = settings.space.replace(",", "+")
-        if settings.structure:                       # named after the folder that the structure is from
-            kind = f"from-{Path(settings.structure).resolve().parent.name}"
+        settings, tests = parse(arguments), []
+        joined, folder = join(), Path(settings.structure or ".").resolve().parent.name
+        source = f"from-{folder}" if settings.structure else settings.space.replace(",", "+")
         for seed in settings.seed:
-            out = Path(settings.out or f"runs/{settings.task}-{kind}-{seed}")
+            out = Path(settings.out or f"runs/{settings.task}-{source}-{seed}")
             if settings.out and len(settings.seed) > 1:
                 out /= f"seed-{seed}"
             with deterministic(), Run(settings, seed, out) as run:
-                finished.append(run.work())
-        if len(finished) > 1:
-            tests, metric = [m["test"] for m in finished], TASKS[settings.task].metric
-            print(f"{settings.task}: test {metric} {np.mean(tests):.2f} ± {np.std(tests, ddof=1):.2f} "
-                  f"over {len(tests)} seeds")
+                tests.append(run.work()["test"])
+        if len(tests) > 1:
+            print(f"{settings.task}: test {TASKS[settings.task].metric} {np.mean(tests):.2f} ± "
+                  f"{np.std(tests, ddof=1):.2f} over {len(tests)} seeds")
         if joined:
             dist.destroy_process_group()
         return 0
@@ -2170,8 +2067,11 @@ def main(arguments=None):
         message = f"{one_line(error)}: mend that or name another --out, and the same command goes on"
     except KeyboardInterrupt:
         return 130
-    if is_first_to_tell(message):
-        print(f"bipeft.py: {message}", file=sys.stderr)
+    with contextlib.suppress(Exception):             # of many processes one tells: torchrun's store counts
+        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=9)))
+        if store.add(message, 1) > 1:
+            return 2
+    print(f"bipeft.py: {message}", file=sys.stderr)
     return 2
 
 
