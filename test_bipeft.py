@@ -2232,7 +2232,8 @@ def test_inputs_are_cut_to_the_maximum_length():
 
 def test_batches_for_a_gpu_are_of_few_shapes(monkeypatch):
     # lengths 4, 41 and 10: the first two are padded to 64, the third to 32 and with a row that no loss counts
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: t)
+    made = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda data, pin_memory=False: made(data))
     monkeypatch.setattr(torch.Tensor, "to", lambda t, *args, **more: t)
     tokens = [([5] * n + [1], [7, 1]) for n in (3, 40, 9)]
     first, last = bipeft.Batches(tokens, 2, "cuda")
@@ -2826,9 +2827,9 @@ def test_encoder_and_decoder_of_different_depths(world, tmp_path, monkeypatch, e
         part.save_pretrained(tmp_path / "model")
     generate = transformers.T5ForConditionalGeneration.generate
 
-    def check(model, **more):
-        found.append(generate(model, **more))
-        assert torch.equal(found[-1], generate(model, **{**more, "use_cache": False, "past_key_values": None}))
+    def check(model, ids, **more):
+        found.append(generate(model, ids, **more))
+        assert torch.equal(found[-1], generate(model, ids, **{**more, "use_cache": False, "past_key_values": None}))
         return found[-1]
 
     monkeypatch.setattr(transformers.T5ForConditionalGeneration, "generate", check)
