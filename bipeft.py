@@ -121,10 +121,9 @@ def alignment(train_gradients, val_gradients, segments):
 
 
 def segment_sum(values, segments):
-    """The sums of consecutive runs of a vector.   values: [P].   Returns [N].
+    """The sums of consecutive runs of a vector, [N] of [P].   segments: the length of each run, [N], together P.
 
-    segments: the length of each run, [N], together P; or a tuple of such, the sums of one being the
-    values of the next: a GPU gives each run to one thread, and many short runs take it less time.
+    Or a tuple of such, the sums of one being the values of the next: many short runs suit a GPU.
     """
     for lengths in segments if isinstance(segments, tuple) else (segments,):
         values = torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
@@ -192,9 +191,9 @@ def expected_parameters(probability, size):
 def keep_probability(theta, kept, certain):
     """3.3.1:  p_n = b_n · softmax(Theta_n)[1], or b_n itself once `certain` (reading 7)
 
-    theta: [N, 2].   kept: b, [N] bool.   certain: bool.   Returns p, [N].
+    theta: [N, 2].   kept: b, [N] bool.   Returns p, [N].
     """
-    probability = torch.ones_like(theta[:, 1]) if certain else theta.softmax(1)[:, 1]
+    probability = torch.ones_like(theta[:, 1]) if certain else theta.softmax(1)[:, 1]              # [N]
     return probability * kept
 
 
@@ -761,10 +760,7 @@ class Peft(nn.Module):
             p.data = (part if i < first_own else part.to(self.dtype)).view(p.shape)   # the network's own format
 
     def refresh(self, factors=None):
-        """Has the modules compute with a copy of the present weights in the backbone's dtype.
-
-        factors: [P], what they are multiplied with.   `use(weights)` ends it.
-        """
+        """Has the modules compute with weights · factors, [P], in the backbone's dtype. `use` ends it."""
         if self.in_use is not self.working:
             self.use(self.working)
         self.working.copy_(self.weights if factors is None else self.weights * factors)
@@ -834,10 +830,7 @@ class Space(Peft):
         self.cut_into_rows()
 
     def cut_into_rows(self, longest=512):
-        """Gives each row the index of its factor among 1, gate, [N], mask, [N·R], and gate·mask, [N·R].
-
-        A row of more than `longest` numbers counts as several, for the speed of `segment_sum` alone.
-        """
+        """Gives each row the index of its factor among 1, gate, [N], mask, [N·R], and gate·mask, [N·R]."""
         N, R, rows, self.carries_rank = len(self), self.ranks[-1], [], []
         for n, module in enumerate(self.modules_):
             first = {None: 0, "gate": 1 + n, "mask": 1 + N + n * R, "gate·mask": 1 + N + N * R + n * R}
@@ -845,6 +838,7 @@ class Space(Peft):
                 factor = module.factors.get(key)
                 self.carries_rank.append(factor in ("mask", "gate·mask"))
                 count = R if self.carries_rank[-1] else 1
+                # A row of more than `longest` numbers counts as several, for the speed of `segment_sum` alone.
                 rows += [(n, first[factor] + i, min(longest, p.numel() // count - at))
                          for i in range(count) for at in range(0, p.numel() // count, longest)]
         inside = len(rows)                                                   # what follows has factor 1, always
@@ -859,8 +853,8 @@ class Space(Peft):
     def enter(self, gate, ranks, for_gates=False):
         """Puts an architecture into the modules, for the pass that follows.
 
-        gate: [N], 0 or 1 (or soft).   ranks: [N, K], rows summing to 1.   Both may carry gradients.
-        for_gates: compute shut modules as well, since the pass is to give the gradients of their gates.
+        gate: [N], 0 or 1 (or soft).   ranks: [N, K], rows summing to 1.   for_gates: whether the pass is to
+        give the gradients of gates, for which shut modules are computed, too.
         """
         mask = ranks @ self.leading                                            # [N, R]
         both = gate[:, None] * mask                                            # [N, R]
@@ -934,7 +928,7 @@ def apply(model, structure, seed=0, places=None, also_train=()):
     """A structure's modules, with fresh weights, on a model (reading 51).   Returns the attached Peft.
 
     seed, places, also_train: as for `Peft`.
-    Raises UsageError if the model is of other sizes, or its counts are not those of the built tensors.
+    Raises UsageError if the model is of other sizes, or a count is not that of the built tensors.
     """
     for key, value in geometry(model, also_train).items():
         if structure.geometry.get(key) != value:
@@ -952,7 +946,7 @@ def apply(model, structure, seed=0, places=None, also_train=()):
 
 
 # ==================================================================================================
-# 4. Algorithm 1. Its lines stand in quotation marks beside the code.
+# 4. Algorithm 1, whose lines stand in quotation marks
 # ==================================================================================================
 
 
@@ -1083,7 +1077,7 @@ class Search:
     def architecture(self, noise, hard=True):
         """The sample of 3.5: gate, [N], and one-hot ranks, [N, K], with gradients to Theta and Phi.
 
-        Removed modules are shut, and fixed ranks are what they are.   noise: what `draw` returns.
+        noise: what `draw` returns. Removed modules are shut, and fixed ranks are what they are.
         """
         temperature = 5 - 4 * self.steps_done / max(1, self.steps - 1)      # from 5 to 1 (reading 30)
         gate = gumbel_softmax(self.theta, noise[0], temperature, hard)[:, 1] * self.kept
@@ -1196,7 +1190,7 @@ def run_pass(model, space, wanted, gate, ranks, batch):
 
     wanted: some of "gate", [N], "ranks", [N, K], and "weights", [P].   gate, ranks: as for `Space.enter`.
     batch: a dict of tensors.   Returns [loss, a tensor for each of wanted].
-    A search asks no more of the network than this. Whoever can do it faster gives Search another one.
+    A search asks no more of the network than this: whoever can do it faster gives it another one.
     """
     space.enter(gate.detach().requires_grad_(), ranks.detach().requires_grad_(), for_gates="gate" in wanted)
     loss = loss_of(model(**batch))
@@ -1250,13 +1244,8 @@ def stream(batches, start=0):
 # ==================================================================================================
 
 
-@dataclass(frozen=True)
-class Example:
-    """An input text, the text to be produced, and every text that counts as right."""
-
-    source: str
-    target: str
-    answers: tuple
+# An input text, the text to be produced, and every text that counts as right.
+Example = dataclasses.make_dataclass("Example", ("source", "target", "answers"), frozen=True)
 
 
 @dataclass(frozen=True)
@@ -1268,7 +1257,6 @@ class Task:
     metric: str                     # a key of METRICS
     epochs: int
     warmup_epochs: int
-    suite: str = "glue"
     answer: str = "label"           # the column that holds the target
     carve: bool = False             # validation comes out of train, and the original one is the test
     defaults: dict = field(default_factory=dict)      # of flags, where they are not the paper's
@@ -1276,8 +1264,7 @@ class Task:
 
 BINARY, THREE = ("0", "1"), ("0", "1", "2")
 FIFTHS = tuple(f"{n / 5:.1f}" for n in range(26))     # 0.0, 0.2, .. 5.0
-PAIR = ("sentence1", "sentence2")
-LONGER = {"max_length": 256}                          # SuperGLUE's inputs
+PAIR, LONGER = ("sentence1", "sentence2"), {"max_length": 256}         # of SuperGLUE's inputs
 TASKS = {
     "cola": Task(("sentence",), BINARY, "Matthews", 15, 2),
     "sst2": Task(("sentence",), BINARY, "accuracy", 5, 1, carve=True),
@@ -1287,207 +1274,157 @@ TASKS = {
     "mnli": Task(("premise", "hypothesis"), THREE, "accuracy", 3, 1, carve=True),
     "qnli": Task(("question", "sentence"), BINARY, "accuracy", 4, 1, carve=True),
     "rte": Task(PAIR, BINARY, "accuracy", 20, 3, defaults=LONGER),       # the same examples in GLUE
-    "boolq": Task(("question", "passage"), BINARY, "accuracy", 15, 2, "super_glue", defaults=LONGER),
-    "cb": Task(("premise", "hypothesis"), THREE, "accuracy", 40, 4, "super_glue", defaults=LONGER),
-    "multirc": Task(("question", "answer", "paragraph"), BINARY, "F1", 40, 4, "super_glue", defaults=LONGER),
-    "record": Task(("query", "entities", "passage"), (), "token F1", 1, 1, "super_glue", "answers", True,
+    "boolq": Task(("question", "passage"), BINARY, "accuracy", 15, 2, defaults=LONGER),
+    "cb": Task(("premise", "hypothesis"), THREE, "accuracy", 40, 4, defaults=LONGER),
+    "multirc": Task(("question", "answer", "paragraph"), BINARY, "F1", 40, 4, defaults=LONGER),
+    "record": Task(("query", "entities", "passage"), (), "token F1", 1, 1, "answers", True,
                    {"max_length": 512, "batch_size": 16}),
-    "wic": Task(("word", *PAIR), BINARY, "accuracy", 15, 2, "super_glue", defaults=LONGER),
-    "custom": Task(("source",), (), "accuracy", 10, 1, "none", "target"),
-    "toy": Task((), ("good", "bad"), "accuracy", 7, 4, "none",
+    "wic": Task(("word", *PAIR), BINARY, "accuracy", 15, 2, defaults=LONGER),
+    "custom": Task(("source",), (), "accuracy", 10, 1, "target"),
+    "toy": Task((), ("good", "bad"), "accuracy", 7, 4,
                 defaults={"model": "toy", "lr": 3e-3, "budget": 0.03, "triggers": 30, "search_epochs": 5}),
 }
+CLEAN = {"entities": ", ".join,     # columns that a prompt does not take as they are: ReCoRD's and MultiRC's
+         "passage": lambda t: re.sub(r"([.?!\"'])?\n@highlight\n", lambda end: f"{end[1] or '.'} ", str(t)),
+         "paragraph": lambda t: " ".join(re.sub(r"</?[a-zA-Z][^<>]*>", " ", str(t)).split())}
 
 
 def to_examples(name, row, training):
-    """A row of task `name`, in the hub's columns, as Examples: one, or for ReCoRD one an answer.
-
-    Raises UsageError for a label outside the task.
-    """
-    task, row = TASKS[name], dict(row)
+    """A row in the hub's columns as Examples: one, or in training one an answer.   Raises UsageError."""
+    task = TASKS[name]
     for key in (*task.fields, task.answer):
         if row[key] is None or row[key] == []:
             raise UsageError(f"a row of {name} has no {key}: fill it in, or leave the row out")
-    if name == "custom":
-        target = str(row["target"]).strip()
-        return [Example(str(row["source"]), target, (target,))]
-    if name == "multirc":
-        row["paragraph"] = " ".join(re.sub(r"</?[a-zA-Z][^<>]*>", " ", str(row["paragraph"])).split())
-    if name == "record":
-        for key in ("entities", "answers"):
-            if not isinstance(row[key], list) or not all(isinstance(text, str) for text in row[key]):
-                raise UsageError(f"a row of record has {key} that are no list of texts, which a .csv can't "
-                                 "hold: give a .jsonl or .parquet")
-        row["entities"] = ", ".join(row["entities"])
-        mark = re.compile(r"([.?!\"'])?\n@highlight\n")
-        row["passage"] = mark.sub(lambda found: f"{found[1] or '.'} ", str(row["passage"]))
-    source = " ".join([name, *(f"{key}: {row[key]}" for key in task.fields)])
-    if name == "record":
-        answers = tuple(dict.fromkeys(row["answers"]))
-        return [Example(source, answer, answers) for answer in (answers if training else answers[:1])]
-    try:
-        number = float(row["label"])
-        target = f"{round(number * 5) / 5:.1f}" if task.labels is FIFTHS else f"{number:g}"
-    except (TypeError, ValueError, OverflowError):
-        target = str(row["label"])
-    if target not in task.labels:
-        raise UsageError(f"the label {row['label']!r} is none of {name}'s ({task.labels[0]} .. "
-                         f"{task.labels[-1]}): is this split without labels?")
-    return [Example(source, target, (target,))]
+        listed = isinstance(row[key], list) and all(isinstance(text, str) for text in row[key])
+        if key in ("entities", "answers") and not listed:                        # a .csv can't hold one
+            raise UsageError(f"a row of {name} has {key} that are no list of texts: give .jsonl or .parquet")
+    parts = [f"{key}: {CLEAN.get(key, str)(row[key])}" for key in task.fields]
+    source = str(row["source"]) if name == "custom" else " ".join([name, *parts])
+    answers = row[task.answer] if name == "record" else [str(row[task.answer]).strip()]
+    if task.labels:
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(answers[0])
+            answers = [f"{round(number * 5) / 5:.1f}" if task.labels is FIFTHS else f"{number:g}"]
+        if answers[0] not in task.labels:
+            raise UsageError(f"the label {row['label']!r} is none of {name}'s ({task.labels[0]} .. "
+                             f"{task.labels[-1]}): is this split without labels?")
+    answers = tuple(dict.fromkeys(answers))
+    return [Example(source, answer, answers) for answer in (answers if training else answers[:1])]
 
 
 def load_splits(name, data_dir, seed):
-    """Train, validation and test Examples of a task, as S3Delta splits them; the seed decides.
-
-    Large tasks: 2,000 training rows (at most half) become validation, and the original validation
-    set the test. Others: the original validation set is halved, unless a custom test split exists.
-    Returns {"train": [...], "validation": [...], "test": [...]}.   Raises UsageError.
-    """
+    """{"train": [Example, ..], "validation": .., "test": ..}; the seed decides.   Raises UsageError."""
     if name == "toy":
         return toy_splits(seed)
     task, original = TASKS[name], "validation_matched" if name == "mnli" else "validation"
     train, other = read_split(name, "train", data_dir), read_split(name, original, data_dir)
+    # S3Delta's: large tasks validate on 2,000 rows of train and test on validation, others halve the latter
     whole, size = (train, min(2000, len(train) // 2)) if task.carve else (other, len(other) // 2)
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(derive(seed, 5))).tolist()
     first, rest = [whole[i] for i in order[:size]], [whole[i] for i in order[size:]]
     parts = (rest, first, other) if task.carve else (train, first, rest)
-    if name == "custom" and find_file(name, "test", data_dir):
-        parts = train, other, read_split(name, "test", data_dir)
-    splits = {key: [example for row in rows for example in to_examples(name, row, key == "train")]
-              for key, rows in zip(("train", "validation", "test"), parts)}
-    for key, examples in splits.items():
-        if len(examples) < 2:
+    if name == "custom" and (test := read_split(name, "test", data_dir)):
+        parts = train, other, test
+    splits = {}
+    for key, rows in zip(("train", "validation", "test"), parts):
+        splits[key] = [example for row in rows for example in to_examples(name, row, key == "train")]
+        if len(splits[key]) < 2:
             raise UsageError(f"{name} has too few rows for its {key} part: give at least 4 in each file")
     return splits
 
 
-READERS = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv"}       # of datasets, by a file's ending
-
-
-def find_file(name, split, data_dir):
-    """The file of a split in a person's folder, DIR/<task>/<split>.parquet, .jsonl or .csv, or None."""
-    folders = [Path(data_dir) / name] + ([Path(data_dir)] if name == "custom" else [])
-    candidates = [folder / f"{split}{ending}" for folder in folders for ending in READERS]
-    return next((path for path in candidates if path.is_file()), None)
-
-
 def read_split(name, split, data_dir):
-    """The rows of a split, from a folder or the hub, with the columns checked.   Raises UsageError.
-
-    SuperGLUE's own repository holds a loading script, which `datasets` 4 and later do not run; its
-    automatic conversion to parquet is a branch of the same repository.
-    """
+    """The rows of a split, from a folder or the hub; none if there is no test file.   Raises UsageError."""
     import datasets        # only where data is read: the rest of the file works without it
-
     datasets.disable_progress_bars()
     task, where, source, more = TASKS[name], f"{name} on the hub", ("nyu-mll/glue", name), {}
     if data_dir is not None:
-        where = find_file(name, split, data_dir)
+        stems = [Path(data_dir) / name / split] + [Path(data_dir) / split] * (name == "custom")
+        kinds = {f"{stem}{ending}": kind for stem in stems
+                 for ending, kind in ((".parquet", "parquet"), (".jsonl", "json"), (".csv", "csv"))}
+        where = next(filter(os.path.isfile, kinds), None)
+        if where is None and split == "test":
+            return []
         if where is None:
-            raise UsageError(f"there is no {Path(data_dir) / name / split}.parquet, .jsonl or .csv: "
-                             "--data-dir names the folder that holds it")
-        source, more = (READERS[where.suffix],), {"data_files": {split: str(where)}}
-    elif task.suite == "super_glue":
-        source, more = ("aps/super_glue",), {"revision": "refs/convert/parquet",
-                                             "data_files": {split: f"{name}/{split}/*.parquet"}}
+            raise UsageError(f"there is no {stems[0]}.parquet, .jsonl or .csv: --data-dir names its folder")
+        source, more = (kinds[where],), {"data_files": {split: where}}
+    elif name in ("boolq", "cb", "multirc", "record", "wic"):    # a script; a branch of it holds the files
+        files = {split: f"{name}/{split}/*.parquet"}
+        source, more = ("aps/super_glue",), {"revision": "refs/convert/parquet", "data_files": files}
     try:
         rows = datasets.load_dataset(*source, split=split, **more)
+        if name == "rte" and "premise" in rows.column_names:       # SuperGLUE's copy of the same examples
+            rows = rows.rename_columns({"premise": "sentence1", "hypothesis": "sentence2"})
+        for column in (*task.fields, task.answer):
+            if len(rows) == 0 or column not in rows.column_names:
+                raise ValueError(f"no column '{column}' or no row; it has {', '.join(rows.column_names)}")
+        return rows.to_list()
     except Exception as error:
         raise UsageError(f"{where} can't be read ({one_line(error.__cause__ or error)}): mend the file or "
                          "the network, or give other files with --data-dir") from None
-    if name == "rte" and "premise" in rows.column_names:       # SuperGLUE's copy of the same examples
-        rows = rows.rename_columns({"premise": "sentence1", "hypothesis": "sentence2"})
-    for column in (*task.fields, task.answer):
-        if column not in rows.column_names:
-            raise UsageError(f"{where} has no column '{column}'; it has {', '.join(rows.column_names)}")
-    if len(rows) == 0:
-        raise UsageError(f"{where}: the {split} split of {name} is empty")
-    return rows.to_list()
 
 
 # The metrics: predicted texts and, for each, the texts that count as right. All return per cent.
-
-
 def accuracy(predictions, answers):
-    """Share of predictions that are among their answers, in per cent."""
+    """Share of predictions that are among their answers."""
     return 100 * sum(p in right for p, right in zip(predictions, answers)) / len(answers)
 
 
 def numbers(predictions, answers, pattern, top):
-    """(said, gold), numbers in 0 .. top. A prediction that does not match the pattern of a valid one counts
-    as the end of the scale farther from the answer: in 0 .. 1, as the other label.
-    """
+    """(said, gold) in 0 .. top. What is no valid prediction counts as the end farther from the answer."""
     gold = [float(right[0]) for right in answers]
     said = [float(p) if re.fullmatch(pattern, p) else top * (g <= top / 2) for p, g in zip(predictions, gold)]
     return np.array(said), np.array(gold)
 
 
-def correlation(said, gold):
-    """Pearson's, in per cent, 0 if either side is constant; rounded, since it is to compare epochs."""
-    constant = len(set(said)) == 1 or len(set(gold)) == 1
-    return 0.0 if constant else round(100 * float(np.corrcoef(said, gold)[0, 1]), 10)
-
-
 def f1(predictions, answers):
-    """F1 of the class "1", in per cent: 2·TP / (2·TP + FP + FN), 0 without any positive."""
+    """F1 of the class "1": 2·TP / (2·TP + FP + FN), 0 without any positive."""
     said, gold = numbers(predictions, answers, "[01]", 1)
     return 200 * float((said * gold).sum() / max(1, (said + gold).sum()))
 
 
-def matthews(predictions, answers):
-    """Matthews correlation, in per cent: that of labels 0 and 1; 0 where either side is constant."""
-    return correlation(*numbers(predictions, answers, "[01]", 1))
-
-
-def pearson(predictions, answers):
-    """Pearson correlation of numbers in 0 .. 5, in per cent; 0 if either side is constant."""
-    return correlation(*numbers(predictions, answers, r"[0-4](\.\d*)?|5(\.0*)?", 5))
+def pearson(predictions, answers, pattern=r"[0-4](\.\d*)?|5(\.0*)?", top=5):
+    """Pearson correlation, 0 if either side is constant; rounded, since it is to compare epochs."""
+    said, gold = numbers(predictions, answers, pattern, top)
+    constant = len(set(said)) == 1 or len(set(gold)) == 1
+    return 0.0 if constant else round(100 * float(np.corrcoef(said, gold)[0, 1]), 10)
 
 
 def token_f1(predictions, answers):
-    """SQuAD's F1 over the bag of words, best over the answers, mean over examples, in per cent."""
-    def words(text):
-        text = "".join(c for c in text.lower() if c not in string.punctuation)
-        return Counter(w for w in text.split() if w not in ("a", "an", "the"))
-
-    def overlap(said, right):
+    """SQuAD's F1 over the bag of words, best over the answers, mean over examples."""
+    def overlap(*texts):
+        bare = ("".join(c for c in text.lower() if c not in string.punctuation) for text in texts)
+        said, right = (Counter(w for w in text.split() if w not in ("a", "an", "the")) for text in bare)
         common = (said & right).total()
         return 2 * common / (said.total() + right.total()) if common else float(said == right)
+    best = [max(overlap(p, r) for r in right) for p, right in zip(predictions, answers)]
+    return 100 * sum(best) / len(best)
 
-    return 100 * sum(max(overlap(words(p), words(r)) for r in right)
-                     for p, right in zip(predictions, answers)) / len(answers)
 
-
+matthews = functools.partial(pearson, pattern="[01]", top=1)          # Pearson's of labels 0 and 1
 METRICS = {"accuracy": accuracy, "F1": f1, "Matthews": matthews, "Pearson": pearson, "token F1": token_f1}
-
 
 # The toy: was the thing found good or bad? The adjective and a "not" decide together, so that
 # neither word alone tells anything; a clause about something else stands before or behind.
-
 TOY_WORDS = {
     "name": "anna ben carla david emma felix gina hugo",
-    "thing": "soup film book song cake room train boat garden coat",
-    "how": "very quite really rather",
-    "good": "tasty lovely great bright charming clever",
-    "bad": "awful dull bitter broken ugly boring",
-    "glad": "smiled laughed cheered",
-    "sad": "sighed frowned cried",
+    "thing": "soup film book song cake room train boat garden coat", "how": "very quite really rather",
+    "good": "tasty lovely great bright charming clever", "bad": "awful dull bitter broken ugly boring",
+    "glad": "smiled laughed cheered", "sad": "sighed frowned cried",
     "doing": "sold took drew lost bought cleaned",
 }
 
 
 def toy_sentence(rng):
     """A random sentence and whether the thing in it was found "good" or "bad"."""
-    def any_of(key):
-        return rng.choice(TOY_WORDS[key].split())
-
-    word = {key: any_of(key) for key in TOY_WORDS}
-    is_good, negated = rng.random() < 0.5, rng.random() < 0.5
-    found = [word["name"], "found", "the", word["thing"], *(["not"] if negated else []),
-             *([word["how"]] if rng.random() < 0.7 else []), word["good" if is_good else "bad"]]
-    other = [any_of("name"), word["doing"], "the", any_of("thing")]
-    clauses = [found, other] if rng.random() < 0.5 else [other, found]
-    return " ".join([*clauses[0], "and", *clauses[1]]), "good" if is_good != negated else "bad"
+    word = {key: rng.choice(words.split()) for key, words in TOY_WORDS.items()}
+    is_good, negated, stressed = rng.random() < 0.5, rng.random() < 0.5, rng.random() < 0.7
+    found = [word["name"], "found the", word["thing"], *["not"] * negated, *[word["how"]] * stressed,
+             word["good" if is_good else "bad"]]
+    other, thing = (rng.choice(TOY_WORDS[key].split()) for key in ("name", "thing"))
+    clauses = [" ".join(found), f"{other} {word['doing']} the {thing}"]
+    text = " and ".join(clauses if rng.random() < 0.5 else clauses[::-1])
+    return text, "good" if is_good != negated else "bad"
 
 
 def toy_splits(seed):
@@ -1500,41 +1437,32 @@ def toy_splits(seed):
 
 
 def toy_backbone(seed, steps=500, batch_size=64):
-    """A tiny T5 and its tokenizer, pretrained for some seconds to fill in a masked word.
-
-    Its sentences go on with "so smiled" or "so sighed": it comes to know what a finding means, as a
-    large model would. It has also seen the task's prompt, with verdicts drawn at random: untouched,
-    it answers in the right form and at chance.   Returns (model, tokenizer).
-    """
+    """(model, tokenizer): a tiny T5 that fills in masked words: "so smiled" tells it what a finding means."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    first = "<pad> </s> <unk> <mask> good bad toy sentence: found the not and so"
-    words = " ".join([first, *TOY_WORDS.values()]).split()
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>",
-                                                     eos_token="</s>", unk_token="<unk>", mask_token="<mask>")
+    words = ["<pad> </s> <unk> <mask> good bad toy sentence: found the not and so", *TOY_WORDS.values()]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(" ".join(words).split()))}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", mask_token="<mask>")
     rng = random.Random(derive(seed, 7))
-
     def masked():
         text, verdict = toy_sentence(rng)
-        if rng.random() < 0.3:
+        if rng.random() < 0.3:              # the task's prompt: untouched, it answers in form and at chance
             return Example(f"toy sentence: {text}", rng.choice(("good", "bad")), ())
-        pieces = [*text.split(), "so", rng.choice(TOY_WORDS["glad" if verdict == "good" else "sad"].split())]
-        hole = len(pieces) - 1 if rng.random() < 0.7 else rng.randrange(len(pieces))
-        return Example(" ".join([*pieces[:hole], "<mask>", *pieces[hole + 1:]]), pieces[hole], ())
-
+        words = [*text.split(), "so", rng.choice(TOY_WORDS["glad" if verdict == "good" else "sad"].split())]
+        hole = len(words) - 1 if rng.random() < 0.7 else rng.randrange(len(words))
+        return Example(" ".join([*words[:hole], "<mask>", *words[hole + 1:]]), words[hole], ())
     with torch.random.fork_rng([]):
         torch.manual_seed(derive(seed, 8))
         model = transformers.T5ForConditionalGeneration(transformers.T5Config(
             vocab_size=len(vocabulary), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
-            dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1))
+            dropout_rate=0.0, decoder_start_token_id=0))
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-        tokens = tokenize(tokenizer, [masked() for _ in range(steps * batch_size)], 32)
-        for start in range(0, len(tokens), batch_size):        # not Batches: all processes need the same
-            loss_of(model(**collate(tokens[start:start + batch_size], "cpu"))).backward()
+        for _ in range(steps):                                 # not Batches: all processes need the same
+            tokens = tokenize(tokenizer, [masked() for _ in range(batch_size)], 32)
+            loss_of(model(**collate(tokens, "cpu"))).backward()
             optimizer.step()
             optimizer.zero_grad()
     return model, tokenizer
@@ -1547,21 +1475,12 @@ def toy_backbone(seed, steps=500, batch_size=64):
 
 def tokenize(tokenizer, examples, max_length):
     """[(input ids, label ids)] of Examples, the input cut to max_length tokens, done once."""
-    cut = {"max_length": max_length, "truncation": True}
-    return list(zip(tokenizer([e.source for e in examples], **cut).input_ids,
-                    tokenizer(text_target=[e.target for e in examples], **cut).input_ids))
+    texts = [e.source for e in examples], [e.target for e in examples]
+    return list(zip(*(tokenizer(part, max_length=max_length, truncation=True).input_ids for part in texts)))
 
 
 class Batches:
-    """Padded batches of tokenised examples, in an order that the seed and the epoch decide.
-
-    tokens: what `tokenize` returns.   seed: None keeps the order; else examples are shuffled, and of
-    every 16 batches' worth those of like length share a batch, which halves the padding.
-    Yields input_ids and attention_mask, [batch, longest input], and labels, [batch, longest target],
-    padded with -100. On a GPU lengths are rounded up to powers of two and the last batch is filled
-    with rows without a label, so that a few CUDA graphs serve all batches; neither changes the loss.
-    Of many processes each yields its own rows of every batch.
-    """
+    """Padded batches of what `tokenize` returns; seed and epoch decide their order, no seed keeps it."""
 
     def __init__(self, tokens, batch_size, device, seed=None):
         self.tokens, self.batch_size, self.device, self.seed, self.epoch = tokens, batch_size, device, seed, 0
@@ -1573,47 +1492,39 @@ class Batches:
     def __len__(self):
         return math.ceil(len(self.tokens) / self.batch_size)
 
-    def order(self):
-        """The indices of each batch of this epoch."""
+    def __iter__(self):
         def cut(indices, size):
             return [indices[i:i + size] for i in range(0, len(indices), size)]
-        if self.seed is None:
-            return cut(range(len(self.tokens)), self.batch_size)
-        generator = torch.Generator().manual_seed(derive(self.seed, 9, self.epoch))
-        shuffled = torch.randperm(len(self.tokens), generator=generator).tolist()
-        batches = [batch for window in cut(shuffled, 16 * self.batch_size)
-                   for batch in cut(sorted(window, key=lambda i: len(self.tokens[i][0])), self.batch_size)]
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-    def __iter__(self):
-        on_gpu = torch.device(self.device).type == "cuda"
-        least = math.ceil(min(self.batch_size, len(self.tokens)) / world()) if on_gpu else 1
-        for indices in self.order():
+        size, batches = self.batch_size, cut(range(len(self.tokens)), self.batch_size)
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(derive(self.seed, 9, self.epoch))
+            shuffled = torch.randperm(len(self.tokens), generator=generator).tolist()
+            # of every 16 batches' worth those of like length share a batch, which halves the padding
+            batches = [batch for window in cut(shuffled, 16 * size)
+                       for batch in cut(sorted(window, key=lambda i: len(self.tokens[i][0])), size)]
+            batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        on_gpu = torch.device(self.device).type == "cuda"       # where few CUDA graphs are to serve all
+        least = math.ceil(min(size, len(self.tokens)) / world()) if on_gpu else 1
+        for indices in batches:
             rows = [self.tokens[i] for i in indices[rank()::world()]]
             yield collate(rows + [([1], [-100])] * (least - len(rows)), self.device, on_gpu)
 
 
 def collate(rows, device, rounded=False):
-    """A batch of tokenised examples, as `Batches` describes it."""
+    """A padded batch of tokenised examples.   rounded: to powers of two, which changes no loss."""
     def pad(rows, filler, least):
         longest = max(map(len, rows))
         longest = max(least, 1 << (longest - 1).bit_length()) if rounded else longest
-        made = torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
-        return (made.pin_memory() if torch.device(device).type == "cuda" else made).to(device, non_blocking=True)
+        padded = [[*row, *[filler] * (longest - len(row))] for row in rows]
+        on_gpu = torch.device(device).type == "cuda"
+        return torch.tensor(padded, pin_memory=on_gpu).to(device, non_blocking=True)
+    inputs, targets = zip(*rows)
+    return {"input_ids": pad(inputs, 0, 32), "attention_mask": pad([[1] * len(row) for row in inputs], 0, 32),
+            "labels": pad(targets, -100, 4)}                                               # [batch, longest]
 
-    sources, targets = zip(*rows)
-    ones = [[1] * len(row) for row in sources]
-    return {"input_ids": pad(sources, 0, 32), "attention_mask": pad(ones, 0, 32),
-            "labels": pad(targets, -100, 4)}
 
-
-@torch.no_grad()
 def predict(model, tokenizer, tokens, batch_size, device):
-    """The texts a model generates, greedily, for tokenised inputs, in their order.
-
-    Sorted by length, so that little is padding; each batch stops when its last answer is complete,
-    or has become longer than any target. Of many processes each generates its share.
-    """
+    """The texts that a model generates for tokenised inputs: greedily, no longer than the longest target."""
     was_training, texts = model.training, {}
     model.eval()
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i][0]))[rank()::world()]
@@ -1621,15 +1532,12 @@ def predict(model, tokenizer, tokens, batch_size, device):
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
         batch = collate([tokens[i] for i in rows], device)
-        del batch["labels"]
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())     # generate's is of the encoder's depth
-        made = model.generate(**batch, past_key_values=cache, use_cache=True, max_new_tokens=longest,
-                              num_beams=1, do_sample=False)
-        for i, text in zip(rows, tokenizer.batch_decode(made, skip_special_tokens=True)):
-            texts[i] = text.strip()
+        made = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], num_beams=1,
+                              do_sample=False, max_new_tokens=longest, use_cache=True, past_key_values=cache)
+        texts |= zip(rows, map(str.strip, tokenizer.batch_decode(made, skip_special_tokens=True)))
     model.train(was_training)
-    for part in gather(texts):
-        texts.update(part)
+    texts = {i: text for part in gather(texts) for i, text in part.items()}
     return [texts[i] for i in range(len(tokens))]
 
 
@@ -1637,28 +1545,25 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
           graphs=False, parts=1, state=None, after_step=lambda state, line: None):
     """Trains the attached modules anew; leaves them as after their best epoch, whose score it returns.
 
-    batches: a Batches or any iterable with a length.   evaluate: called after each epoch, returns the
-    score.   lr: falls linearly to 0.   graphs, parts: as in `fast_pass`.   after_step: called after every
-    step with a state, from which `state` goes on, and a line: its step, loss and, at an epoch's end, score.
+    batches: an iterable with a length.   evaluate: gives an epoch's score.   lr: falls to 0.   after_step: is
+    given after every step a state, from which `state` goes on, and a line: step, loss, an epoch's score.
     """
     def gradient(_, **batch):
         loss = loss_of(model(**batch))
         found = torch.autograd.grad(loss, peft.tensors, materialize_grads=True)
         return loss.detach(), torch.cat([g.flatten() for g in found]).to(weights.dtype)
-
     weights, total = peft.weights, epochs * len(batches)
-    replay = Replay(gradient, graphs and weights.is_cuda)
+    replay = replayed(gradient, graphs and weights.is_cuda)
     optimizer = torch.optim.AdamW([weights], lr=lr, weight_decay=weight_decay, fused=True)
-    done, best, best_weights = 0, -math.inf, weights.clone()
-    if state is not None:
-        done, best, best_weights = state["step"], state["best"], state["best_weights"].to(weights.device)
-        weights.copy_(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
+    state = dict(state or {"step": 0, "best": -math.inf, "best_weights": weights.clone(), "weights": weights,
+                           "optimizer": optimizer.state_dict()})
+    weights.copy_(state["weights"])
+    optimizer.load_state_dict(state["optimizer"])
     try:
         model.train()
         peft.refresh()
         with torch.random.fork_rng([weights.device] if weights.is_cuda else []):
-            for step, batch in zip(range(done, total), stream(batches, done)):
+            for step, batch in zip(range(state["step"], total), stream(batches, state["step"])):
                 torch.manual_seed(derive(seed if dropout_seed is None else dropout_seed, 10, step))
                 loss, weights.grad = mean_over_parts(lambda part: replay("train", **part), batch, parts)
                 optimizer.param_groups[0]["lr"] = lr * (1 - step / total)
@@ -1670,15 +1575,15 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
                 if line["step"] % len(batches) == 0:
                     line["score"] = evaluate()
                     model.train()
-                    if line["score"] > best:
-                        best, best_weights = line["score"], weights.clone()
-                after_step({"step": step + 1, "best": best, "best_weights": best_weights, "weights": weights,
-                            "optimizer": optimizer.state_dict()}, line)
-        weights.copy_(best_weights)
+                    if line["score"] > state["best"]:
+                        state |= {"best": line["score"], "best_weights": weights.clone()}
+                state |= {"step": step + 1, "weights": weights, "optimizer": optimizer.state_dict()}
+                after_step(state, line)
+        weights.copy_(state["best_weights"])
     finally:
         peft.use(weights)
         model.eval()
-    return best
+    return state["best"]
 
 
 # ==================================================================================================
@@ -1686,32 +1591,25 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
 # ==================================================================================================
 
 
-@contextlib.contextmanager
 def deterministic():
     """A context in which torch takes only algorithms that give the same twice; cuBLAS is told in advance."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = False        # slow, and nothing reads it
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = True
+    after = contextlib.ExitStack()
+    after.callback(torch.use_deterministic_algorithms, False)
+    return after
 
 
 def write_atomically(path, content):
     """Writes text or bytes so that a reader, or a crash, finds the old file or the new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.new")
+    temporary = Path(path).with_name(f".{Path(path).name}.new")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UsageError(f"{path} can't be written ({error.strerror}): what was there before is whole; make room and "
-                         "give the same command again, or name another folder with --out") from None
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"{path} can't be written ({error.strerror}): make room or change --out") from None
 
 
 def one_line(error):
@@ -1728,23 +1626,23 @@ def save_weights(peft, path):
 
 def load_weights(peft, path):
     """Reads what `save_weights` wrote.   Raises UsageError if the file is of another structure."""
+    own = peft.named_weights()
     try:
         stored = safetensors.torch.load_file(path)
+        found, wanted = ({(name, *t.shape) for name, t in tensors.items()} for tensors in (stored, own))
+        if found != wanted:
+            raise ValueError(f"another structure's: names or shapes differ, first {min(found ^ wanted)}")
     except Exception as error:
-        raise UsageError(f"{path} can't be read as safetensors ({one_line(error)})") from None
-    shapes, own = ({key: tuple(t.shape) for key, t in found.items()} for found in (stored, peft.named_weights()))
-    for key in sorted(shapes.keys() | own.keys()):
-        if shapes.get(key) != own.get(key):
-            raise UsageError(f"{path} is of another structure: {key} has shape {shapes.get(key)}, not {own.get(key)}")
-    for key, t in peft.named_weights().items():
-        t.copy_(stored[key])
+        raise UsageError(f"{path} can't be read as weights of these modules ({one_line(error)})") from None
+    for name, t in own.items():
+        t.copy_(stored[name])
 
 
 def save_structure(structure, path):
     """Writes a Structure as JSON, atomically, with totals for people."""
     size = structure.geometry["parameters"]
-    totals = {"modules": len(structure.modules), "parameters": structure.parameters, "backbone_parameters": size,
-              "per_ten_thousand": round(1e4 * structure.parameters / size, 4)}
+    totals = {"modules": len(structure.modules), "parameters": structure.parameters,
+              "backbone_parameters": size, "per_ten_thousand": round(1e4 * structure.parameters / size, 4)}
     write_atomically(path, json.dumps({**dataclasses.asdict(structure), "totals": totals}, indent=1) + "\n")
 
 
@@ -1760,71 +1658,44 @@ def load_structure(path):
         if not 0 < found.parameters <= found.budget < math.inf:
             raise ValueError(f"it holds {found.parameters:,} parameters for a budget of {found.budget:,}")
         return found
-    except FileNotFoundError:
-        raise UsageError(f"there is no structure file {path}") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except Exception as error:
         raise UsageError(f"{path} is no structure.json of this program ({one_line(error)})") from None
 
 
-class Replay:
-    """Runs a function of tensors; on a GPU as a CUDA graph for each shape: one launch, not thousands.
-
-    function: called as function(key, **tensors), returns tensors, asks the device for no value.
-    A shape runs as it is when it comes first, and is recorded when it comes again: what libraries set up
-    when first asked, on the stream that is recorded later, must not happen during a recording. All graphs
-    share the memory of their insides, so that what one returns is copied at once. Dropout in a replayed
-    graph follows torch.manual_seed as ever.
-    """
-
-    def __init__(self, function, enabled):
-        self.function, self.enabled = function, enabled
-        self.forget()
-        self.stream = torch.cuda.Stream() if enabled else None     # recording needs one other than the usual
-
-    def __call__(self, key, **tensors):
-        if not self.enabled:
-            return self.function(key, **tensors)
+def replayed(function, enabled):
+    """A function of a key and tensors as one CUDA graph a shape; it must ask the device for no value."""
+    if not enabled:
+        return function
+    graphs, pool, stream = {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    def run(key, **tensors):
         shape = (key, *((name, t.shape, t.dtype) for name, t in tensors.items()))
-        if shape not in self.graphs:
-            self.graphs[shape] = None
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                outputs = self.function(key, **tensors)
-            torch.cuda.current_stream().wait_stream(self.stream)
-        else:
-            self.graphs[shape] = self.graphs[shape] or self._record(key, tensors)
-            graph, inputs, outputs = self.graphs[shape]
-            with torch.no_grad():
-                for name, t in tensors.items():
-                    inputs[name].copy_(t, non_blocking=True)
-            graph.replay()
-        return [t.clone() for t in outputs]
-
-    def forget(self):
-        """Drops all graphs and their memory."""
-        self.graphs, self.pool = {}, None
-
-    def _record(self, key, tensors):
-        """A graph of the function, its inputs and its outputs."""
-        inputs, state = {name: t.detach().clone() for name, t in tensors.items()}, torch.cuda.get_rng_state()
-        torch.cuda.empty_cache()                     # of what the same work took outside of graphs
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            outputs = self.function(key, **inputs)
-        self.pool = self.pool or graph.pool()
-        torch.cuda.set_rng_state(state)              # the step draws what it would have drawn anyway
-        return graph, inputs, outputs
+        if shape not in graphs:                      # what libraries set up at first must not be recorded
+            graphs[shape] = None
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                outputs = function(key, **tensors)
+            torch.cuda.current_stream().wait_stream(stream)
+            return [t.clone() for t in outputs]
+        if graphs[shape] is None:
+            state, inputs = torch.cuda.get_rng_state(), {k: t.detach().clone() for k, t in tensors.items()}
+            torch.cuda.empty_cache()                 # of what the same work took outside of graphs
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                graphs[shape] = graph, inputs, function(key, **inputs)
+            torch.cuda.set_rng_state(state)          # the step draws what it would have drawn anyway
+        graph, inputs, outputs = graphs[shape]
+        for name, t in tensors.items():
+            inputs[name].copy_(t.detach(), non_blocking=True)
+        graph.replay()
+        return [t.clone() for t in outputs]          # whose memory all graphs share
+    return run
 
 
 def fast_pass(model, space, graphs=False, parts=1):
-    """A `run_pass` for Search: its passes as CUDA graphs, in parts and over processes.
-
-    graphs: on a GPU; the model's forward must ask the device for no value, and its batches be tensors there,
-    of few shapes. Shut modules are then computed and multiplied by zero.   parts: that a batch goes in.
-    """
-    graphs = graphs and space.weights.is_cuda
-    space.skips_shut = not graphs
-    replay = Replay(lambda wanted, gate, ranks, **batch: run_pass(model, space, wanted, gate, ranks, batch), graphs)
+    """A `run_pass` for Search: as CUDA graphs, which compute shut modules, too; in parts; over processes."""
+    space.skips_shut = not (graphs and space.weights.is_cuda)
+    replay = replayed(lambda wanted, gate, ranks, **batch: run_pass(model, space, wanted, gate, ranks, batch),
+                      not space.skips_shut)
     return lambda wanted, gate, ranks, batch: mean_over_parts(
         lambda part: replay(wanted, gate=gate, ranks=ranks, **part), batch, parts)
 
@@ -1841,16 +1712,12 @@ def fuse_norms(model):
 
 
 def recompute_activations(model):
-    """Gradient checkpointing: keeps a layer's input alone for the backward pass, and computes it again."""
-    # transformers up to 5.17 has only the second name, and later ones warn of it
+    """Keeps a layer's input alone for the backward pass. The second name is transformers' up to 5.17."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
-# Many processes, as torchrun starts them: each computes a part of every batch, and all hold the same
-# state. Without a process group these functions do nothing.
-
-
+# Many processes, as torchrun starts them: each computes a part of every batch, all hold the same state.
 def rank():
     """This process's number; 0 is the one that prints and writes."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -1862,21 +1729,14 @@ def world():
 
 
 def mean_over_parts(function, batch, parts=1):
-    """What a function returns for a whole batch, a mean over its labels, from what it returns for parts.
-
-    batch: this process's part, tensors of the same first dimension, which goes through the function in
-    `parts` pieces; those of other processes come in by one all-reduce.   Returns a list of tensors, each
-    the mean weighed by numbers of labels (of rows, if the batch has none): a batch in parts gives what
-    it gives as a whole, but for rounding and the draws of dropout.
-    """
+    """The mean, weighed by labels (or rows), of what a function returns for all parts and processes."""
     if parts == world() == 1:
         return function(batch)
     total = 0
-    for piece in zip(*(t.chunk(parts) for t in batch.values())):
-        piece = dict(zip(batch, piece))
-        rows = next(iter(piece.values()))
-        count = (piece["labels"] != -100).sum() if "labels" in piece else torch.tensor(len(rows), device=rows.device)
-        found = function(piece)
+    for pieces in zip(*(t.chunk(parts) for t in batch.values())):
+        piece = dict(zip(batch, pieces))
+        labels = piece["labels"] if "labels" in piece else pieces[0].new_zeros(len(pieces[0]))
+        count, found = (labels != -100).sum(), function(piece)
         flat = torch.cat([t.flatten() for t in found])
         total = total + torch.cat([torch.where(count > 0, flat * count, 0), count[None]])
     all_reduce(total)
@@ -1884,31 +1744,23 @@ def mean_over_parts(function, batch, parts=1):
     return [part.view(t.shape).to(t.dtype) for part, t in zip(mean.split([t.numel() for t in found]), found)]
 
 
-@contextlib.contextmanager
-def peers():
-    """Says in one line that another process is gone, where torch says it in a hundred."""
+def with_peers(collective, *arguments):
+    """Calls one of torch's collectives, if there are others.   Raises UsageError if one of them is gone."""
     try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
+        if world() > 1:
+            collective(*arguments)
     except RuntimeError as error:
         raise UsageError(f"process {rank()} lost another one of this run ({one_line(error)}): start the same "
                          "command again, it goes on from the last checkpoint") from None
 
 
-@peers()
-def all_reduce(tensor, operation=dist.ReduceOp.SUM):
-    """Adds a tensor up over all processes, in place.   Raises UsageError if one of them is gone."""
-    if world() > 1:
-        dist.all_reduce(tensor, operation)
+all_reduce = functools.partial(with_peers, dist.all_reduce)      # a tensor's sum over all processes, in place
 
 
-@peers()
 def gather(value):
-    """The value that each process gives, in a list, on all of them.   Raises as `all_reduce`."""
+    """The value that each process gives, in a list, on all of them."""
     values = [value] * world()
-    if world() > 1:
-        dist.all_gather_object(values, value)
+    with_peers(dist.all_gather_object, values, value)
     return values
 
 
@@ -1917,35 +1769,35 @@ def gather(value):
 # ==================================================================================================
 
 
-def within(kind, low, high):
-    """An argparse type: a number of a kind, int or float, in low .. high."""
-    def read(text):
+def within(kind, low, high=10**12):
+    """An argparse type: an int or a float in low .. high."""
+    def number(text):                                       # argparse speaks of an "invalid number value"
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} must lie in {low:g} .. {high:g}")
         return kind(text)
-    read.__name__ = kind.__name__                           # argparse speaks of an "invalid int value"
-    return read
+    return number
 
 
-COUNT, FROM_0, SHARE = within(int, 1, 10**12), within(int, 0, 10**12), within(float, 0, 1)
-POSITIVE = within(float, 1e-12, 1e12)
+COUNT, FROM_0, POSITIVE, SHARE = within(int, 1), within(int, 0), within(float, 1e-12), within(float, 0, 1)
 
 
-def flags():
-    """The parser of the command line. The defaults are the paper's; None: as the task has it."""
-    parser = argparse.ArgumentParser(
-        prog="bipeft.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        epilog="Ratios are in parts per ten thousand. Example: python bipeft.py --task toy")
-    add = parser.add_argument_group("task").add_argument
+def parse(arguments):
+    """The settings in a command line. Defaults: the paper's, or the task's.   Raises UsageError."""
+    def fail(message):
+        raise UsageError(f"{message} (--help lists the flags)")
+
+    parser = argparse.ArgumentParser("bipeft.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     epilog="Ratios are in parts per ten thousand.")
+    parser.error = fail
+    add = parser.add_argument
     add("--task", default="rte", choices=TASKS, help="which data set (%(default)s)")
-    add("--model", help="a T5 on the hub or in a folder (google-t5/t5-large)")
+    add("--model", default="google-t5/t5-large", help="a T5 on the hub or in a folder (%(default)s)")
     add("--data-dir", help="folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub")
-    add("--max-length", type=COUNT, help="input tokens (GLUE 128, SuperGLUE 256, ReCoRD 512)")
-    add = parser.add_argument_group("search").add_argument
+    add("--max-length", default=128, type=COUNT, help="input tokens (GLUE 128, SuperGLUE 256, ReCoRD 512)")
     add("--space", default="s2", help=f"s1, s2, all, or a comma list of {', '.join(KINDS)} (%(default)s)")
-    add("--ranks", default=(1, 4, 8), type=FROM_0, nargs="+", help="Dim, the candidate ranks (1 4 8)")
-    add("--budget", type=POSITIVE, help="B: below 1 a fraction of the backbone, else a count (1.39e-4)")
-    add("--triggers", type=COUNT, help="Z, how many times modules and ranks are selected (100; toy 30)")
+    add("--ranks", default=[1, 4, 8], type=FROM_0, nargs="+", help="Dim, the candidate ranks (1 4 8)")
+    add("--budget", default=1.39e-4, type=POSITIVE, help="B: below 1 a share of the backbone (%(default)s)")
+    add("--triggers", default=100, type=within(int, 1, 10**4), help="Z, times that it selects (100; toy 30)")
     add("--tau", default=0.85, type=SHARE, help="tau, the stability that triggers (%(default)s)")
     add("--gamma", default=0.85, type=SHARE, help="gamma, how much of the past s-bar keeps (%(default)s)")
     add("--window", default=5, type=COUNT, help="H, the steps over which stability is measured (%(default)s)")
@@ -1953,158 +1805,104 @@ def flags():
     add("--warmup-epochs", type=FROM_0, help="of these before the first trigger (the task's)")
     add("--arch-lr", default=0.01, type=POSITIVE, help="learning rate of Theta and Phi (%(default)s)")
     add("--structure", help="a structure.json to train: no search")
-    add = parser.add_argument_group("training").add_argument
     add("--epochs", type=COUNT, help="passes over train (the task's: 1 to 40)")
-    add("--lr", type=POSITIVE, help="learning rate of Delta W, falling linearly (3e-4)")
-    add("--weight-decay", default=1e-4, type=within(float, 0, 1e12), help="of all three (%(default)s)")
-    add("--batch-size", type=COUNT, help="examples a step, of all processes together (32, ReCoRD 16)")
+    add("--lr", default=3e-4, type=POSITIVE, help="learning rate of Delta W, falling linearly (%(default)s)")
+    add("--weight-decay", default=1e-4, type=within(float, 0), help="of all three (%(default)s)")
+    add("--batch-size", default=32, type=COUNT, help="examples a step, of all processes (32, ReCoRD 16)")
     add("--accumulate", default=1, type=COUNT, help="parts that a batch is computed in, to save memory (1)")
     add("--checkpointing", action="store_true", help="recompute activations, to save memory; no CUDA graphs")
-    add = parser.add_argument_group("run").add_argument
-    add("--seed", default=(0,), type=FROM_0, nargs="+", help="one or more: of splits, weights, draws (0)")
+    add("--seed", default=[0], type=FROM_0, nargs="+", help="one or more: of splits, weights, draws (0)")
     add("--out", help="folder to write (runs/<task>-<space>-<seed>)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the backbone")
     add("--eager", action="store_true", help="on a GPU: no CUDA graphs; shut modules are skipped")
     add("--save-every", default=0, type=FROM_0, help="steps between checkpoints; 0: about a minute")
     add("--fresh", action="store_true", help="start over instead of resuming")
-    return parser
-
-
-def parse(arguments):
-    """The settings in a command line, completed by what the task decides.   Raises UsageError."""
-    def fail(message):
-        raise UsageError(f"{message} (--help lists the flags)")
-
-    parser = flags()
-    parser.error = fail
+    task = TASKS[parser.parse_args(arguments).task]
+    parser.set_defaults(epochs=task.epochs, warmup_epochs=task.warmup_epochs, **task.defaults)
     settings = parser.parse_args(arguments)
-    task, given = TASKS[settings.task], {k: v for k, v in vars(settings).items() if v is not None}
-    vars(settings).update({"model": "google-t5/t5-large", "max_length": 128, "budget": 1.39e-4, "lr": 3e-4,
-                           "batch_size": 32, "triggers": 100, "epochs": task.epochs,
-                           "warmup_epochs": task.warmup_epochs, **task.defaults, **given})
     settings.search_epochs = settings.search_epochs or settings.epochs
     kinds_of(settings.space)
     check_ranks(settings.ranks)
-    if settings.accumulate > settings.batch_size:
-        fail(f"--accumulate {settings.accumulate} parts of --batch-size {settings.batch_size} would be empty")
-    if len(set(settings.seed)) < len(settings.seed):
-        fail(f"--seed {' '.join(map(str, settings.seed))} must be different numbers")
-    if settings.task == "custom" and settings.data_dir is None:
-        fail("--task custom needs --data-dir, a folder with train and validation files of source and target")
     return settings
 
 
 def load_backbone(name, dtype, device, seed):
-    """(model, tokenizer) from the hub or a folder, or the toy's.   Raises UsageError if it is no T5."""
+    """(model, tokenizer) from the hub or a folder, or the toy's.   Raises UsageError if parts are missing."""
     if name == "toy":
         model, tokenizer = toy_backbone(seed)
         return model.to(device, getattr(torch, dtype)), tokenizer
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        if config.model_type not in ("t5", "mt5"):
-            raise ValueError(f"a {config.model_type} is no T5, v1.1, Flan-T5 or mT5")
         model, told = transformers.AutoModelForSeq2SeqLM.from_pretrained(
             name, dtype=getattr(torch, dtype), output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        files = [Path(name) / file for file in ("tokenizer.json", "spiece.model")]
-        if told["missing_keys"]:                                        # they would be made up at random
-            raise ValueError(f"it has no {', '.join(sorted(told['missing_keys'])[:2])} ..")
-        if None in (config.pad_token_id, config.decoder_start_token_id):
-            raise ValueError("its config has no pad_token_id or no decoder_start_token_id")
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            raise ValueError(f"its tokenizer has {len(tokenizer):,} words, more than its weights")
-        if Path(name).is_dir() and not any(file.is_file() for file in files):       # it would be an empty one
-            raise ValueError("there is no tokenizer.json or spiece.model")
+        missing = sorted(told["missing_keys"])                      # transformers makes these up, and this:
+        if Path(name).is_dir() and not {"tokenizer.json", "spiece.model"} & set(os.listdir(name)):
+            missing.append("tokenizer.json or spiece.model")
+        if missing:
+            raise ValueError(f"it has no {missing[0]}")
     except Exception as error:
-        raise UsageError(f"the model {name} can't be loaded ({one_line(error)}): give a folder with config, "
-                         "weights and tokenizer, or a hub name and a network") from None
+        raise UsageError(f"the model {name} can't be loaded ({one_line(error)}): give a folder with a T5's "
+                         "config, weights and tokenizer, or a hub name and a network") from None
     model.config.use_cache = False                      # of no use in training; generation asks for its own
     return model.to(device), tokenizer
 
 
 def choose_device(name):
     """A torch.device that works.   Raises UsageError."""
-    if name.startswith("cuda:") and world() > 1:
-        raise UsageError(f"--device {name} would put {world()} processes on one GPU: leave --device out")
-    if name == "cuda" or name == "auto" and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"                                     # of torchrun
     try:
+        if name in ("auto", "cuda") and torch.cuda.is_available():
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"                                 # of torchrun
         device = torch.device("cpu" if name == "auto" else name)
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
             torch.cuda.set_device(device)          # graphs and random states are those of the current device
         return device
     except Exception as error:
-        raise UsageError(f"--device {name} can't be used ({one_line(error)}): try cpu; each process needs "
-                         f"a GPU of its own, and there are {torch.cuda.device_count()}") from None
-
-
-def load_checkpoint(path):
-    """What `Run.save` wrote, every byte checked first, which torch.load does not do."""
-    with zipfile.ZipFile(path) as file:
-        if file.testzip() is not None:
-            raise ValueError("it is damaged")
-    return torch.load(path, weights_only=True, map_location="cpu")
+        raise UsageError(f"--device {name}: {one_line(error)}; try cpu, or fewer processes") from None
 
 
 class Run:
     """One seed from data to test score, in a folder of its own: `with Run(..) as run: run.work()`.
 
-    settings: complete.   seed: one of theirs.   path: the folder, made if it is missing.
-    Refuses another run's folder, goes on from a checkpoint, ends on a signal after the step under way.
-    Raises UsageError for what is a person's to mend, and OSError.
+    settings: complete.   seed: one of theirs.   Raises UsageError for what a person can mend, and OSError.
     """
 
     FILES = ("checkpoint.pt", "metrics.json", "structure.json", "search.jsonl", "peft.safetensors")
+    FREE = ("out", "fresh", "save_every", "device", "eager", "accumulate", "checkpointing")     # may change
 
     def __init__(self, settings, seed, path):
         self.settings, self.seed, self.path, self.task = settings, seed, Path(path), TASKS[settings.task]
+        self.identity = {k: v for k, v in vars(settings).items() if k not in self.FREE} | {"seed": seed}
         self.given = load_structure(settings.structure) if settings.structure else None
-        # What a run must share with the one that it goes on from.
-        free = ("out", "fresh", "save_every", "device", "eager", "accumulate", "checkpointing")
-        self.identity = {k: v for k, v in vars(settings).items() if k not in free} | {
-            "ranks": list(settings.ranks), "seed": seed}
         if self.given:
-            content = json.dumps(dataclasses.asdict(self.given), sort_keys=True)
-            self.identity["structure"] += f" ({zlib.crc32(content.encode()):08x})"
-        self.common = {"weight_decay": settings.weight_decay, "seed": seed,
+            self.identity["structure"] += f" ({zlib.crc32(repr(self.given).encode()):08x})"
+        self.common = {"lr": settings.lr, "weight_decay": settings.weight_decay, "seed": seed,
                        "dropout_seed": derive(seed, 16, rank()) if rank() else seed}     # of Search and train
         self.fast = {"graphs": not (settings.eager or settings.checkpointing), "parts": settings.accumulate}
-        self.signal, self.stale = None, []
-        self.stored, self.metrics = {}, None        # what checkpoint.pt, what metrics.json holds
+        self.signal, self.stored = None, {}         # stored: what checkpoint.pt or metrics.json holds
         self.path.mkdir(parents=True, exist_ok=True)
-        self.open()
-
-    def open(self):
-        """Reads what an earlier run has left; every process does.   Raises UsageError if it was another."""
-        there = [name for name in self.FILES if (self.path / name).exists()]
-        if self.settings.fresh:
-            self.stale = there
-        elif there:                                 # a checkpoint beside metrics was killed as it tidied up
-            with self.reading(there[0]) as path:
-                if there[0] not in ("checkpoint.pt", "metrics.json"):
-                    raise ValueError("it is of a run that can't be resumed")
-                found = load_checkpoint(path) if path.suffix == ".pt" else json.loads(path.read_text())
-                before = dict(found["settings"])
-            for key in sorted(before.keys() | self.identity.keys()):
-                flag, was, now = "--" + key.replace("_", "-"), before.get(key), self.identity.get(key)
-                if was != now:
-                    raise UsageError(f"{self.path} holds another run: its {flag} is {was}, now it is {now}; "
-                                     "name another --out, or start over with --fresh")
-            self.stored, self.metrics = (found, None) if path.suffix == ".pt" else ({}, found)
-        seen = gather((there, self.stored.get("phase"), self.stored.get("elapsed")))
-        if any(other != seen[0] for other in seen):
+        there = [name for name in self.FILES if (self.path / name).exists() and not settings.fresh]
+        if there:                                   # a checkpoint beside metrics was killed as it tidied up
+            self.stored = self.read(self.path / there[0])
+        if len(set(gather(f"{there} {self.stored.get('elapsed')}"))) > 1:
             raise UsageError(f"the processes find different files in {self.path}: all must share one folder")
+        self.given = Structure(**self.stored["structure"]) if "structure" in self.stored else self.given
 
-    @contextlib.contextmanager
-    def reading(self, name):
-        """Says in one line that a file of the folder, whose path it gives, does not hold what it should."""
+    def read(self, path):
+        """What checkpoint.pt or metrics.json holds.   Raises UsageError if damaged, or of another run."""
         try:
-            yield self.path / name
+            if path.suffix == ".pt" and zipfile.ZipFile(path).testzip():          # torch.load doesn't look
+                raise ValueError("it is damaged")
+            found = torch.load(path, "cpu") if path.suffix == ".pt" else json.loads(path.read_text())
+            before = {key: found["settings"].get(key) for key in self.identity}
         except Exception as error:
-            raise UsageError(f"{self.path / name} can't be read ({one_line(error)}): start over with "
-                             "--fresh, or name another --out") from None
+            raise UsageError(f"{path} can't be read ({one_line(error)}): --out another, or --fresh") from None
+        for key, now in self.identity.items():
+            if before[key] != now:
+                raise UsageError(f"{self.path} holds another run: its --{key.replace('_', '-')} is "
+                                 f"{before[key]}, now it is {now}; name another --out, or use --fresh")
+        return found
 
     def __enter__(self):
         def note(number, frame):
@@ -2122,35 +1920,26 @@ class Run:
 
     def work(self):
         """All that is still to be done.   Returns the metrics."""
-        if self.metrics is not None:
-            with self.reading("metrics.json"):
-                table = results(self.metrics)
-            print(f"{self.path} holds this run, finished: nothing to do (--fresh starts over)\n{table}")
-            return self.metrics
+        if "test" in self.stored:
+            print(f"{self.path} holds this run, finished: nothing to do (--fresh starts over)\n"
+                  f"{results(self.stored)}")
+            return self.stored
         self.load()
-        if self.stored.get("phase") == "train":
-            with self.reading("checkpoint.pt"):
-                structure, seconds = Structure(**self.stored["structure"]), self.stored["search_seconds"]
-        elif self.given:
-            apply(self.model, self.given).detach()                  # refuses it before a file is touched
-            structure, seconds = self.given, 0.0
-        else:
-            structure, seconds = self.search(), self.elapsed()
+        structure = self.given or self.search()
+        seconds = self.stored.get("search_seconds", 0.0) if self.given else time.monotonic() - self.started
+        peft = apply(self.model, structure, derive(self.seed, 14))          # before a file is touched
         self.begin("train", structure=dataclasses.asdict(structure), search_seconds=seconds)
         if rank() == 0:
             save_structure(structure, self.path / "structure.json")
         print(picture(structure, self.model), flush=True)
-        peft, best = self.retrain(structure)
-        took = self.elapsed()
-        if rank() == 0:
-            save_weights(peft, self.path / "peft.safetensors")
+        best, took = self.retrain(peft), time.monotonic() - self.started
         metrics = self.measure(peft, structure) | {
             "validation": best, "search_seconds": seconds, "train_seconds": took,
             "ratio": seconds / took if seconds else None, "settings": self.identity}
-        if rank() == 0:
+        if rank() == 0:                             # each file is written again after a kill: no .new stays
+            save_weights(peft, self.path / "peft.safetensors")
             write_atomically(self.path / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-            for name in ("checkpoint.pt", *(f".{name}.new" for name in self.FILES)):        # a killed run's
-                (self.path / name).unlink(missing_ok=True)
+            (self.path / "checkpoint.pt").unlink()
         print(f"{results(metrics)}\nwritten to {self.path}", flush=True)
         return metrics
 
@@ -2161,11 +1950,11 @@ class Run:
             torch.set_num_threads(1)                # so small a model only waits for further threads
         self.splits = load_splits(settings.task, settings.data_dir, self.seed)
         self.model, self.tokenizer = load_backbone(settings.model, settings.dtype, self.device, self.seed)
+        self.size = geometry(self.model)["parameters"]
         if self.device.type == "cuda":
             fuse_norms(self.model)
         if settings.checkpointing:
             recompute_activations(self.model)
-        self.size = geometry(self.model)["parameters"]
         self.tokens = {key: tokenize(self.tokenizer, examples, settings.max_length)
                        for key, examples in self.splits.items()}
         counts = ", ".join(f"{len(examples):,} {key}" for key, examples in self.splits.items())
@@ -2182,33 +1971,23 @@ class Run:
         self.started, self.shown_at = time.monotonic() - self.stored["elapsed"], -math.inf
         self.save()
 
-    def elapsed(self):
-        """Seconds that this phase has taken, those before a kill included."""
-        return time.monotonic() - self.started
-
     def save(self, **state):
-        """Writes checkpoint.pt and the log so far. Only here does --fresh take older files away."""
+        """Writes checkpoint.pt and the log so far. Only here does --fresh take older scores away."""
         self.saved_at = time.monotonic()
-        self.stored |= {**state, "elapsed": self.elapsed()}
+        self.stored |= {**state, "elapsed": time.monotonic() - self.started}
         if rank() == 0:
-            for name in self.stale:
-                (self.path / name).unlink(missing_ok=True)
-            self.stale, stream = [], io.BytesIO()
+            (self.path / "metrics.json").unlink(missing_ok=True)
+            stream = io.BytesIO()
             torch.save(self.stored, stream)
             write_atomically(self.path / "checkpoint.pt", stream.getvalue())
-            write_atomically(self.path / "search.jsonl",
-                             "".join(json.dumps(line) + "\n" for line in self.stored["log"]))
+            log = "".join(json.dumps(line) + "\n" for line in self.stored["log"])
+            write_atomically(self.path / "search.jsonl", log)
 
-    def after_step(self, step, left, text, state, more="", keep=False):
-        """After every step: shows how it goes; saves if it is time; ends the run if a signal came.
-
-        left: steps to go.   text, more: what to show before and behind the time left.   state: a function,
-        that of the phase.   keep: the line stays on the screen. On a terminal it renews itself.
-        """
+    def after_step(self, step, left, text, state, keep):
+        """Shows how it goes, {} in text being the time left, for good if keep; saves; ends after a signal."""
         now, terminal, every = time.monotonic(), sys.stdout.isatty(), self.settings.save_every
         if keep or now - self.shown_at > (0.2 if terminal else 10):
-            self.shown_at = now
-            text = f"{text}  left {clock(left * self.elapsed() / step)}{more}"
+            self.shown_at, text = now, text.format(clock(left * (now - self.started) / step))
             if terminal:
                 text = "\r\033[K" + text[:shutil.get_terminal_size().columns - 1]
             print(text, end="" if terminal and not keep else "\n", flush=True)
@@ -2217,68 +1996,59 @@ class Run:
         if told or (step % every == 0 if every else now - self.saved_at > 60):
             self.save(**{self.stored["phase"]: state()})
         if told:
-            print(f"\nstopped by signal {int(told)} after step {step}: the same command, without --fresh, "
-                  "goes on from here", flush=True)
+            print(f"\nstopped by signal {told} after step {step}: the same command goes on from here")
             raise SystemExit(128 + int(told))
 
     def search(self):
         """The search, or what is left of it.   Returns a Structure."""
-        settings, tokens, size = self.settings, self.tokens["train"], self.size
-        shuffle = torch.Generator().manual_seed(derive(self.seed, 11))
-        order = [tokens[i] for i in torch.randperm(len(tokens), generator=shuffle).tolist()]
-        batches = [Batches(order[half::2], settings.batch_size, self.device, derive(self.seed, 12 + half))
-                   for half in (0, 1)]
+        settings, tokens, size, most = self.settings, self.tokens["train"], self.size, self.settings.triggers
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(derive(self.seed, 11)))
+        batches = [Batches([tokens[i] for i in order[half::2]], settings.batch_size, self.device,
+                           derive(self.seed, 12 + half)) for half in (0, 1)]
         space = Space(self.model, settings.space, settings.ranks, self.seed)
         steps, warmup = (n * len(batches[0]) for n in (settings.search_epochs, settings.warmup_epochs))
         budget = int(settings.budget if settings.budget >= 1 else settings.budget * size)
-        most = max(steps, 2 * len(space), 100)      # one a step, and each module can be fixed and removed
-        if settings.triggers > most:
-            raise UsageError(f"--triggers {settings.triggers} are more than {steps} steps and {len(space)} "
-                             f"modules could use: give {most} or fewer")
         print(f"search: {len(space)} modules of {', '.join(kinds_of(settings.space))}, "
               f"{space.sizes[:, -1].sum():,} parameters at rank {settings.ranks[-1]}\n"
               f"budget {budget:,} ({1e4 * budget / size:.2f} of 10,000), at most {steps} steps, triggers "
               f"from step {max(warmup, settings.window) + 1} on", flush=True)
-        search = Search(self.model, space, budget, steps, warmup, settings.triggers, settings.tau,
-                        settings.gamma, settings.window, settings.lr, settings.arch_lr, **self.common,
+        more = {key: getattr(settings, key) for key in ("triggers", "tau", "gamma", "window", "arch_lr")}
+        search = Search(self.model, space, budget, steps, warmup, **more, **self.common,
                         run_pass=fast_pass(self.model, space, **self.fast))
         if "search" in self.stored:
-            with self.reading("checkpoint.pt"):
-                search.load_state_dict(self.stored["search"])
+            search.load_state_dict(self.stored["search"])
         self.begin("search")
 
         def after_step(search, line):
-            self.stored["log"].append({**line, "time": round(self.elapsed(), 3)})
+            self.stored["log"].append({**line, "time": round(time.monotonic() - self.started, 3)})
             step, done = line["step"], line["triggers"]
             pace = done / max(1, step - warmup)                                  # triggers a step
-            left = min(steps - step, (settings.triggers - done) / pace if pace > 0 else math.inf)
-            self.after_step(step, left, f"search {step}/{steps}  loss {line['loss_train']:.3f}  beta "
-                            f"{line['beta']:.2f}  E {line['expected']:,.0f}/{budget:,}  kept {line['kept']}  "
-                            f"triggers {done}/{settings.triggers}", search.state_dict, keep=left == 0)
+            left = min(steps - step, (most - done) / pace if done else math.inf)
+            text = (f"search {step}/{steps}  loss {line['loss_train']:.3f}  beta {line['beta']:.2f}  E "
+                    f"{line['expected']:,.0f}/{budget:,}  kept {line['kept']}  triggers {done}/{most}")
+            self.after_step(step, left, text + "  left {}", search.state_dict, keep=left == 0)
 
         structure = search.run(*batches, settings.model, after_step)
         if search.ended_early:
-            print(f"the steps ended before trigger {settings.triggers}: the last {search.ended_early} "
-                  "selections were made at once; more --search-epochs or fewer --triggers would spread them")
+            print(f"the steps ended before trigger {most}: the last ones were made up at once")
         space.detach()
         return structure
 
-    def retrain(self, structure):
-        """Trains a found structure anew on all of train.   Returns (Peft, best validation score)."""
-        epochs, metric = self.settings.epochs, self.task.metric
-        peft = apply(self.model, structure, derive(self.seed, 14))
-        batches = Batches(self.tokens["train"], self.settings.batch_size, self.device, derive(self.seed, 15))
+    def retrain(self, peft):
+        """Trains a structure's fresh modules on all of train.   Returns the best validation score."""
+        settings = self.settings
+        batches = Batches(self.tokens["train"], settings.batch_size, self.device, derive(self.seed, 15))
 
         def after_step(state, line):
             step, steps, score = line["step"], line["steps"], line.get("score")
-            more = "" if score is None else (f"  epoch {step // len(batches)}/{epochs}: validation {metric} "
-                                             f"{score:.2f}, best {state['best']:.2f}")
-            self.after_step(step, steps - step, f"train {step}/{steps}  loss {line['loss']:.3f}",
-                            lambda: state, more, keep=score is not None)
+            text = f"train {step}/{steps}  loss {line['loss']:.3f}  left {{}}"
+            if score is not None:
+                text += (f"  epoch {step // len(batches)}/{settings.epochs}: validation {self.task.metric} "
+                         f"{score:.2f}, best {state['best']:.2f}")
+            self.after_step(step, steps - step, text, lambda: state, keep=score is not None)
 
-        best = train(self.model, peft, batches, lambda: self.score("validation"), epochs, self.settings.lr,
+        return train(self.model, peft, batches, lambda: self.score("validation"), settings.epochs,
                      state=self.stored.get("train"), after_step=after_step, **self.common, **self.fast)
-        return peft, best
 
     def score(self, split):
         """The task's score, in per cent, of what the model generates for a split."""
@@ -2288,67 +2058,63 @@ class Run:
 
     def measure(self, peft, structure):
         """The one look at the test split: with the modules, without them, and the most frequent answer."""
-        score = self.score("test")
+        score, count = self.score("test"), peft.weights.numel()     # counted from the tensors themselves
         peft.detach()
-        untouched, metric, test = self.score("test"), self.task.metric, self.splits["test"]
+        metric, answers = self.task.metric, [e.answers for e in self.splits["test"]]
         common = Counter(e.target for e in self.splits["train"]).most_common(1)[0][0]
-        count = peft.weights.numel()                                # counted from the tensors themselves
-        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return {"task": self.settings.task, "metric": metric, "seed": self.seed, "space": structure.space,
-                "test": score, "test_untouched": untouched,
-                "test_most_frequent": METRICS[metric]([common] * len(test), [e.answers for e in test]),
+                "test": score, "test_untouched": self.score("test"),
+                "test_most_frequent": METRICS[metric]([common] * len(answers), answers),
                 "modules": len(structure.modules), "parameters": count, "budget": structure.budget,
-                "backbone_parameters": self.size, "per_ten_thousand": 1e4 * count / self.size,
-                "device": torch.cuda.get_device_name(self.device) if cuda else self.device.type,
-                "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                             "transformers": transformers.__version__, "numpy": np.__version__}}
+                "backbone_parameters": self.size, "per_ten_thousand": 1e4 * count / self.size, "device": name,
+                "versions": {"python": sys.version.split()[0], **{
+                    module.__name__: module.__version__ for module in (torch, transformers, np)}}}
 
 
 def clock(seconds):
     """Seconds as h:mm:ss or m:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    return re.sub("^0:0?", "", str(timedelta(seconds=round(seconds))))
 
 
 def results(m):
     """The table at a run's end, from what metrics.json holds."""
-    head = f"{m['task']}, seed {m['seed']}, {m['metric']} in per cent"
     times = "" if m["ratio"] is None else (f"\nsearch {clock(m['search_seconds'])}, re-training "
                                            f"{clock(m['train_seconds'])} (ratio {m['ratio']:.2f})")
-    return "\n".join([
-        head.ljust(44) + "validation    test    parameters",
-        "  most frequent answer".ljust(54) + f"{m['test_most_frequent']:8.2f}",
-        "  the backbone, untouched".ljust(54) + f"{m['test_untouched']:8.2f}{0:14,}",
-        "  with the found structure, re-trained".ljust(44) + f"{m['validation']:10.2f}{m['test']:8.2f}"
-        f"{m['parameters']:14,}  ({m['per_ten_thousand']:.2f} of 10,000)"]) + times
+    head = f"{m['task']}, seed {m['seed']}, {m['metric']} in per cent"
+    return (f"{head:<44}validation    test    parameters\n"
+            f"{'  most frequent answer':<54}{m['test_most_frequent']:8.2f}\n"
+            f"{'  the backbone, untouched':<54}{m['test_untouched']:8.2f}{0:14,}\n"
+            f"{'  with the found structure, re-trained':<44}{m['validation']:10.2f}{m['test']:8.2f}"
+            f"{m['parameters']:14,}  ({m['per_ten_thousand']:.2f} of 10,000){times}")
 
 
 def picture(structure, model):
-    """A structure as text: a row a layer, a column a place, its rank, x without one, . if left out.
-
-    n0, n1, n2 are the layer norms before a layer's first, second and third block.
-    """
+    """A structure as text: a row a layer, a column a place; n0, n1, n2: the norms before a layer's blocks."""
     kept = {(m["name"], m["kind"]): str(m["rank"] or "x") for m in structure.modules}
-    cells, rows = {kind: {} for kind in kinds_of(structure.space)}, []          # kind: {column: {row: text}}
-    columns = {"SelfAttention": "attn", "DenseReluDense": "ffn", "final_layer_norm": "n0"}
+    kinds, cells, norms = kinds_of(structure.space), {}, Counter()       # cells: {(kind, column, row): text}
+    short = {"query": "q", "key": "k", "value": "v", "norm": "n", "attention": "attn", "prefix": "attn"}
     for name, role, *_ in places_of(model):
-        stack, *middle, last = name.split(".")
-        row = f"{stack} {middle[1] if middle else 'end':>3}"
-        label = "n" + middle[3] if last == "layer_norm" else columns.get(last, last.replace("wi_", "wi"))
-        for kind in cells:
+        stack, *_, last = parts = name.split(".")
+        row = f"{stack[:7]:<7} {next(filter(str.isdigit, parts), 'end'):>3}"
+        label = short.get(role, role) + str(norms[row]) * (role == "norm")
+        norms[row] += role == "norm"
+        if role == "linear":                                # a BERT has three layers of the name "dense"
+            dense = "o" if "attention" in parts else "wi" if "intermediate" in parts else "wo"
+            label = dense if last == "dense" else short.get(last, re.sub("_proj|_", "", last))
+        for kind in kinds:
             if role in KINDS[kind].roles:
-                cells[kind].setdefault(f"{label:>2}", {})[row] = kept.get((name, kind), ".")
-                rows += [row] if row not in rows else []
-    blocks = [[" " * 11] * 2 + rows]                                      # side by side, a block a kind
-    for kind, found in cells.items():
-        lines = [kind, "".join(f" {label}" for label in found)]
-        for row in rows:
-            lines.append("".join(f" {column.get(row, ''):>{len(label)}}" for label, column in found.items()))
-        blocks.append([f"{line:>{max(len(lines[1]), len(kind) + 1)}}" for line in lines])
-    lines = [" ".join(parts) for parts in zip(*blocks)]
+                cells[kind, f" {label:>2}", row] = kept.get((name, kind), ".")
+    rows = list(dict.fromkeys(row for *_, row in cells))
+    lines = [" " * 11] * 2 + rows
+    for kind in kinds:                                                   # side by side, a block a kind
+        labels = dict.fromkeys(label for one, label, _ in cells if one == kind)
+        block = [kind, "".join(labels)] + [
+            "".join(cells.get((kind, label, row), "").rjust(len(label)) for label in labels) for row in rows]
+        width = max(len(block[1]), len(kind) + 1)
+        lines = [f"{line} {part:>{width}}" for line, part in zip(lines, block)]
     lines.append("  a number: the rank kept there; x: kept, without a rank; .: left out; n: a layer norm")
-    for kind in (*cells, "together"):
+    for kind in (*kinds, "together"):
         counts = [m["parameters"] for m in structure.modules if kind in (m["kind"], "together")]
         lines.append(f"  {kind:<11}{len(counts):>5} modules {sum(counts):>10,} parameters "
                      f"{1e4 * sum(counts) / structure.geometry['parameters']:9.2f} of 10,000")
@@ -2365,36 +2131,23 @@ def join():
     return True
 
 
-def is_first_to_tell(message):
-    """Whether no other process has told a person the same: torchrun's store counts, so that none waits."""
-    if not dist.is_torchelastic_launched():
-        return True
-    with contextlib.suppress(Exception):             # a store that is gone
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.TCPStore(host, port, timeout=timedelta(seconds=9)).add(message, 1) == 1
-    return True
-
-
 def main(arguments=None):
     """The program. Returns the exit code: 0, or 2 after a person's mistake."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        settings = parse(arguments)
-        joined, finished = join(), []
-        kind = settings.space.replace(",", "+")
-        if settings.structure:                       # named after the folder that the structure is from
-            kind = f"from-{Path(settings.structure).resolve().parent.name}"
+        settings, tests = parse(arguments), []
+        joined, folder = join(), Path(settings.structure or ".").resolve().parent.name
+        source = f"from-{folder}" if settings.structure else settings.space.replace(",", "+")
         for seed in settings.seed:
-            out = Path(settings.out or f"runs/{settings.task}-{kind}-{seed}")
+            out = Path(settings.out or f"runs/{settings.task}-{source}-{seed}")
             if settings.out and len(settings.seed) > 1:
                 out /= f"seed-{seed}"
             with deterministic(), Run(settings, seed, out) as run:
-                finished.append(run.work())
-        if len(finished) > 1:
-            tests, metric = [m["test"] for m in finished], TASKS[settings.task].metric
-            print(f"{settings.task}: test {metric} {np.mean(tests):.2f} ± {np.std(tests, ddof=1):.2f} "
-                  f"over {len(tests)} seeds")
+                tests.append(run.work()["test"])
+        if len(tests) > 1:
+            print(f"{settings.task}: test {TASKS[settings.task].metric} {np.mean(tests):.2f} ± "
+                  f"{np.std(tests, ddof=1):.2f} over {len(tests)} seeds")
         if joined:
             dist.destroy_process_group()
         return 0
@@ -2406,8 +2159,11 @@ def main(arguments=None):
         message = f"{one_line(error)}: mend that or name another --out, and the same command goes on"
     except KeyboardInterrupt:
         return 130
-    if is_first_to_tell(message):
-        print(f"bipeft.py: {message}", file=sys.stderr)
+    with contextlib.suppress(Exception):             # of many processes one tells: torchrun's store counts
+        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=9)))
+        if store.add(message, 1) > 1:
+            return 2
+    print(f"bipeft.py: {message}", file=sys.stderr)
     return 2
 
 

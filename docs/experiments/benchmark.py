@@ -256,6 +256,8 @@ def advance(search, keep, leave_open):
     search.choice = torch.where(search.fixed, search.choice, choice)
     search.kept, search.fixed = kept.to(device), fixed.to(device)
     search.freeze()
+    for module, on in zip(search.space.modules_, kept.tolist()):       # graphs recorded from here on leave it out
+        module.active = on
 
 
 def parts(search, batches, when):
