@@ -347,7 +347,7 @@ class Searchable(nn.Module):
         source: the module whose input is x, if not the place: a feed-forward block may be two modules.
         """
         def before(source, args, kwargs):
-            self.seen = input_of(args, kwargs)
+            self.seen = input_of(args, kwargs) if self.active else None
         handles = [] if source is None else [source.register_forward_pre_hook(before, with_kwargs=True)]
         return handles + [place.register_forward_hook(self._after, with_kwargs=True)]
 
@@ -660,9 +660,9 @@ def places_of(model):
 
 def geometry(model, also_train=()):
     """What a structure depends on: the backbone's type and its number of parameters, without also_train's."""
+    own = {id(p) for p in named_within(model, also_train).values()}
     with contextlib.suppress(UsageError):
         model = backbone_of(model)                            # else the model is an architecture of a person's own
-    own = {id(p) for p in named_within(model, also_train).values()}
     return {"model_type": getattr(getattr(model, "config", None), "model_type", type(model).__name__),
             "parameters": sum(p.numel() for p in model.parameters() if id(p) not in own)}
 
@@ -733,7 +733,9 @@ class Peft(nn.Module):
             mask = transformers.masking_utils.eager_mask
             transformers.AttentionInterface.register("bipeft_prefix", prefix_attention)
             transformers.AttentionMaskInterface.register("bipeft_prefix", mask)
-            outer = next(m for m in model.modules() if isinstance(m, transformers.PreTrainedModel))
+            first = found[self.names[self.kinds.index("prefix")].rpartition(".")[0], "prefix"][0]
+            outer = next(m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)
+                         and first in m.modules())
             self._attention = [(outer, outer.config._attn_implementation)]
             outer.set_attn_implementation("bipeft_prefix")
         self.handles = [handle for m, (name, kind, _) in zip(self.modules_, chosen)
@@ -821,6 +823,8 @@ class Space(Peft):
         ranks, kinds = check_ranks(ranks), kinds_of(space)
         spots = [(name, kind, place) for name, role, place, *_ in (places or places_of)(model)
                  for kind in kinds if role in KINDS[kind].roles]
+        if not spots:
+            raise UsageError(f"the model has no place for a module of kind {' or '.join(kinds)}")
         super().__init__(model, [(name, kind, ranks[-1]) for name, kind, _ in spots], seed, places, also_train)
         self.space, self.ranks, self.geometry = space, ranks, geometry(model, also_train)
         device = self.weights.device
