@@ -346,7 +346,7 @@ class Searchable(nn.Module):
         source: the module whose input is x, if not the place: a feed-forward block may be two modules.
         """
         def before(source, args, kwargs):
-            self.seen = input_of(args, kwargs)
+            self.seen = input_of(args, kwargs) if self.active else None
         handles = [] if source is None else [source.register_forward_pre_hook(before, with_kwargs=True)]
         return handles + [place.register_forward_hook(self._after, with_kwargs=True)]
 
@@ -659,9 +659,9 @@ def places_of(model):
 
 def geometry(model, also_train=()):
     """What a structure depends on: the backbone's type and its number of parameters, without also_train's."""
+    own = {id(p) for p in named_within(model, also_train).values()}
     with contextlib.suppress(UsageError):
         model = backbone_of(model)                            # else the model is an architecture of a person's own
-    own = {id(p) for p in named_within(model, also_train).values()}
     return {"model_type": getattr(getattr(model, "config", None), "model_type", type(model).__name__),
             "parameters": sum(p.numel() for p in model.parameters() if id(p) not in own)}
 
@@ -732,7 +732,9 @@ class Peft(nn.Module):
             mask = transformers.masking_utils.eager_mask
             transformers.AttentionInterface.register("bipeft_prefix", prefix_attention)
             transformers.AttentionMaskInterface.register("bipeft_prefix", mask)
-            outer = next(m for m in model.modules() if isinstance(m, transformers.PreTrainedModel))
+            first = found[self.names[self.kinds.index("prefix")].rpartition(".")[0], "prefix"][0]
+            outer = next(m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)
+                         and first in m.modules())
             self._attention = [(outer, outer.config._attn_implementation)]
             outer.set_attn_implementation("bipeft_prefix")
         self.handles = [handle for m, (name, kind, _) in zip(self.modules_, chosen)
@@ -817,6 +819,8 @@ class Space(Peft):
         ranks, kinds = check_ranks(ranks), kinds_of(space)
         spots = [(name, kind, place) for name, role, place, *_ in (places or places_of)(model)
                  for kind in kinds if role in KINDS[kind].roles]
+        if not spots:
+            raise UsageError(f"the model has no place for a module of kind {' or '.join(kinds)}")
         super().__init__(model, [(name, kind, ranks[-1]) for name, kind, _ in spots], seed, places, also_train)
         self.space, self.ranks, self.geometry = space, ranks, geometry(model, also_train)
         device = self.weights.device
@@ -1473,17 +1477,27 @@ def toy_backbone(seed, steps=500, batch_size=64):
 # ==================================================================================================
 
 
-def tokenize(tokenizer, examples, max_length):
-    """[(input ids, label ids)] of Examples, the input cut to max_length tokens, done once."""
+def tokenize(tokenizer, examples, max_length, causal=False):
+    """[(input ids, label ids)] of Examples, the input cut to max_length tokens, done once.
+
+    causal: for a model that goes on writing after the input: the label has no beginning, and an end.
+    """
     texts = [e.source for e in examples], [e.target for e in examples]
-    return list(zip(*(tokenizer(part, max_length=max_length, truncation=True).input_ids for part in texts)))
+    sources, targets = (tokenizer(part, max_length=max_length, truncation=True).input_ids for part in texts)
+    if causal:
+        targets = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts[1], add_special_tokens=False).input_ids]
+    return list(zip(sources, targets))
 
 
 class Batches:
-    """Padded batches of what `tokenize` returns; seed and epoch decide their order, no seed keeps it."""
+    """Padded batches of what `tokenize` returns; seed and epoch decide their order, no seed keeps it.
 
-    def __init__(self, tokens, batch_size, device, seed=None):
+    causal: input and label as one sequence, with a loss on the label alone.
+    """
+
+    def __init__(self, tokens, batch_size, device, seed=None, causal=False):
         self.tokens, self.batch_size, self.device, self.seed, self.epoch = tokens, batch_size, device, seed, 0
+        self.causal = causal
 
     def set_epoch(self, epoch):
         """Chooses the order of the next pass."""
@@ -1507,11 +1521,16 @@ class Batches:
         least = math.ceil(min(size, len(self.tokens)) / world()) if on_gpu else 1
         for indices in batches:
             rows = [self.tokens[i] for i in indices[rank()::world()]]
-            yield collate(rows + [([1], [-100])] * (least - len(rows)), self.device, on_gpu)
+            if self.causal:
+                rows = [(source + target, [-100] * len(source) + target) for source, target in rows]
+            rows += [([1], [-100])] * (least - len(rows))
+            yield collate(rows, self.device, on_gpu, 32 if self.causal else 4)
 
 
-def collate(rows, device, rounded=False):
-    """A padded batch of tokenised examples.   rounded: to powers of two, which changes no loss."""
+def collate(rows, device, rounded=False, least=4):
+    """A padded batch of tokenised examples.   rounded: to powers of two, which changes no loss, labels from
+    `least` on.
+    """
     def pad(rows, filler, least):
         longest = max(map(len, rows))
         longest = max(least, 1 << (longest - 1).bit_length()) if rounded else longest
@@ -1520,21 +1539,26 @@ def collate(rows, device, rounded=False):
         return torch.tensor(padded, pin_memory=on_gpu).to(device, non_blocking=True)
     inputs, targets = zip(*rows)
     return {"input_ids": pad(inputs, 0, 32), "attention_mask": pad([[1] * len(row) for row in inputs], 0, 32),
-            "labels": pad(targets, -100, 4)}                                               # [batch, longest]
+            "labels": pad(targets, -100, least)}                                           # [batch, longest]
 
 
 def predict(model, tokenizer, tokens, batch_size, device):
-    """The texts that a model generates for tokenised inputs: greedily, no longer than the longest target."""
-    was_training, texts = model.training, {}
+    """The texts that a model generates for tokenised inputs: greedily, no longer than the longest target.
+
+    A causal model's inputs are padded on the left, so that it goes on where each of them ends.
+    """
+    was_training, texts, causal = model.training, {}, not model.config.is_encoder_decoder
     model.eval()
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i][0]))[rank()::world()]
     longest = max(len(target) for _, target in tokens)
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
-        batch = collate([tokens[i] for i in rows], device)
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())     # generate's is of the encoder's depth
-        made = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], num_beams=1,
-                              do_sample=False, max_new_tokens=longest, use_cache=True, past_key_values=cache)
+        batch = collate([(tokens[i][0][::-1] if causal else tokens[i][0], [0]) for i in rows], device)
+        ids, mask = (batch[key].flip(1) if causal else batch[key] for key in ("input_ids", "attention_mask"))
+        cache = None if causal else EncoderDecoderCache(DynamicCache(), DynamicCache())     # not of equal depths
+        made = model.generate(ids, attention_mask=mask, num_beams=1, do_sample=False, max_new_tokens=longest,
+                              use_cache=True, past_key_values=cache, pad_token_id=tokenizer.pad_token_id)
+        made = made[:, ids.shape[1]:] if causal else made
         texts |= zip(rows, map(str.strip, tokenizer.batch_decode(made, skip_special_tokens=True)))
     model.train(was_training)
     texts = {i: text for part in gather(texts) for i, text in part.items()}
@@ -1701,13 +1725,13 @@ def fast_pass(model, space, graphs=False, parts=1):
 
 
 def fuse_norms(model):
-    """Has T5's layer norms computed by one kernel, not eight: the same within rounding."""
+    """Has T5's and Llama's layer norms computed by one kernel, not eight: the same within rounding."""
     def forward(norm, x):
         if x.dtype != norm.weight.dtype:
             return type(norm).forward(norm, x)
         return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
     for m in model.modules():
-        if type(m).__name__ in ("T5LayerNorm", "MT5LayerNorm"):
+        if re.search("T5LayerNorm|RMSNorm", type(m).__name__) and hasattr(m, "variance_epsilon"):
             m.forward = functools.partial(forward, m)
 
 
@@ -1791,7 +1815,7 @@ def parse(arguments):
     parser.error = fail
     add = parser.add_argument
     add("--task", default="rte", choices=TASKS, help="which data set (%(default)s)")
-    add("--model", default="google-t5/t5-large", help="a T5 on the hub or in a folder (%(default)s)")
+    add("--model", default="google-t5/t5-large", help="a T5 or Llama on the hub or in a folder (%(default)s)")
     add("--data-dir", help="folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub")
     add("--max-length", default=128, type=COUNT, help="input tokens (GLUE 128, SuperGLUE 256, ReCoRD 512)")
     add("--space", default="s2", help=f"s1, s2, all, or a comma list of {', '.join(KINDS)} (%(default)s)")
@@ -1824,6 +1848,10 @@ def parse(arguments):
     settings.search_epochs = settings.search_epochs or settings.epochs
     kinds_of(settings.space)
     check_ranks(settings.ranks)
+    if len(set(settings.seed)) < len(settings.seed) or settings.accumulate > settings.batch_size:
+        fail("--seed must be different numbers, and --accumulate at most --batch-size")
+    if settings.task == "custom" and not settings.data_dir:
+        fail("--task custom needs --data-dir, a folder with train and validation files of source and target")
     return settings
 
 
@@ -1833,19 +1861,44 @@ def load_backbone(name, dtype, device, seed):
         model, tokenizer = toy_backbone(seed)
         return model.to(device, getattr(torch, dtype)), tokenizer
     try:
-        model, told = transformers.AutoModelForSeq2SeqLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), output_loading_info=True)
+        config = transformers.AutoConfig.from_pretrained(name)
+        loader = {t5_places: transformers.AutoModelForSeq2SeqLM, llama_places: transformers.AutoModelForCausalLM}.get(
+            PLACES.get(config.model_type))
+        if loader is None:
+            raise ValueError(f"a {config.model_type} is neither of T5's family nor of Llama's")
+        model, told = loader.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         missing = sorted(told["missing_keys"])                      # transformers makes these up, and this:
         if Path(name).is_dir() and not {"tokenizer.json", "spiece.model"} & set(os.listdir(name)):
             missing.append("tokenizer.json or spiece.model")
+        if config.is_encoder_decoder and None in (config.pad_token_id, config.decoder_start_token_id):
+            missing.append("pad_token_id or decoder_start_token_id")
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            missing.append(f"weights for its tokenizer's {len(tokenizer)} words")
+        if tokenizer.eos_token_id is None:
+            missing.append("eos_token")
         if missing:
             raise ValueError(f"it has no {missing[0]}")
     except Exception as error:
-        raise UsageError(f"the model {name} can't be loaded ({one_line(error)}): give a folder with a T5's "
-                         "config, weights and tokenizer, or a hub name and a network") from None
+        raise UsageError(f"the model {name} can't be loaded ({one_line(error)}): give a folder with config, "
+                         "weights and tokenizer, or a hub name and a network") from None
+    tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.config.use_cache = False                      # of no use in training; generation asks for its own
     return model.to(device), tokenizer
+
+
+def load_run(folder, device="cpu"):
+    """(model, tokenizer, attached modules) of a finished run, ready to generate.   Raises UsageError."""
+    folder = Path(folder)
+    try:
+        settings = json.loads((folder / "metrics.json").read_text())["settings"]
+        model = settings["model"], settings["dtype"], torch.device(device), settings["seed"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"{folder} holds no finished run ({one_line(error)})") from None
+    model, tokenizer = load_backbone(*model)
+    peft = apply(model.eval(), load_structure(folder / "structure.json"))
+    load_weights(peft, folder / "peft.safetensors")
+    return model, tokenizer, peft
 
 
 def choose_device(name):
@@ -1948,14 +2001,15 @@ class Run:
         settings, self.device = self.settings, choose_device(self.settings.device)
         if settings.task == "toy":
             torch.set_num_threads(1)                # so small a model only waits for further threads
-        self.splits = load_splits(settings.task, settings.data_dir, self.seed)
         self.model, self.tokenizer = load_backbone(settings.model, settings.dtype, self.device, self.seed)
+        self.splits = load_splits(settings.task, settings.data_dir, self.seed)
         self.size = geometry(self.model)["parameters"]
         if self.device.type == "cuda":
             fuse_norms(self.model)
         if settings.checkpointing:
             recompute_activations(self.model)
-        self.tokens = {key: tokenize(self.tokenizer, examples, settings.max_length)
+        self.causal = not self.model.config.is_encoder_decoder
+        self.tokens = {key: tokenize(self.tokenizer, examples, settings.max_length, self.causal)
                        for key, examples in self.splits.items()}
         counts = ", ".join(f"{len(examples):,} {key}" for key, examples in self.splits.items())
         print(f"{settings.task}, seed {self.seed}: {counts}; {settings.model}, {self.size:,} parameters, "
@@ -2004,7 +2058,7 @@ class Run:
         settings, tokens, size, most = self.settings, self.tokens["train"], self.size, self.settings.triggers
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(derive(self.seed, 11)))
         batches = [Batches([tokens[i] for i in order[half::2]], settings.batch_size, self.device,
-                           derive(self.seed, 12 + half)) for half in (0, 1)]
+                           derive(self.seed, 12 + half), self.causal) for half in (0, 1)]
         space = Space(self.model, settings.space, settings.ranks, self.seed)
         steps, warmup = (n * len(batches[0]) for n in (settings.search_epochs, settings.warmup_epochs))
         budget = int(settings.budget if settings.budget >= 1 else settings.budget * size)
@@ -2037,7 +2091,8 @@ class Run:
     def retrain(self, peft):
         """Trains a structure's fresh modules on all of train.   Returns the best validation score."""
         settings = self.settings
-        batches = Batches(self.tokens["train"], settings.batch_size, self.device, derive(self.seed, 15))
+        batches = Batches(self.tokens["train"], settings.batch_size, self.device, derive(self.seed, 15),
+                          self.causal)
 
         def after_step(state, line):
             step, steps, score = line["step"], line["steps"], line.get("score")
@@ -2058,7 +2113,7 @@ class Run:
 
     def measure(self, peft, structure):
         """The one look at the test split: with the modules, without them, and the most frequent answer."""
-        score, count = self.score("test"), peft.weights.numel()     # counted from the tensors themselves
+        score, count = self.score("test"), peft.size                # counted from the tensors themselves
         peft.detach()
         metric, answers = self.task.metric, [e.answers for e in self.splits["test"]]
         common = Counter(e.target for e in self.splits["train"]).most_common(1)[0][0]
