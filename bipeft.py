@@ -1660,6 +1660,7 @@ def load_weights(peft, path):
         raise UsageError(f"{path} can't be read as weights of these modules ({one_line(error)})") from None
     for name, t in own.items():
         t.copy_(stored[name])
+    peft.use(peft.weights)
 
 
 def save_structure(structure, path):
