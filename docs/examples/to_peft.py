@@ -1,0 +1,117 @@
+"""A structure of LoRA modules alone, found by BIPEFT, as an adapter folder of Hugging Face peft.
+
+    python bipeft.py --task rte --space lora --model DIR
+    python docs/examples/to_peft.py runs/rte-lora-0 --model DIR --out adapters/rte
+
+    model = peft.PeftModel.from_pretrained(transformers.AutoModelForSeq2SeqLM.from_pretrained(DIR), "adapters/rte")
+
+Every module keeps its own rank r (rank_pattern). peft scales by alpha/r, so alpha is r (alpha_pattern) for BIPEFT's
+y + B A x. What was trained beside the modules, such as a classifier, goes along whole (modules_to_save).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import bipeft
+
+
+def to_peft(structure, weights, folder, model):
+    """Writes adapter_config.json and adapter_model.safetensors.   Raises UsageError for what peft can't hold.
+
+    structure, weights: as found and trained, or the files of a run.   folder: to write, made if it is missing.
+    model: what is to wear the adapter, for the full names of its modules; its numbers are not read.
+    """
+    import peft            # here alone, so that whoever has none is told in one line
+
+    if not isinstance(structure, bipeft.Structure):
+        structure = bipeft.load_structure(structure)
+    if not isinstance(weights, dict):
+        weights = read_weights(weights)
+    others = sorted({m["kind"] for m in structure.modules} - {"lora"})
+    if others:
+        raise bipeft.UsageError(f"peft has no {', '.join(others)} of this form: search with --space lora")
+    heads = [name for name in weights if ".lora." not in name]                       # what also_train trained
+    check("parameters", heads, dict(model.named_parameters()), type(model).__name__)
+    found = bipeft.geometry(model, heads)
+    if found != structure.geometry:
+        raise bipeft.UsageError(f"the structure is of another backbone, {structure.geometry}, not {found}")
+
+    full = {module: name for name, module in model.named_modules()}                  # "bert.encoder..", not "encoder.."
+    places = {name: full[place] for name, role, place, *_ in bipeft.places_of(model) if role == "linear"}
+    names = [m["name"] for m in structure.modules]
+    check("place", names, places, type(model).__name__)
+    check("tensor", [f"{name}.lora.{factor}" for name in names for factor in "AB"], weights, "the file of weights")
+    tensors = {name: weights[name] for name in heads}
+    for name in names:                                                               # A: [r, in], B: [r, out]
+        tensors[f"{places[name]}.lora_A.weight"] = weights[f"{name}.lora.A"]
+        tensors[f"{places[name]}.lora_B.weight"] = weights[f"{name}.lora.B"].T       # peft's: [out, r]
+    ranks = {places[m["name"]]: m["rank"] for m in structure.modules}
+    highest = max(ranks.values())
+    config = peft.LoraConfig(                      # of no task_type: peft then hands every call on as it comes
+        r=highest, lora_alpha=highest, rank_pattern=ranks, alpha_pattern=ranks, target_modules=list(ranks),
+        modules_to_save=sorted({name.rpartition(".")[0] for name in heads}) or None, lora_dropout=0.0,
+        base_model_name_or_path=getattr(model, "name_or_path", "") or structure.backbone, inference_mode=True)
+    config.save_pretrained(folder)
+    tensors = {f"base_model.model.{name}": t.detach().cpu().contiguous() for name, t in tensors.items()}
+    safetensors.torch.save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    return config
+
+
+def check(what, wanted, there, where):
+    """Raises UsageError if something is wanted that is not there."""
+    for name in wanted:
+        if name not in there:
+            raise bipeft.UsageError(f"{where} has no {what} '{name}': it is of another structure or model")
+
+
+def read_weights(path):
+    """{name: tensor} of a file that `bipeft.save_weights` wrote."""
+    try:
+        return safetensors.torch.load_file(path)
+    except Exception as error:
+        raise bipeft.UsageError(f"{path} can't be read as safetensors ({bipeft.one_line(error)})") from None
+
+
+def skeleton(name):
+    """A model by its config alone, without memory for its weights, from a folder or the hub."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        with torch.device("meta"):
+            model = getattr(transformers, config.architectures[0])(config)
+    except Exception as error:
+        raise bipeft.UsageError(f"the model {name} can't be built ({bipeft.one_line(error)}): give the folder or hub "
+                                "name that the run had as --model") from None
+    model.config.name_or_path = model.name_or_path = name
+    return model
+
+
+def main(arguments=None):
+    """The program. Returns the exit code: 0, or 2 after a person's mistake."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("run", help="a run's folder, with structure.json and peft.safetensors")
+    parser.add_argument("--model", help="folder or hub name of the backbone (the run's own)")
+    parser.add_argument("--out", help="folder to write (RUN/peft)")
+    transformers.logging.set_verbosity_error()
+    try:
+        settings = parser.parse_args(arguments)
+        run = Path(settings.run)
+        out = Path(settings.out or run / "peft")
+        structure = bipeft.load_structure(run / "structure.json")
+        config = to_peft(structure, run / "peft.safetensors", out, skeleton(settings.model or structure.backbone))
+        ranks = list(config.rank_pattern.values())
+        print(f"{len(ranks)} modules, {structure.parameters:,} parameters, of rank "
+              f"{', '.join(f'{r} ({ranks.count(r)})' for r in sorted(set(ranks)))}: written to {out}")
+        return 0
+    except (bipeft.UsageError, argparse.ArgumentError, ImportError, OSError) as error:
+        print(f"to_peft.py: {bipeft.one_line(error)}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
