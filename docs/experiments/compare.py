@@ -183,6 +183,8 @@ class Bench:
         torch.set_float32_matmul_precision("high")
         self.settings, self.device = settings, bipeft.choose_device(settings.device)
         self.graphs = self.device.type == "cuda"
+        if self.graphs:
+            torch.cuda.set_device(self.device)
         self.encoder = self.load().to(self.device).eval()
         self.models, self.cache, self.costs = {}, {}, {}
         places = list(bipeft.places_of(Classifier(self.encoder, 2)))
@@ -909,6 +911,7 @@ VARIANTS = {           # Tables 6-10, and readings that are ours; in each one th
 }
 SENSITIVITY = {name: Method(f"variant:{name}", rate_of="BIPEFT") for name in VARIANTS}
 METHODS = {**CORE, **MORE, **ABLATIONS, **SENSITIVITY}
+FTE = {"autopeft": 10, "bipeft": 3, "bipeft-s1": 3, "bipeft-all": 3, "s3delta": 3}      # expected, for --minutes
 TABLES = ("main", "ablations", "budgets", "transfer", "sensitivity", "cost")
 
 
@@ -1118,8 +1121,8 @@ def wanted_of(args):
                 yield from of(["BIPEFT"], [seed], tasks=[t for t in args.tasks if t != source], **{"source": source})
         elif table == "cost":
             names = [n for n, m in {**CORE, **MORE}.items() if not m.cheap] + ["entangled", "without selection"]
+            yield from of(["random", "LoRA"], [900], tasks=args.tasks[:1])          # the first warms the device up
             yield from of(names, [900], tasks=args.tasks[:1], find_only=True)
-            yield from of(["LoRA", "BIPEFT"], [900], tasks=args.tasks[:1])
 
 
 # ==================================================================================================
@@ -1166,6 +1169,12 @@ def carry_out_all(args, settings, out, minutes):
     print(f"{len(plan.wanted)} trainings asked for, {sum(line.get('stage') == 'train' for line in lines)} lines there")
     longest, budgeted = defaultdict(float), minutes * 60 if minutes else math.inf
 
+    def expected(job):
+        """Seconds: the longest of its kind so far or, of a search not seen yet, its FTE in trainings."""
+        kind = job["stage"], job.get("finder") or job.get("method")
+        trainings = [seconds for (stage, _), seconds in longest.items() if stage == "train"]
+        return longest.get(kind) or FTE.get(kind[1], 1) * (sum(trainings) / len(trainings) if trainings else 0)
+
     def accept(job, found):
         for line in found:
             if line["stage"] == "places" and any(x["stage"] == "places" for x in lines):
@@ -1185,7 +1194,7 @@ def carry_out_all(args, settings, out, minutes):
         left = budgeted - (time.time() - started)
         while True:
             job = plan.next() if left > 0 else False
-            if not job or longest[job["stage"], job.get("finder") or job.get("method")] < left:
+            if not job or expected(job) < left:
                 return job
             plan.running.discard(key_of(job))                       # it would not be done in time
             plan.late.add(key_of(job))
@@ -1244,7 +1253,7 @@ def carry_out_all(args, settings, out, minutes):
         worker.join(0 if pipe in waiting else 5)
         if worker.is_alive():
             worker.terminate()
-    print(f"{time.time() - started:.0f} s")
+    print(f"{time.time() - started:.0f} s; {len(plan.wanted)} trainings are not done")
     return lines
 
 
@@ -1336,6 +1345,8 @@ def report(lines, args):
     found(lines, searches, args)
     cost(searches, trained)
     figure([x for x in reported if x["source"] is None], args)
+    heat_map(lines, [x for x in searches if x["method"] == "BIPEFT" and x["budget"] == args.budget
+                     and x["seed"] not in (*args.tune_seeds, 900)], args)
 
 
 def table(lines, searches, budget, args):
@@ -1423,6 +1434,7 @@ def cost(searches, trained):
     """Table 3, of the seed that is timed alone."""
     alone = {x["task"]: x for x in trained if x["seed"] == 900 and x["method"] == "LoRA" and x["workers"] == 1}
     rows = [x for x in searches if x["seed"] == 900 and x["workers"] == 1 and x["task"] in alone]
+    rows = [x for x in rows if x["method"] not in ("matched random", "s-bar at T")]
     if rows:
         print("\n## Cost, alone on the device\n\n| search | seconds | ÷ one LoRA training | passes | peak MiB |\n|---|---|---|---|---|")
         for x in rows:
@@ -1432,9 +1444,7 @@ def cost(searches, trained):
 
 
 def figure(lines, args):
-    """Score against budget, a line a method, 95 % intervals of the mean over seeds (t) after each task-seed
-    cell's mean over methods is taken out.
-    """
+    """Score against budget, a line a method with 95 % intervals of the mean over seeds (Student's t)."""
     budgets = sorted({x["budget"] for x in lines})
     try:
         import matplotlib
@@ -1442,8 +1452,11 @@ def figure(lines, args):
         import matplotlib.pyplot as plt
     except ImportError:
         return print("\n(no figure: matplotlib is not installed)")
-    names = [n for n in METHODS if n in {**CORE, **MORE} and not METHODS[n].free
-             and any(x["method"] == n for x in lines)]
+    seen = defaultdict(set)
+    for x in lines:
+        seen[x["method"]].add(x["budget"])
+    names = [n for n in METHODS if n in {**CORE, **MORE} and not METHODS[n].free and n in seen]
+    names = [n for n in names if len(seen[n]) > 1] or names              # lines, where there are any
     flat = [n for n in METHODS if METHODS[n].free and any(x["method"] == n for x in lines)]
     if not names:
         return
@@ -1480,6 +1493,42 @@ def figure(lines, args):
     fig.tight_layout(rect=(0, 0.1, 1, 1))
     fig.savefig(args.figure, dpi=110, transparent=True)
     print(f"\n{args.figure}")
+
+
+def heat_map(lines, searches, args):
+    """How often BIPEFT keeps each place: layers by places, a panel a kind."""
+    places = next((x["places"] for x in lines if x["stage"] == "places"), [])
+    if not searches or not importlib.util.find_spec("matplotlib"):
+        return
+    import matplotlib.pyplot as plt
+    often = Counter(int(item.split(":")[0]) for x in searches for item in x["structure"].split())
+    panels = defaultdict(dict)                               # kind: {(place, layer): share}
+    for i, place in enumerate(places):
+        name, _, kind = place.rpartition(".")
+        layer, _, short = name.partition("layer.")[2].partition(".") if "layer." in name else ("–", "", name)
+        if kind in bipeft.SPACES["s2"]:
+            panels[kind][short, layer] = often[i] / len(searches)
+    rows = {kind: list(dict.fromkeys(short for short, _ in panel)) for kind, panel in panels.items()}
+    columns = list(dict.fromkeys(layer for panel in panels.values() for _, layer in panel))
+    columns.sort(key=lambda layer: -1 if layer == "–" else int(layer))
+    fig, axes = plt.subplots(len(panels), 1, figsize=(6, 0.9 + 0.36 * sum(map(len, rows.values())) + 0.4 * len(panels)),
+                             gridspec_kw={"height_ratios": [len(r) for r in rows.values()]}, squeeze=False,
+                             layout="constrained")
+    for ax, (kind, panel) in zip(axes[:, 0], panels.items()):
+        grid = [[panel.get((row, layer), np.nan) for layer in columns] for row in rows[kind]]
+        drawn = ax.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        for y, line in enumerate(grid):
+            for x, share in enumerate(line):
+                if share == share:
+                    ax.text(x, y, f"{share:.0%}", ha="center", va="center", fontsize=7,
+                            color="white" if share < 0.5 else "black")
+        ax.set_yticks(range(len(rows[kind])), rows[kind], fontsize=7)
+        ax.set_xticks(range(len(columns)), columns, fontsize=7)
+        ax.set_title(kind, color="#808080", fontsize=9)
+        ax.tick_params(colors="#808080")
+    path = Path(args.figure).with_stem(Path(args.figure).stem + "_places")
+    fig.savefig(path, dpi=110, transparent=True)
+    print(f"{path}: share of {len(searches)} searches that keep a place")
 
 
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26, 12: 2.20}
