@@ -1014,7 +1014,7 @@ class Plan:
     """
 
     def __init__(self, wanted, lines, settings, args):
-        self.args, self.settings = args, settings
+        self.args, self.settings, self.dropped = args, settings, 0
         self.structures, self.trained, self.running, self.failed, self.late = {}, {}, set(), set(), set()
         self.wanted, seen = [], set()
         for line in lines:
@@ -1064,12 +1064,18 @@ class Plan:
             job = self.job_of(wish)
             if job == "done":
                 self.wanted.remove(wish)
+                self.dropped += not (wish.get("find_only") or self.trained.get(
+                    tuple(wish[key] for key in ("method", "task", "budget", "seed", "source"))))
             elif job == "wait":
                 waiting = True
             else:
                 self.running.add(key_of(job))
                 return job
         return None if waiting or self.running else False
+
+    def missing(self):
+        """How many are left, those given up for time or for an error included."""
+        return sum(self.job_of(wish) != "done" for wish in self.wanted) + self.dropped
 
     def job_of(self, wish):
         """What is to be done for a wish: a job, "wait" or "done"."""
@@ -1218,6 +1224,7 @@ def carry_out_all(args, settings, out, minutes):
         accept(None, [{"stage": "places", "places": [f"{name}.{kind}" for name, kind in bench.keys]}])
         while job := next_job():
             accept(job, attempt(bench, job))
+        print(f"{time.time() - started:.0f} s; not done: {plan.missing()} trainings")
         return lines
     context, pipes, busy = mp.get_context("spawn"), {}, {}
     for number in range(args.workers):
@@ -1267,7 +1274,7 @@ def carry_out_all(args, settings, out, minutes):
         worker.join(0 if pipe in waiting else 5)
         if worker.is_alive():
             worker.terminate()
-    print(f"{time.time() - started:.0f} s; {len(plan.wanted)} trainings are not done")
+    print(f"{time.time() - started:.0f} s; not done: {plan.missing()} trainings")
     return lines
 
 
