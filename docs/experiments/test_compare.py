@@ -1,0 +1,123 @@
+"""The comparison's harness with each method on a tiny random encoder, and its statistics by hand.
+
+    python -m pytest docs/experiments/test_compare.py
+"""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+import bayes
+import compare
+
+NO_PEFT = not importlib.util.find_spec("peft")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    made = compare.Bench(compare.Settings(**{**compare.SMALL, "surrogate": "own"}))
+    made.open("toy", 0)
+    return made
+
+
+@pytest.mark.parametrize("finder", compare.FINDERS)
+def test_a_method_keeps_the_budget_and_leaves_the_encoder_as_it_was(bench, finder):
+    bench.open("toy", 0)
+    batch = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.long)
+    with torch.no_grad():
+        before = bench.model(*batch).logits
+    for name, (structure, _) in compare.find(bench, finder, 600).items():
+        method = compare.METHODS[name]
+        assert method.finder == finder
+        assert method.free or 0 < structure.parameters <= 600
+        assert bench.decode(bench.encode(structure), 600).modules == structure.modules
+        assert finder == "whole" or bench.passes or method.cheap
+    bench.open("toy", 0)                                               # a fresh head of the same seed
+    with torch.no_grad():
+        assert torch.equal(bench.model(*batch).logits, before)
+
+
+def test_each_variant_of_the_search(bench):
+    for name in compare.VARIANTS:
+        bench.open("toy", 0)
+        ((structure, _),) = compare.find(bench, f"variant:{name}", 600).values()
+        assert 0 < structure.parameters <= 600
+
+
+def run(tmp_path, *more):
+    out = tmp_path / "lines.jsonl"
+    compare.main(["--small", "--out", str(out), "--figure", str(tmp_path / "figure.png"), *more])
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_a_run_goes_on_where_it_was_and_reads_no_test_on_seeds_for_rates(tmp_path, capsys):
+    asked = "--table", "main", "--methods", "BIPEFT", "LoRA", "full", *([] if NO_PEFT else ["AdaLoRA"])
+    lines = run(tmp_path, *asked)
+    trained = [x for x in lines if x["stage"] == "train"]
+    assert len(trained) == (3 + 2) * (3 if NO_PEFT else 4) and not any("error" in x for x in lines)
+    assert all((x["test"] is None) == x["tuning"] == (x["seed"] == 100) for x in trained)
+    assert all(x["parameters"] <= 600 for x in trained if x["method"] != "full")
+    for method in {x["method"] for x in trained}:
+        rates = {x["lr"]: x["validation"] for x in trained if x["method"] == method and x["tuning"]}
+        (lr,) = {x["lr"] for x in trained if x["method"] == method and not x["tuning"]}
+        assert rates[lr] == max(rates.values())
+    capsys.readouterr()
+    assert run(tmp_path, *asked)[:len(lines)] == lines and len(run(tmp_path, *asked)) == len(lines)
+    assert "BIPEFT −" in capsys.readouterr().out
+
+
+def test_workers(tmp_path):
+    lines = run(tmp_path, "--table", "ablations", "--methods", "BIPEFT", "d → b", "--lr", "0.001", "--workers", "2")
+    assert sum(x["stage"] == "train" for x in lines) == 4 and not any("error" in x for x in lines)
+
+
+def test_sign_flip_and_holm_by_hand():
+    # Of the 8 sign vectors only +++ and --- reach |1 + 2 + 3|.
+    assert compare.sign_flip([1, 2, 3]) == 2 / 8
+    # Sums of (1, 1, -1): +-3 twice, +-1 six times, and all reach |1|.
+    assert compare.sign_flip([1, 1, -1]) == 1
+    # 3 · 0.01, then 2 · 0.03, then 0.04 is not below the one before.
+    adjusted = compare.holm({"a": 0.04, "b": 0.01, "c": 0.03})
+    assert adjusted == pytest.approx({"b": 0.03, "c": 0.06, "a": 0.06})
+    ranks, cells = compare.mean_rank({"a": {0: 2, 1: 5}, "b": {0: 1, 1: 5}, "c": {0: 0, 1: 1}})
+    assert ranks == {"a": 1.25, "b": 1.75, "c": 3} and cells == 2
+
+
+def test_pruning_takes_a_later_slice_only_after_the_earlier():
+    sizes = torch.tensor([[2, 6, 8], [2, 6, 8], [4, 0, 0]])
+    scores = torch.tensor([[1.0, 60.0, 8.0], [6.0, 6.0, 0.0], [2.0, 0.0, 0.0]])
+    # Densities .5 10 1, 3 1, .5: module 1's first two slices (8), then module 0's first (10), its second does
+    # not fit 14 and closes it, module 2 (14).
+    assert compare.prune(scores, sizes, torch.tensor([3, 3, 3]), 14).tolist() == [1, 2, 1]
+
+
+def test_shifted_gates_expect_the_budget_and_have_the_stated_gradient():
+    alpha = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    sizes = torch.tensor([3.0, 5, 8, 2, 9], dtype=torch.float64)
+    p = compare.shifted(alpha, sizes, 11)
+    assert float((p.detach() * sizes).sum()) == pytest.approx(11)
+    g = (p * (1 - p)).detach()
+    stated = torch.diag(g) - p.detach()[:, None] * g / p.sum().detach()
+    jacobian = torch.stack([torch.autograd.grad(p[i], alpha, retain_graph=True)[0] for i in range(5)])
+    torch.testing.assert_close(jacobian, stated)
+
+
+def test_matched_structures_have_the_same_kinds_ranks_and_sizes(bench):
+    bench.open("toy", 3)
+    found = compare.find(bench, "bipeft", 600)
+    alike = [sorted((m["kind"], m["rank"] or 0, m["parameters"]) for m in found[name][0].modules)
+             for name in ("BIPEFT", "matched random")]
+    assert alike[0] == alike[1]
+
+
+@pytest.mark.parametrize("surrogate", ["own"] + ["botorch"] * bool(importlib.util.find_spec("botorch")))
+def test_the_surrogate_climbs(surrogate):
+    every = [(a, b) for a in range(6) for b in range(6)]
+    score = {c: -(c[0] - 4) ** 2 - 0.1 * (c[1] - 1) ** 2 for c in every}
+    tried = every[::5]
+    for _ in range(2):
+        left = [c for c in every if c not in tried]
+        tried = tried + bayes.propose(tried, [score[c] for c in tried], left, 4, surrogate)
+    assert len(set(tried)) == len(tried) and max(map(score.get, tried)) >= -0.1
