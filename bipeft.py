@@ -553,6 +553,12 @@ def prefix_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     return torch.matmul(share, values).transpose(1, 2).contiguous(), None
 
 
+def additive_mask(*args, dtype=torch.float32, **more):
+    """The mask that `prefix_attention` adds to the scores. Transformers' own reads the host, which graphs forbid."""
+    mask = transformers.masking_utils.sdpa_mask(*args, **{**more, "allow_is_causal_skip": False})
+    return None if mask is None else (~mask).to(dtype) * torch.finfo(dtype).min
+
+
 def width(place):
     """d_model, what the last linear layer of a self-attention or feed-forward block gives."""
     return [m for m in place.modules() if isinstance(m, nn.Linear)][-1].out_features
@@ -729,14 +735,15 @@ class Peft(nn.Module):
         self.lay_end_to_end()
         self._attention = []
         if "prefix" in self.kinds:              # transformers' public registry is where a prefix comes in
-            mask = transformers.masking_utils.eager_mask
             transformers.AttentionInterface.register("bipeft_prefix", prefix_attention)
-            transformers.AttentionMaskInterface.register("bipeft_prefix", mask)
+            transformers.AttentionMaskInterface.register("bipeft_prefix", additive_mask)
             first = found[self.names[self.kinds.index("prefix")].rpartition(".")[0], "prefix"][0]
             outer = next(m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)
                          and first in m.modules())
-            self._attention = [(outer, outer.config._attn_implementation)]
-            outer.set_attn_implementation("bipeft_prefix")
+            inner = [m for m in outer.modules() if isinstance(m, transformers.PreTrainedModel)]
+            self._attention = [(m, m.config._attn_implementation) for m in inner]
+            for m in inner:                     # each by itself: not every release hands it on to T5's stacks
+                m.set_attn_implementation("bipeft_prefix")
         self.handles = [handle for m, (name, kind, _) in zip(self.modules_, chosen)
                         for handle in m.attach(*found[name, kind])]
 
