@@ -185,8 +185,8 @@ def test_a_mistake_in_the_encoders_arguments_is_one_line(arguments, told, data, 
 @torch.no_grad()
 def test_the_encoder_end_to_end_and_into_peft(data, tmp_path):
     """Search, re-training and files at a very small size; then the same logits from the files, and through peft."""
-    code, said, errors = program("encoder.py", "--data-dir", data, "--space", "lora", "--search-steps", 3, "--warmup", 1,
-                                 "--steps", 2, "--device", "cpu", "--out", tmp_path)
+    code, said, errors = program("encoder.py", "--data-dir", data, "--space", "lora", "--search-steps", 3,
+                                 "--warmup", 1, "--steps", 2, "--device", "cpu", "--out", tmp_path)
     assert code == 0, errors
     assert "most frequent class" in said and "written to" in said
     structure = bipeft.load_structure(tmp_path / "structure.json")
