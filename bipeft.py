@@ -8,16 +8,14 @@
     python bipeft.py --task rte --model DIR --data-dir DIR the same from local folders
     python bipeft.py --task mrpc --structure runs/rte-s2-0/structure.json      transfer (Table 4)
 
-Given a frozen T5, a task and a budget of B parameters, one short differentiable search decides
-which of N candidate modules are kept and at which of K ranks; the structure is then trained anew.
-Read it beside the paper: section 1 is Eq. (1)-(10), sections 2 and 3 are the search spaces,
-section 4 is Algorithm 1; 5-8 are the program around them, of which 1-4 need nothing. "Reading n" is
-point n of docs/decisions.md, where the paper leaves a choice; ratios are per ten thousand (its %%).
+Given a frozen backbone, a task and a budget of B parameters, one short differentiable search decides which
+of N candidate modules are kept and at which of K ranks; the structure is then trained anew. Section 1 is
+Eq. (1)-(10), 2 and 3 are the search spaces, 4 is Algorithm 1; 5-8 are a program around them, of which 1-4
+need nothing. "Reading n" is point n of docs/decisions.md. Ratios are per ten thousand (the paper's %%).
 
     paper         in the code                     shape    meaning
     N, K          len(space), len(space.ranks)             candidate modules; candidate ranks
-    Dim           space.dim, space.ranks          [K]      the candidate ranks, ascending
-    R             space.ranks[-1]                          max(Dim), the rank at which weights are held
+    Dim, R        space.dim, space.ranks[-1]      [K]      candidate ranks; the largest, that of the weights
     Theta         theta                           [N, 2]   binary architecture weights: remove, keep
     Phi           phi                             [N, K]   rank architecture weights
     Delta W       space.weights                   [P]      weights of the PEFT modules, end to end
@@ -84,8 +82,7 @@ def derive(seed, *keys):
 
 
 # ==================================================================================================
-# 1. The equations (3.2 - 3.5), in the paper's order. Tensors in, tensors out: no model, no state. Counts
-#    of parameters, and what small differences decide, are float64 (reading 63).
+# 1. The equations (3.2 - 3.5), in the paper's order. Tensors in, tensors out: no model, no state
 # ==================================================================================================
 
 
@@ -97,10 +94,9 @@ def sensitivity(train_magnitude, val_magnitude, alignment):
 def magnitude(weights, gradients, segments, counts):
     """Eq. (2):  f_n(D) = 1/|M_n| · sum over w in M_n of |w · G(w, D)|
 
-    weights, gradients: w and G of all modules end to end, [P], of the same moment (reading 1).
-    segments: which of the P numbers are whose, as `segment_sum` takes it.   counts: |M_n|, [N], of all of a
-    module while its rank is open, of the slice once it is fixed; outside of it G is zero.
-    Returns f, [N].   Raises ValueError where weights and gradients differ in shape.
+    weights, gradients: w and G of all modules end to end, [P], of one moment (reading 1); ValueError if their
+    shapes differ.   segments: which of the P numbers are whose, as `segment_sum` takes it.   counts: |M_n|,
+    [N], all of a module while its rank is open, then the slice, outside of which G is zero.   Returns f, [N].
     """
     if weights.shape != gradients.shape:
         raise ValueError(f"weights {tuple(weights.shape)} and gradients {tuple(gradients.shape)} differ")
@@ -121,9 +117,8 @@ def alignment(train_gradients, val_gradients, segments):
 
 
 def segment_sum(values, segments):
-    """The sums of consecutive runs of a vector, [N] of [P].   segments: the length of each run, [N], together P.
-
-    Or a tuple of such, the sums of one being the values of the next: many short runs suit a GPU.
+    """The sums of consecutive runs of a vector, [N] of [P].   segments: the length of each run, [N]; or a
+    tuple of such, the sums of one being the values of the next, since many short runs suit a GPU.
     """
     for lengths in segments if isinstance(segments, tuple) else (segments,):
         values = torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
@@ -172,8 +167,7 @@ def stability(indicators, window):
 def expected_reduction(expected, budget, triggers, triggers_done):
     """Eq. (6):  R_z = (E_t - B) / (Z - z), in parameters
 
-    triggers_done: z counts the triggers already done, 0 .. Z-1, so that Z - z is never 0 (reading 5);
-    ValueError outside of that.
+    triggers_done: z, those already done, 0 .. Z-1, so that Z - z is never 0 (reading 5); else ValueError.
     """
     if not 0 <= triggers_done < triggers:
         raise ValueError(f"z = {triggers_done} is outside 0..{triggers - 1}: no trigger is left")
@@ -181,18 +175,12 @@ def expected_reduction(expected, budget, triggers, triggers_done):
 
 
 def expected_parameters(probability, size):
-    """Eq. (7):  E_t = sum_n p_n · C_n, in parameters
-
-    probability: p_n, [N].   size: C_n in parameters, [N].   Returns a scalar.
-    """
+    """Eq. (7):  E_t = sum_n p_n · C_n, in parameters.   probability: p, [N].   size: C in parameters, [N]."""
     return (probability * size).sum()       # Eq. (8) holds the printed inner sum over k already (reading 4)
 
 
 def keep_probability(theta, kept, certain):
-    """3.3.1:  p_n = b_n · softmax(Theta_n)[1], or b_n itself once `certain` (reading 7)
-
-    theta: [N, 2].   kept: b, [N] bool.   Returns p, [N].
-    """
+    """3.3.1:  p_n = b_n · softmax(Theta_n)[1], or b_n itself once `certain` (reading 7).   Returns p, [N]."""
     probability = torch.ones_like(theta[:, 1]) if certain else theta.softmax(1)[:, 1]              # [N]
     return probability * kept
 
@@ -262,7 +250,7 @@ def ranks_to_fix(instability, fixed, quota):
     instability: lambda, [N].   fixed: d, [N] bool.   quota: Y_z.   Returns [N] bool.
     """
     order = instability.masked_fill(fixed, math.inf).argsort(stable=True)              # open ones first
-    first = torch.arange(len(order), device=order.device) < quota
+    first = torch.arange(len(order), device=order.device) < quota                      # [N], the Y_z of them
     return torch.zeros_like(fixed).scatter(0, order, first) & ~fixed
 
 
@@ -275,8 +263,7 @@ def gumbel_noise(shape, generator):
 def gumbel_softmax(logits, noise, temperature, hard=True):
     """3.5, after Jang et al. 2017:  softmax((logits + noise) / temperature) along the last axis
 
-    logits, noise: [..., C].   temperature: > 0.   hard: the value is the one-hot arg-max, while the
-    gradient is still that of the softmax (straight-through).   Returns [..., C].
+    logits, noise: [..., C].   hard: the value is the one-hot arg-max, the gradient still the softmax's.
     """
     soft = ((logits + noise) / temperature).softmax(-1)
     if not hard:
@@ -316,13 +303,11 @@ def fill_budget(smoothed, sizes, kept, choice, budget):
 class Searchable(nn.Module):
     """A PEFT module at one place of the backbone.
 
-    `factors` says what multiplies the rows of a tensor in a search: the module's "gate", one number;
-    its rank "mask", [R], a number a row; or "gate·mask". The gate multiplies what comes last: so a shut
-    gate adds exactly zero and has a gradient, what the module would add, by which it can open again.
-    Gating an inner factor, too, would make that 0 · 0, and what is shut would stay so (reading 26).
-
-    place: the backbone's module that it attaches to.   rank: r, what it is built with.
-    generator: the source of its random initial weights.
+    `factors` says what multiplies the rows of a tensor in a search: the module's "gate", one number; its rank
+    "mask", [R], a number a row; or "gate·mask". The gate multiplies what comes last: so a shut gate adds zero
+    and has a gradient, what the module would add, by which it can open again. Were an inner factor gated,
+    too, that would be 0 · 0, and shut would stay shut (26).   place: the module of the backbone it is for.
+    rank: r, what it is built with.   generator: the source of its random initial weights.
     """
 
     roles = ()            # the roles of the places that take this module, as `places_of` names them
@@ -341,10 +326,7 @@ class Searchable(nn.Module):
         return nn.Parameter(value)
 
     def attach(self, place, source=None):
-        """Hooks the module to its place; returns the handles whose remove() undoes that.
-
-        source: the module whose input is x, if not the place: a feed-forward block may be two modules.
-        """
+        """Hooks it to its place; returns handles to undo that.   source: whose input is x, if another's."""
         def before(source, args, kwargs):
             self.seen = input_of(args, kwargs) if self.active else None
         handles = [] if source is None else [source.register_forward_pre_hook(before, with_kwargs=True)]
@@ -362,8 +344,8 @@ class Searchable(nn.Module):
 class LoRA(Searchable):
     """Hu et al. 2022:  y + B A x, on a linear layer.   Parameters: r · (in + out).
 
-    No extra scaling (alpha/r = 1, reading 20). A is random and B zero, so that it starts as the zero
-    function. The gate and the ranks scale B's rows: row i is what component i writes into y.
+    No extra scaling (alpha/r = 1, reading 20). A is random, B zero: at first it is the zero function. Gate
+    and ranks scale B's rows: row i is what component i writes into y.
     """
 
     roles = ("linear",)
@@ -414,8 +396,8 @@ class LowRankAdapter(Searchable):
 class SerialAdapter(Searchable):
     """Houlsby et al. 2019:  y + U gelu(D y + b) + c, on a feed-forward block's output y.
 
-    The rank r is the bottleneck: d -> r -> d.   Parameters: r · d + r + r · d + d. D is random; U, b
-    and c start at zero (reading 21). The ranks and the gate scale U's rows, the gate c as well.
+    The rank r is the bottleneck: d -> r -> d.   Parameters: r · d + r + r · d + d. D is random; U, b and c
+    start at zero (reading 21). Gate and ranks scale U's rows, the gate c as well.
     """
 
     roles = ("ffn",)
@@ -439,10 +421,7 @@ class SerialAdapter(Searchable):
 
 
 class ParallelAdapter(SerialAdapter):
-    """He et al. 2022:  y + U gelu(D x + b) + c, beside a feed-forward block with input x.
-
-    All else is as in the serial adapter.
-    """
+    """He et al. 2022:  y + U gelu(D x + b) + c, beside a feed-forward block with input x; else the serial."""
 
     parallel = True
 
@@ -450,7 +429,7 @@ class ParallelAdapter(SerialAdapter):
 class BitFit(Searchable):
     """Ben Zaken et al. 2022:  y + b, a bias on a linear layer or a layer norm.   Parameters: d_out.
 
-    Beside a bias of the backbone's own, if there is one. b starts at zero; the gate scales it (reading 25).
+    It stands beside the backbone's own, if there is one, starts at zero, and the gate scales it (reading 25).
     """
 
     roles = ("linear", "norm")
@@ -469,9 +448,8 @@ class BitFit(Searchable):
 class LNFit(Searchable):
     """A trainable delta on a layer norm's weight w.   Parameters: d.
 
-    (w + delta) · x/rms(x) = y + delta · x/rms(x), so that the backbone's own w stays untouched, be it w or,
-    as in Gemma, 1 + w; for an nn.LayerNorm x/rms(x) is its own normalisation. delta starts at zero, and the
-    gate scales it (reading 25).
+    (w + delta) · x/rms(x) = y + delta · x/rms(x), so that w, in Gemma 1 + w, stays untouched; an nn.LayerNorm
+    has its own for x/rms(x). delta starts at zero; the gate scales it (reading 25).
     """
 
     roles = ("norm",)
@@ -537,7 +515,7 @@ def prefix_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         return plain(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                      position_bias=position_bias, **kwargs)
     keys, values, openness = prefix
-    groups = query.shape[1] // key.shape[1]              # query heads to a key/value head, as in Llama: 1 in T5
+    groups = query.shape[1] // key.shape[1]                   # query heads to a key/value head: 1 in T5
     key, value = (t.repeat_interleave(groups, 1) for t in (key, value)) if groups > 1 else (key, value)
     keys, values = (t.repeat_interleave(groups, 0) for t in (keys, values)) if groups > 1 else (keys, values)
     scores = torch.matmul(query, key.transpose(2, 3)).float() * scaling               # [b, h, q, s]
@@ -554,7 +532,7 @@ def prefix_attention(module, query, key, value, attention_mask, dropout=0.0, sca
 
 
 def additive_mask(*args, dtype=torch.float32, **more):
-    """The mask that `prefix_attention` adds to the scores. Transformers' own reads the host, which graphs forbid."""
+    """The mask that `prefix_attention` adds to the scores; transformers' own reads the host."""
     mask = transformers.masking_utils.sdpa_mask(*args, **{**more, "allow_is_causal_skip": False})
     return None if mask is None else (~mask).to(dtype) * torch.finfo(dtype).min
 
@@ -569,20 +547,11 @@ def input_of(args, kwargs):
     return args[0] if args else kwargs["hidden_states"]
 
 
-KINDS = {        # a new kind of module is one class and one line here
-    "lora": LoRA,
-    "adapter_lr": LowRankAdapter,
-    "bitfit": BitFit,
-    "lnfit": LNFit,
-    "serial": SerialAdapter,
-    "parallel": ParallelAdapter,
-    "prefix": Prefix,
-}
-SPACES = {
-    "s1": ("serial", "parallel", "prefix"),                 # AutoPEFT's (Zhou et al. 2024)
-    "s2": ("lora", "adapter_lr", "bitfit", "lnfit"),        # S3Delta's (Hu et al. 2022b)
-    "all": tuple(KINDS),
-}
+KINDS = {"lora": LoRA, "adapter_lr": LowRankAdapter, "bitfit": BitFit, "lnfit": LNFit,     # a new one: an entry
+         "serial": SerialAdapter, "parallel": ParallelAdapter, "prefix": Prefix}
+SPACES = {"s1": ("serial", "parallel", "prefix"),                 # AutoPEFT's (Zhou et al. 2024)
+          "s2": ("lora", "adapter_lr", "bitfit", "lnfit"),        # S3Delta's (Hu et al. 2022b)
+          "all": tuple(KINDS)}
 
 
 # ==================================================================================================
@@ -590,51 +559,44 @@ SPACES = {
 # ==================================================================================================
 
 
-def present(at, module, *rows):
-    """The places among "path role" or "path role path-of-input" that a module at path `at` has."""
-    for path, role, *source in map(str.split, rows):
-        with contextlib.suppress(AttributeError):
-            yield f"{at}.{path}", role, *(module.get_submodule(p) for p in (path, *source))
+def places_in(model, layer, outside, rows):
+    """The places in each module whose path matches `layer`, in the order of rows, "path role" or "path role
+    path-of-input" each, as far as the module has them; and the norms whose path matches `outside`.
+    """
+    for at, m in model.named_modules():
+        if re.search(outside, at):
+            yield at, "norm", m
+        for path, role, *source in map(str.split, rows.split(",") if re.search(layer, at) else ()):
+            stem, names = re.fullmatch(r"(.*\.)?(.*)", path).groups("")              # "block.a/b": two places
+            for path in (stem + name for name in names.split("/")):
+                with contextlib.suppress(AttributeError):
+                    yield f"{at}.{path}", role, *(m.get_submodule(p) for p in (path, *source))
 
 
 def t5_places(model):
-    """T5's, as in S3Delta (readings 18, 19): no cross-attention projection, but its layer norm. T5-large has 122
+    """T5's, as in S3Delta (18, 19): no cross-attention projection, but its layer norm. T5-large has 122
     norms, 48 self-attentions, 48 feed-forward blocks and 288 linear layers: N = 916 in S2, 144 in S1.
     """
-    for at, m in model.named_modules():
-        if re.search(r"\.layer\.\d+$", at):
-            yield from present(at, m, "layer_norm norm", "SelfAttention attention", "SelfAttention prefix",
-                               *(f"SelfAttention.{name} linear" for name in "qkvo"), "DenseReluDense ffn",
-                               *(f"DenseReluDense.{name} linear" for name in ("wi", "wi_0", "wi_1", "wo")))
-        elif at.endswith("final_layer_norm"):
-            yield at, "norm", m
+    return places_in(model, r"\.layer\.\d+$", "final_layer_norm$", """
+        layer_norm norm, SelfAttention attention, SelfAttention prefix, SelfAttention.q/k/v/o linear,
+        DenseReluDense ffn, DenseReluDense.wi/wi_0/wi_1/wo linear""")
 
 
 def bert_places(model):
-    """BERT's: what comes after a block is its last linear layer, and a feed-forward block begins a module before."""
-    for at, m in model.named_modules():
-        if re.search(r"\.layer\.\d+$", at):
-            yield from present(at, m, "attention.self prefix",
-                               *(f"attention.self.{name} linear" for name in ("query", "key", "value")),
-                               "attention.output.dense linear", "attention.output.dense attention",
-                               "attention.output.LayerNorm norm", "intermediate.dense linear",
-                               "output.dense linear", "output.dense ffn intermediate", "output.LayerNorm norm")
-        elif at == "embeddings.LayerNorm":
-            yield at, "norm", m
+    """BERT's: a block's output is that of its last linear layer, its feed-forward begins a module before."""
+    return places_in(model, r"\.layer\.\d+$", "^embeddings.LayerNorm$", """
+        attention.self prefix, attention.self.query/key/value linear, attention.output.dense linear,
+        attention.output.dense attention, attention.output.LayerNorm norm, intermediate.dense linear,
+        output.dense linear, output.dense ffn intermediate, output.LayerNorm norm""")
 
 
 def llama_places(model):
-    """Llama's, and those of its many relatives."""
-    for at, m in model.named_modules():
-        if re.search(r"layers\.\d+$", at):
-            yield from present(at, m, "input_layernorm norm", "self_attn attention", "self_attn prefix",
-                               *(f"self_attn.{name}_proj linear" for name in "qkvo"), "self_attn.q_norm norm",
-                               "self_attn.k_norm norm", "post_attention_layernorm norm",
-                               "pre_feedforward_layernorm norm", "mlp ffn",
-                               *(f"mlp.{name}_proj linear" for name in ("gate", "up", "down")),
-                               "post_feedforward_layernorm norm")
-        elif at == "norm":
-            yield at, "norm", m
+    """Llama's, and those of its many relatives, some of whom have further norms."""
+    return places_in(model, r"layers\.\d+$", "^norm$", """
+        input_layernorm norm, self_attn attention, self_attn prefix, self_attn.q_proj/k_proj/v_proj linear,
+        self_attn.o_proj linear, self_attn.q_norm/k_norm norm, post_attention_layernorm norm,
+        pre_feedforward_layernorm norm, mlp ffn, mlp.gate_proj/up_proj/down_proj linear,
+        post_feedforward_layernorm norm""")
 
 
 FAMILIES = {t5_places: "t5 mt5", bert_places: "bert roberta electra xlm-roberta camembert ernie",
@@ -647,17 +609,15 @@ def backbone_of(model):
     known = [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)
              and m.config.model_type in PLACES]
     if not known or not set(known) <= set(known[0].modules()):
-        raise UsageError(f"{type(model).__name__} holds {'two' if known else 'no'} known backbones: give one of "
-                         f"{', '.join(PLACES)}, or its own function of places (docs/copying.md)")
+        raise UsageError(f"{type(model).__name__} holds {'two' if known else 'no'} known backbones: give one "
+                         f"of {', '.join(PLACES)}, or its own function of places (docs/copying.md)")
     return known[0]
 
 
 def places_of(model):
-    """Every place of a known backbone that can take a module, in the order of computation.
-
-    Yields (name, role, place), and a fourth, the module whose input is meant, if that is another one. name:
-    within the base model. role: "linear", "norm", "attention" and "ffn", a block with its output, or "prefix",
-    an attention that hands keywords on to transformers' attention functions.
+    """Every place of a known backbone in the order of computation: (name in the base model, role, module),
+    and a fourth, the module whose input is meant, if another.   role: "linear", "norm", "attention" or "ffn",
+    a block, or "prefix", an attention that hands keywords on to transformers' attention functions.
     """
     backbone = backbone_of(model)
     return PLACES[backbone.config.model_type](backbone.base_model)
@@ -667,47 +627,48 @@ def geometry(model, also_train=()):
     """What a structure depends on: the backbone's type and its number of parameters, without also_train's."""
     own = {id(p) for p in named_within(model, also_train).values()}
     with contextlib.suppress(UsageError):
-        model = backbone_of(model)                            # else the model is an architecture of a person's own
+        model = backbone_of(model)                              # else a person's own architecture
     return {"model_type": getattr(getattr(model, "config", None), "model_type", type(model).__name__),
             "parameters": sum(p.numel() for p in model.parameters() if id(p) not in own)}
 
 
 def named_within(model, paths):
-    """{name: parameter} of the parameters at or below some of a model's paths, such as "classifier"."""
-    return {name: p for name, p in model.named_parameters() if any(f"{name}.".startswith(f"{at}.") for at in paths)}
+    """{name: parameter} at or below some paths of a model, such as "classifier".   UsageError for none."""
+    found = {}
+    for path in paths:
+        inside = {name: p for name, p in model.named_parameters() if f"{name}.".startswith(f"{path}.")}
+        if not inside:
+            raise UsageError(f"the model has no parameters '{path}' to be trained beside the modules")
+        found |= inside
+    return found
 
 
-def kinds_of(space):
-    """The kinds in "s1", "s2", "all" or a comma list such as "lora,prefix".   Raises UsageError."""
+def kinds_of(space, ranks=(1,)):
+    """The kinds in "s1", "s2", "all" or a comma list such as "lora,prefix".
+
+    Raises UsageError for an unknown one, and for ranks that do not ascend within 1 .. 4096.
+    """
     kinds = SPACES.get(space) or tuple(dict.fromkeys(kind.strip() for kind in space.split(",")))
     for kind in kinds:
         if kind not in KINDS:
             raise UsageError(f"unknown space or kind of module '{kind}': choose {', '.join(SPACES)}, "
                              f"or a comma list of {', '.join(KINDS)}")
-    return kinds
-
-
-def check_ranks(ranks):
-    """Candidate ranks as a tuple.   Raises UsageError if they do not ascend, within 1 .. 4096."""
-    ranks = tuple(ranks)
     if not ranks or ranks[0] < 1 or ranks[-1] > 4096 or any(a >= b for a, b in zip(ranks, ranks[1:])):
-        raise UsageError(f"ranks {ranks} must be whole numbers from 1 to 4096, each above the one before")
-    return ranks
+        raise UsageError(f"ranks {tuple(ranks)} must be whole numbers from 1 to 4096, in ascending order")
+    return kinds
 
 
 class Peft(nn.Module):
     """PEFT modules attached to a frozen backbone by hooks: its own tensors stay as they are.
 
-    model: of a known family, or any with `places`.   chosen: the modules, (place name, kind, rank) each.
-    seed: decides their initial weights.   places: a function as `places_of`, of the model's owner.
-    also_train: paths of a network's own parameters that are trained beside the modules, outside of gates,
-    budget and N, such as a fresh "classifier"; `detach` puts them back.   Raises UsageError for a place, kind
-    or path that does not exist.
+    model: of a known family, or any with `places`, a function as `places_of`.   chosen: the modules, (place
+    name, kind, rank) each.   seed: decides their initial weights.   also_train: paths of the network's own
+    parameters that learn beside the modules, outside of gates, budget and N, such as a fresh "classifier";
+    `detach` puts them back.   Raises UsageError for a place, kind or path that does not exist.
 
-    All weights, Delta W, lie end to end in one float32 vector, `weights`, [P], and those of also_train behind
-    them, so that a step over all of them is one operation. The tensors are views of it; or, in a search and
-    in training, of `working`, which `refresh` fills: a copy in the backbone's format, under an architecture
-    or not.
+    All weights, Delta W, lie end to end in one float32 vector, `weights`, [P], also_train's behind them: a
+    step over all is one operation. The tensors are views of it; or, in a search and in training, of
+    `working`, which `refresh` fills: a copy in the backbone's format, under an architecture or not.
     """
 
     def __init__(self, model, chosen, seed=0, places=None, also_train=()):
@@ -720,11 +681,9 @@ class Peft(nn.Module):
                 raise UsageError(f"the model has no place '{name}' for a module of kind '{kind}'")
             if self.names.count(full) > 1:
                 raise UsageError(f"two modules of kind '{kind}' are asked for at {name}")
-        for path in also_train:
-            if not named_within(model, [path]):
-                raise UsageError(f"the model has no parameters '{path}' to be trained beside the modules")
         generator = torch.Generator().manual_seed(derive(seed, 1))
-        self.modules_ = nn.ModuleList(KINDS[kind](found[name, kind][0], rank, generator) for name, kind, rank in chosen)
+        self.modules_ = nn.ModuleList(KINDS[kind](found[name, kind][0], rank, generator)
+                                      for name, kind, rank in chosen)
         example = next(model.parameters())
         self.dtype = example.dtype                                  # that the modules compute in
         self.modules_.to(example.device)
@@ -737,12 +696,12 @@ class Peft(nn.Module):
         if "prefix" in self.kinds:              # transformers' public registry is where a prefix comes in
             transformers.AttentionInterface.register("bipeft_prefix", prefix_attention)
             transformers.AttentionMaskInterface.register("bipeft_prefix", additive_mask)
-            first = found[self.names[self.kinds.index("prefix")].rpartition(".")[0], "prefix"][0]
-            outer = next(m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)
-                         and first in m.modules())
-            inner = [m for m in outer.modules() if isinstance(m, transformers.PreTrainedModel)]
-            self._attention = [(m, m.config._attn_implementation) for m in inner]
-            for m in inner:                     # each by itself: not every release hands it on to T5's stacks
+            first = found[chosen[self.kinds.index("prefix")][0], "prefix"][0]
+            around = [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)
+                      and first in m.modules()][0]
+            self._attention = [(m, m.config._attn_implementation) for m in around.modules()
+                               if isinstance(m, transformers.PreTrainedModel)]
+            for m, _ in self._attention:        # each by itself: not every release hands it on to T5's stacks
                 m.set_attn_implementation("bipeft_prefix")
         self.handles = [handle for m, (name, kind, _) in zip(self.modules_, chosen)
                         for handle in m.attach(*found[name, kind])]
@@ -764,9 +723,9 @@ class Peft(nn.Module):
     def use(self, flat):
         """Has the modules compute with the numbers of another vector.   flat: [P], of any dtype."""
         self.in_use = flat
-        first_own = len(self.tensors) - len(self.own)
+        first_own = len(self.tensors) - len(self.own)                  # from there on in the network's format
         for i, (p, part) in enumerate(zip(self.tensors, flat.split(self.numels))):
-            p.data = (part if i < first_own else part.to(self.dtype)).view(p.shape)   # the network's own format
+            p.data = (part if i < first_own else part.to(self.dtype)).view(p.shape)
 
     def refresh(self, factors=None):
         """Has the modules compute with weights · factors, [P], in the backbone's dtype. `use` ends it."""
@@ -783,7 +742,7 @@ class Peft(nn.Module):
             p.requires_grad_(learns)
         for backbone, implementation in self._attention:
             backbone.set_attn_implementation(implementation)
-        self._before, self._attention = [], []
+        self._before, self._attention = [], []                          # a second call changes nothing
 
     def named_weights(self):
         """{module's name.tensor's name: tensor}, parts of `weights`."""
@@ -794,9 +753,8 @@ class Peft(nn.Module):
 class Space(Peft):
     """All candidate modules of a search space, attached at the largest rank, under an architecture.
 
-    space: "s1", "s2", "all" or a comma list of kinds.   ranks: Dim, ascending.   model, seed, places,
-    also_train: as for `Peft`.   `sizes`, q, [N, K], counts real tensors: those of the module as it would be
-    built at each rank (reading 17).   Raises UsageError for an unknown kind or odd ranks, too.
+    space: "s1", "s2", "all" or a comma list of kinds.   ranks: Dim, ascending.   The others: as for `Peft`.
+    `sizes`, q, [N, K], counts real tensors: of the module as built at each rank (reading 17).
 
     Weight entanglement (3.5, after AutoFormer): a module holds its weights once, at the largest rank R;
     a smaller rank is their leading slice. So an architecture is not N modules built anew in each step:
@@ -823,14 +781,15 @@ class Space(Peft):
     skips_shut = True               # False: computes every module in every pass, whatever its gate
 
     def __init__(self, model, space="s2", ranks=(1, 4, 8), seed=0, places=None, also_train=()):
-        ranks, kinds = check_ranks(ranks), kinds_of(space)
+        ranks, kinds = tuple(ranks), kinds_of(space, ranks)                 # Dim; what the space holds
         spots = [(name, kind, place) for name, role, place, *_ in (places or places_of)(model)
                  for kind in kinds if role in KINDS[kind].roles]
         if not spots:
             raise UsageError(f"the model has no place for a module of kind {' or '.join(kinds)}")
-        super().__init__(model, [(name, kind, ranks[-1]) for name, kind, _ in spots], seed, places, also_train)
+        super().__init__(model, [(name, kind, ranks[-1]) for name, kind, _ in spots], seed, places,
+                         also_train)
         self.space, self.ranks, self.geometry = space, ranks, geometry(model, also_train)
-        device = self.weights.device
+        device = self.weights.device                                        # the backbone's
         self.dim = torch.tensor(ranks, device=device)                                            # [K]
         self.leading = (torch.arange(ranks[-1], device=device) < self.dim[:, None]).float()      # [K, R]
         self.ranked = torch.tensor([KINDS[kind].ranked for kind in self.kinds], device=device)   # [N]
@@ -849,10 +808,10 @@ class Space(Peft):
                 factor = module.factors.get(key)
                 self.carries_rank.append(factor in ("mask", "gate·mask"))
                 count = R if self.carries_rank[-1] else 1
-                # A row of more than `longest` numbers counts as several, for the speed of `segment_sum` alone.
+                # A row of more than `longest` numbers counts as several, for `segment_sum`'s speed alone.
                 rows += [(n, first[factor] + i, min(longest, p.numel() // count - at))
                          for i in range(count) for at in range(0, p.numel() // count, longest)]
-        inside = len(rows)                                                   # what follows has factor 1, always
+        inside = len(rows)                                                  # what follows has factor 1
         rows += [(N, 0, p.numel()) for p in self.own.values()]
         self.carries_rank += [False] * len(self.own)
         module_of, factor_of, lengths = torch.tensor(rows).T.contiguous()
@@ -864,8 +823,7 @@ class Space(Peft):
     def enter(self, gate, ranks, for_gates=False):
         """Puts an architecture into the modules, for the pass that follows.
 
-        gate: [N], 0 or 1 (or soft).   ranks: [N, K], rows summing to 1.   for_gates: whether the pass is to
-        give the gradients of gates, for which shut modules are computed, too.
+        gate: [N], 0 or 1 (or soft).   ranks: [N, K], rows summing to 1.   for_gates: computes the shut, too.
         """
         mask = ranks @ self.leading                                            # [N, R]
         both = gate[:, None] * mask                                            # [N, R]
@@ -884,8 +842,8 @@ class Space(Peft):
     def gradients(self, loss, wanted):
         """The gradients of a loss that was computed under the present architecture.
 
-        wanted: some of "gate", [N], "ranks", [N, K], and "weights", [P]; one tensor for each. None is
-        accumulated anywhere, so that nothing leaks from one pass into the next (reading 1).
+        wanted: some of "gate", [N], "ranks", [N, K], "weights", [P]. None is accumulated anywhere: nothing
+        leaks into the next pass (reading 1).
         """
         gate, ranks, factors, both, per_weight, of_pairs = self.architecture
         asked = [carries or wanted != ("ranks",) for carries in self.carries_rank]     # ranks need few
@@ -936,9 +894,8 @@ class Structure:
 
 
 def apply(model, structure, seed=0, places=None, also_train=()):
-    """A structure's modules, with fresh weights, on a model (reading 51).   Returns the attached Peft.
+    """A structure's modules, with fresh weights, on a model (51): a Peft, whose arguments the others are.
 
-    seed, places, also_train: as for `Peft`.
     Raises UsageError if the model is of other sizes, or a count is not that of the built tensors.
     """
     for key, value in geometry(model, also_train).items():
@@ -948,8 +905,7 @@ def apply(model, structure, seed=0, places=None, also_train=()):
     peft = Peft(model, [(m["name"], m["kind"], m["rank"] or 1) for m in structure.modules], seed, places,
                 also_train)
     for m, module in zip(structure.modules, peft.modules_):
-        built = sum(p.numel() for p in module.parameters())
-        if m["parameters"] != built:
+        if m["parameters"] != (built := sum(p.numel() for p in module.parameters())):
             peft.detach()
             raise UsageError(f"the structure says {m['parameters']} parameters for {m['name']}.{m['kind']}, "
                              f"whose tensors hold {built}")
@@ -964,13 +920,12 @@ def apply(model, structure, seed=0, places=None, also_train=()):
 class Search:
     """The state of Algorithm 1, and what it does in a step, at a trigger, and in all.
 
-    model: its forward takes a batch's entries as keywords and returns a loss.   space: attached to
-    it.   budget: B, parameters.   steps: T.   warmup: steps before the first trigger may come (reading 11).
-    triggers, tau, gamma, window: Z, tau, gamma, H.   lr: of Delta W, falling linearly to 0 over T.
-    arch_lr: of Theta and Phi.   weight_decay: of all three.   seed: decides every random draw.
-    dropout_seed: of dropout alone, where it is to differ from `seed`.
-    run_pass: how to get a loss and its gradients, if not by the function of this name on model and space.
-    Raises UsageError for a budget that no search can meet.
+    model: its forward takes a batch's entries as keywords and returns a loss.   space: attached to it.
+    budget: B, parameters.   steps: T.   warmup: steps before the first trigger may come (reading 11).
+    triggers, tau, gamma, window: Z, tau, gamma, H.   lr: of Delta W, falling linearly to 0 over T.   arch_lr:
+    of Theta and Phi.   weight_decay: of all three.   seed: decides every draw.   dropout_seed: those of
+    dropout, where they are to differ.   run_pass: how to get a loss and its gradients, if not by the function
+    of this name on model and space.   Raises UsageError for a budget that no search can meet.
     """
 
     STATE = ("kept", "fixed", "choice", "smoothed", "indicators", "history", "since", "potential",
@@ -982,16 +937,16 @@ class Search:
         self.warmup, self.triggers, self.tau, self.gamma, self.window = warmup, triggers, tau, gamma, window
         self.lr, self.seed, self.dropout_seed = lr, seed, seed if dropout_seed is None else dropout_seed
         self.run_pass = run_pass or functools.partial(globals()["run_pass"], model, space)
-        smallest, largest = int(space.sizes.min()), int(space.sizes[:, -1].sum())
+        smallest, largest = int(space.sizes.min()), int(space.sizes[:, -1].sum())     # of any structure
         if not smallest <= self.budget < largest:
             raise UsageError(f"no search for a budget of {self.budget:,} parameters: the smallest module has "
                              f"{smallest:,}, the whole space {largest:,}; choose one in between")
-        n, k, device = len(space), len(space.ranks), space.weights.device
-        generator = torch.Generator().manual_seed(derive(seed, 2))
-        self.theta = (1e-3 * torch.randn(n, 2, generator=generator)).to(device).requires_grad_()
-        self.phi = (1e-3 * torch.randn(n, k, generator=generator)).to(device).requires_grad_()
+        n, k, device = len(space), len(space.ranks), space.weights.device             # N, K
+        generator = torch.Generator().manual_seed(derive(seed, 2))                    # of Theta_0 and Phi_0
+        self.theta = (1e-3 * torch.randn(n, 2, generator=generator)).to(device).requires_grad_()      # [N, 2]
+        self.phi = (1e-3 * torch.randn(n, k, generator=generator)).to(device).requires_grad_()        # [N, K]
         adam = functools.partial(torch.optim.Adam, lr=arch_lr, betas=(0.5, 0.999))              # as in DARTS
-        adamw = functools.partial(torch.optim.AdamW, lr=lr)
+        adamw = functools.partial(torch.optim.AdamW, lr=lr)                                     # of Delta W
         self.weight_optimizer, self.theta_optimizer, self.phi_optimizer = self.optimizers = [
             optimizer([p], weight_decay=weight_decay, fused=True)
             for optimizer, p in ((adamw, space.weights), (adam, self.theta), (adam, self.phi))]
@@ -1028,8 +983,8 @@ class Search:
         phi_loss = self.optimize_phi(noise, phi_batch)
 
         # "Accumulate the sensitivity score of each PEFT module": Eq. 1-4. A removed one keeps its last s-bar.
-        of_modules, segments = slice(self.space.size), self.space.segments     # without what is also trained
-        similarity = alignment(train_gradient[of_modules], val_gradient[of_modules], segments)    # alpha, [N]
+        p, segments = self.space.size, self.space.segments                # what is also trained lies behind P
+        similarity = alignment(train_gradient[:p], val_gradient[:p], segments)              # alpha, [N]
         current = sensitivity(train_magnitude, val_magnitude, similarity)                   # s, [N]
         self.smoothed = torch.where(self.kept, smooth(self.smoothed, current, self.gamma), self.smoothed)
 
@@ -1086,13 +1041,10 @@ class Search:
         return noise.to(self.theta.device, non_blocking=True).split([2, len(self.space.ranks)], 1)
 
     def architecture(self, noise, hard=True):
-        """The sample of 3.5: gate, [N], and one-hot ranks, [N, K], with gradients to Theta and Phi.
-
-        noise: what `draw` returns. Removed modules are shut, and fixed ranks are what they are.
-        """
+        """The sample of 3.5: gate, [N], and one-hot ranks, [N, K], with gradients to Theta and Phi."""
         temperature = 5 - 4 * self.steps_done / max(1, self.steps - 1)      # from 5 to 1 (reading 30)
-        gate = gumbel_softmax(self.theta, noise[0], temperature, hard)[:, 1] * self.kept
-        sampled = gumbel_softmax(self.phi, noise[1], temperature, hard)
+        gate = gumbel_softmax(self.theta, noise[0], temperature, hard)[:, 1] * self.kept    # [N]
+        sampled = gumbel_softmax(self.phi, noise[1], temperature, hard)                     # [N, K]
         decided = F.one_hot(self.choice, sampled.shape[1]).to(sampled.dtype)
         return gate, torch.where(self.fixed[:, None], decided, sampled)
 
@@ -1110,14 +1062,13 @@ class Search:
         """Adds the present softmax(Phi) to what Eq. 9 needs of the steps since a trigger, [4, N, K]."""
         now = self.phi.detach().double().softmax(1)             # almost equal numbers are compared (63)
         first, _, total, squares = (now, now, 0 * now, 0 * now) if begin else self.history
-        off = now - first
+        off = now - first                                       # [N, K]
         self.history = torch.stack([first, now, total + off, squares + off.square()])
         self.since = 1 if begin else self.since + 1
 
     def magnitude(self, gradient):
         """Eq. (2) for the present weights. |M_n| is q_n at k*, the largest until one is fixed (reading 1)."""
-        counts = self.space.sizes.gather(1, self.choice[:, None]).squeeze(1)
-        size = self.space.size
+        counts, size = self.space.sizes.gather(1, self.choice[:, None]).squeeze(1), self.space.size
         return magnitude(self.space.weights[:size], gradient[:size], self.space.segments, counts)
 
     def expectation(self):
@@ -1143,7 +1094,7 @@ class Search:
         self.model.train()
         try:
             device = self.space.weights.device
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):    # the caller's comes back
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):   # the caller's comes back
                 train = stream(train_batches, self.steps_done)
                 val = stream(val_batches, 2 * self.steps_done)
                 while self.steps_done < self.steps and self.triggers_done < self.triggers:      # else "Exit"
@@ -1199,9 +1150,8 @@ def search(model, space, train_batches, val_batches, budget, steps, backbone="",
 def run_pass(model, space, wanted, gate, ranks, batch):
     """A forward and a backward pass: the loss of a batch under an architecture, and gradients of it.
 
-    wanted: some of "gate", [N], "ranks", [N, K], and "weights", [P].   gate, ranks: as for `Space.enter`.
-    batch: a dict of tensors.   Returns [loss, a tensor for each of wanted].
-    A search asks no more of the network than this: whoever can do it faster gives it another one.
+    wanted, gate, ranks: as for `Space`.   batch: a dict of tensors.   Returns [loss, a tensor for each of
+    wanted]. A search asks no more of the network: whoever can do it faster gives it another one.
     """
     space.enter(gate.detach().requires_grad_(), ranks.detach().requires_grad_(), for_gates="gate" in wanted)
     loss = loss_of(model(**batch))
@@ -1210,7 +1160,6 @@ def run_pass(model, space, wanted, gate, ranks, batch):
 
 def descend(optimizer, parameter, sample, gradient, open_rows):
     """A step of Theta or Phi, of its open rows alone: frozen ones feel neither decay nor momentum (12).
-
     sample: what was drawn of it, gate or ranks.   gradient: the loss's for that.   open_rows: [N] bool.
     """
     before = parameter.detach().clone()
@@ -1222,7 +1171,7 @@ def descend(optimizer, parameter, sample, gradient, open_rows):
 
 
 def loss_of(output):
-    """The loss in what a model's forward returned: the value itself, an entry, or an attribute."""
+    """The loss in what a model's forward returned."""
     if isinstance(output, (dict, tuple)):
         return output["loss" if isinstance(output, dict) else 0]
     return output if torch.is_tensor(output) else output.loss
@@ -1683,7 +1632,7 @@ def load_structure(path):
     try:
         stored = json.loads(Path(path).read_text())
         found = Structure(**{f.name: stored[f.name] for f in dataclasses.fields(Structure)})
-        kinds, ranks = kinds_of(found.space), check_ranks(found.ranks)
+        kinds, ranks = kinds_of(found.space, found.ranks), found.ranks
         for m in found.modules:
             if m["kind"] not in kinds or m["rank"] not in (ranks if KINDS[m["kind"]].ranked else (None,)):
                 raise ValueError(f"{m['name']}.{m['kind']} of rank {m['rank']} is not of its space and ranks")
@@ -1854,8 +1803,7 @@ def parse(arguments):
     parser.set_defaults(epochs=task.epochs, warmup_epochs=task.warmup_epochs, **task.defaults)
     settings = parser.parse_args(arguments)
     settings.search_epochs = settings.search_epochs or settings.epochs
-    kinds_of(settings.space)
-    check_ranks(settings.ranks)
+    kinds_of(settings.space, settings.ranks)
     if len(set(settings.seed)) < len(settings.seed) or settings.accumulate > settings.batch_size:
         fail("--seed must be different numbers, and --accumulate at most --batch-size")
     if settings.task == "custom" and not settings.data_dir:
