@@ -1422,7 +1422,7 @@ def transfer(lines, args):
 
 
 def found(lines, searches, args):
-    """What BIPEFT keeps: kinds by budget; agreement between seeds, and of two random sets of those sizes."""
+    """What BIPEFT keeps: kinds by budget; agreement between seeds, between tasks, and of two random sets."""
     places = next((x["places"] for x in lines if x["stage"] == "places"), [])
     rows = []
     for budget, method in itertools.product(sorted({x["budget"] for x in searches}), METHODS):
@@ -1439,15 +1439,18 @@ def found(lines, searches, args):
         for a, b in pairs:                                   # E |a and b| = |a| |b| / N for two random sets
             both = len(a) * len(b) / pool
             chance.append(both / max(1e-9, len(a) + len(b) - both))
+        across = [len(a & b) / max(1, len(a | b)) for one, other in itertools.combinations(sets.values(), 2)
+                  for a, b in itertools.product(one, other)]
         kinds = Counter(places[i].rpartition(".")[2] for group in sets.values() for one in group for i in one)
         ranks = Counter(item.split(":")[1] for x in own for item in x["structure"].split()
                         if bipeft.KINDS[places[int(item.split(":")[0])].rpartition(".")[2]].ranked)
         rows.append(f"| {budget:,} | {method} | {np.mean([len(a & b) / max(1, len(a | b)) for a, b in pairs]):.2f} "
-                    f"| {np.mean(chance):.2f} | {', '.join(f'{k} {n / len(own):.1f}' for k, n in kinds.most_common())} "
+                    f"| {show_mean([np.mean(across)] if across else [], 2)} | {np.mean(chance):.2f} "
+                    f"| {', '.join(f'{k} {n / len(own):.1f}' for k, n in kinds.most_common())} "
                     f"| {', '.join(f'{k}: {n / len(own):.1f}' for k, n in sorted(ranks.items(), key=lambda kn: int(kn[0])))} |")
     if rows:
-        print("\n## What is kept\n\n| budget | method | Jaccard between seeds | by chance | modules of each kind "
-              "| of each rank |\n|---|---|---|---|---|---|")
+        print("\n## What is kept\n\n| budget | method | Jaccard between seeds | between tasks | by chance "
+              "| modules of each kind | of each rank |\n|---|---|---|---|---|---|---|")
         print("\n".join(rows))
 
 
