@@ -2106,7 +2106,8 @@ def picture(structure, model):
     kinds, cells, norms = kinds_of(structure.space), {}, Counter()       # cells: {(kind, column, row): text}
     short = {"query": "q", "key": "k", "value": "v", "norm": "n", "attention": "attn", "prefix": "attn"}
     for name, role, *_ in places_of(model):
-        stack, *_, last = parts = name.split(".")
+        parts = name.split(".")
+        stack, last = parts[0], parts[-1]
         row = f"{stack[:7]:<7} {next(filter(str.isdigit, parts), 'end'):>3}"
         label = short.get(role, role) + str(norms[row]) * (role == "norm")
         norms[row] += role == "norm"

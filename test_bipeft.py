@@ -3460,6 +3460,59 @@ def test_a_run_that_crashed_goes_on_from_its_last_checkpoint(world, finished, tm
     assert_same_end(finished[0], tmp_path / "run")
 
 
+def test_a_causal_models_batches_hold_prompt_and_target_with_a_loss_on_the_target_alone():
+    tokens = bipeft.tokenize(word_tokenizer(WORDS), [bipeft.Example("say 0 1", "yes", ("yes",)),
+                                                     bipeft.Example("say", "no", ("no",))], 9, causal=True)
+    assert tokens == [([3, 4, 5, 1], [6, 1]), ([3, 1], [7, 1])]                   # the tokenizer's own </s>, then ours
+    (batch,) = bipeft.Batches(tokens, 2, "cpu", causal=True)
+    assert batch["input_ids"].tolist() == [[3, 4, 5, 1, 6, 1], [3, 1, 7, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100] * 4 + [6, 1], [-100, -100, 7, 1, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1] * 6, [1] * 4 + [0, 0]]
+
+
+def test_a_causal_models_predictions_are_those_of_each_prompt_alone():
+    model, tokenizer = family("llama"), word_tokenizer(WORDS)
+    peft = randomise(bipeft.Peft(model, every("prefix", model) + every("lora", model)), 0.5)
+    examples = [bipeft.Example(" ".join(WORDS[:n]), "yes no yes", ()) for n in (3, 9, 1, 6)]
+    tokens = bipeft.tokenize(tokenizer, examples, 20, causal=True)
+    together = bipeft.predict(model, tokenizer, tokens, 4, "cpu")
+    for (source, target), text in zip(tokens, together):
+        ids = torch.tensor([source])
+        for _ in target:                                                       # greedy, without a cache or padding
+            ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+            if ids[0, -1] == tokenizer.eos_token_id:
+                break
+        assert text == tokenizer.decode(ids[0, len(source):], skip_special_tokens=True).strip()
+    assert len(set(together)) > 1
+    peft.detach()
+
+
+def test_a_causal_model_from_the_command_line(world, tmp_path, monkeypatch):
+    family("llama").save_pretrained(tmp_path / "model")
+    word_tokenizer(WORDS).save_pretrained(tmp_path / "model")
+    more, after_step = f"--model {tmp_path}/model --budget 800", bipeft.Run.after_step
+    assert go(world, tmp_path / "whole", more=more) == 0
+
+    def crash(run, step, *args, **others):
+        after_step(run, step, *args, **others)
+        if step == 5:
+            raise RuntimeError("power cut")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(bipeft.Run, "after_step", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            go(world, tmp_path / "run", more=f"{more} --save-every 2")
+    assert go(world, tmp_path / "run", more=more) == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
+    model, tokenizer, peft = bipeft.load_run(tmp_path / "run")
+    stored = safetensors.torch.load_file(tmp_path / "run" / "peft.safetensors")
+    assert all(torch.equal(t, stored[name]) for name, t in peft.named_weights().items())
+    ids = tokenizer("say 0 1", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=2, pad_token_id=0).shape[1] > ids.shape[1]
+    with pytest.raises(UsageError, match="no finished run"):
+        bipeft.load_run(tmp_path)
+
+
 def test_the_clocks_of_a_run_go_on_when_it_is_resumed(world, tmp_path, monkeypatch):
     crash_after_first_step(world, tmp_path, monkeypatch)
     stored = torch.load(tmp_path / "checkpoint.pt")
