@@ -24,8 +24,8 @@ need nothing. "Reading n" is point n of docs/decisions.md. Ratios are per ten th
     f, alpha, s   magnitude, alignment, sensitivity  [N]   Eq. 2, 3, 1
     s-bar         smoothed                        [N]      Eq. 4
     I_t           indicators[-1]                  [N]      importance indicator, 0 or 1
-    beta_t        beta                                     Eq. 5, stability; tau, its threshold; window, H
-    z, Z          triggers_done, triggers                  triggers so far, and at most
+    beta_t        beta                                     Eq. 5, stability; tau: its threshold; window: H
+    t, T, z, Z    steps_done, steps, triggers_done, triggers   steps, and triggers, so far and at most
     p_n           probability                     [N]      that a module is kept
     q_n           space.sizes                     [N, K]   parameters of module n at each rank
     C_n           size                            [N]      Eq. 8, expected parameters of a module
@@ -96,7 +96,7 @@ def magnitude(weights, gradients, segments, counts):
 
     weights, gradients: w and G of all modules end to end, [P], of one moment (reading 1); ValueError if their
     shapes differ.   segments: which of the P numbers are whose, as `segment_sum` takes it.   counts: |M_n|,
-    [N], all of a module while its rank is open, then the slice, outside of which G is zero.   Returns f, [N].
+    [N], all of a module while its rank is open, then the slice, outside of which G is 0.   Returns f, [N].
     """
     if weights.shape != gradients.shape:
         raise ValueError(f"weights {tuple(weights.shape)} and gradients {tuple(gradients.shape)} differ")
@@ -199,9 +199,9 @@ def expected_size(phi, sizes, fixed, choice):
 def modules_to_remove(smoothed, probability, size, kept, reduction):
     """3.3.2:  the least sensitive modules whose expected parameters are R_z together
 
-    Removes from the lowest s-bar up while the removed p_n · C_n add up to at most R_z, and stops at the
-    first that does not fit (reading 6): it stays in the next E_t.   smoothed: s-bar, [N].   probability: p_n,
-    [N].   size: C_n, [N].   kept: b, [N] bool.   reduction: R_z; at 0 nothing goes.   Returns [N] bool.
+    Removes from the lowest s-bar up, of equals the earlier first, while the removed p_n · C_n add up to at
+    most R_z, and stops at the first that does not fit (reading 6): it stays in the next E_t.   smoothed: s-bar.
+    probability: p.   size: C.   kept: b, bool.   All [N].   reduction: R_z; at 0 nothing goes.   Returns [N] bool.
     """
     order = smoothed.masked_fill(~kept, math.inf).argsort(stable=True)                 # removed ones last
     fits = running_sum((probability * size * kept)[order]) <= reduction
@@ -233,8 +233,8 @@ def potential_ranks(phi, dim, kept, fixed, choice, ranked):
 def rank_quota(potential_before, potential_now, fixed, remaining):
     """Eq. (10):  Y_z = floor( sum(1 - d_{z-1}) · cos(v_{z-1}, v_z) / (Z - z) )
 
-    potential_before, potential_now: v at the last trigger and now, [N].   fixed: d, [N] bool, True for
-    modules that this trigger has just removed.   remaining: Z - z >= 1.   Returns Y_z, an integer scalar.
+    potential_before, potential_now: v at the last trigger and now, [N].   fixed: d_{z-1} with this trigger's
+    removals, [N] bool (reading 9).   remaining: Z - z >= 1.   Returns Y_z, an integer scalar.
     """
     still_open = (~fixed).sum()                 # sum(1 - d); at the last trigger every one is due (reading 9)
     if remaining == 1:
@@ -505,8 +505,8 @@ def prefix_attention(module, query, key, value, attention_mask, dropout=0.0, sca
                      position_bias=None, prefix=None, **kwargs):
     """Attention over a prefix i and a sequence j:  (sum_i g_i e^{q·k_i} v_i + sum_j e^{q·k_j} v_j) / (no v)
 
-    g is gate·mask. So a shut pair (g = 0) weighs exactly zero and has a finite gradient to its gate, which
-    log g added to the scores, the same for g > 0, could not give (reading 24).   query: [batch, heads, q,
+    g is gate·mask. So a shut pair (g = 0) weighs exactly zero and has a finite gradient to its gate. To add
+    log g to the scores is the same for g > 0, and not at 0 (reading 24).   query: [batch, heads, q,
     d_kv].   key, value: [batch, heads, s, d_kv].   attention_mask, position_bias: added to the scores.
     prefix: of `Prefix.forward`, or None: plain attention.   Returns ([batch, q, heads, d_kv], None).
     """
@@ -523,7 +523,7 @@ def prefix_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         scores = scores if bias is None else scores + bias
     own = torch.matmul(query, keys.transpose(1, 2)).float() * scaling                 # [b, h, q, r]
     top = torch.cat([scores, own.masked_fill(openness == 0, -math.inf)], -1).amax(-1, keepdim=True).detach()
-    # Only a shut pair can lie above `top`; the clamp keeps its exponential, a gradient, finite.
+    # A shut pair, not in `top`, may lie above it; its exponential, its gate's gradient, is clamped.
     raised = torch.cat([openness * (own - top).clamp(max=30).exp(), (scores - top).exp()], -1)
     share = (raised / raised.sum(-1, keepdim=True)).to(value.dtype)
     share = F.dropout(share, dropout, module.training)
@@ -547,7 +547,7 @@ def input_of(args, kwargs):
     return args[0] if args else kwargs["hidden_states"]
 
 
-KINDS = {"lora": LoRA, "adapter_lr": LowRankAdapter, "bitfit": BitFit, "lnfit": LNFit,     # a new one: an entry
+KINDS = {"lora": LoRA, "adapter_lr": LowRankAdapter, "bitfit": BitFit, "lnfit": LNFit,    # new: an entry
          "serial": SerialAdapter, "parallel": ParallelAdapter, "prefix": Prefix}
 SPACES = {"s1": ("serial", "parallel", "prefix"),                 # AutoPEFT's (Zhou et al. 2024)
           "s2": ("lora", "adapter_lr", "bitfit", "lnfit"),        # S3Delta's (Hu et al. 2022b)
@@ -668,7 +668,7 @@ class Peft(nn.Module):
 
     All weights, Delta W, lie end to end in one float32 vector, `weights`, [P], also_train's behind them: a
     step over all is one operation. The tensors are views of it; or, in a search and in training, of
-    `working`, which `refresh` fills: a copy in the backbone's format, under an architecture or not.
+    `working`, `refresh`'s copy in the backbone's dtype, times an architecture's factors if there is one.
     """
 
     def __init__(self, model, chosen, seed=0, places=None, also_train=()):
@@ -773,7 +773,7 @@ class Space(Peft):
     in one product of two vectors, and the modules stay as their papers write them. The network computes
     with u = w · factor. With du, its gradient for u, the chain rule gives the gradient for w as factor ·
     du, and for a row's factor as the sum of w · du over the row; autograd takes it on to gate and ranks
-    (`gradients`). So a shut module, of factor 0, has no gradient for w, and one for its gate. A prefix
+    (`gradients`). So a shut module, whose last factor is 0, has none for w, but one for its gate. A prefix
     alone has no factors: its g · mask goes into the attention, and back from there.
     """
 
@@ -925,7 +925,7 @@ class Search:
     triggers, tau, gamma, window: Z, tau, gamma, H.   lr: of Delta W, falling linearly to 0 over T.   arch_lr:
     of Theta and Phi.   weight_decay: of all three.   seed: decides every draw.   dropout_seed: those of
     dropout, where they are to differ.   run_pass: how to get a loss and its gradients, if not by the function
-    of this name on model and space.   Raises UsageError for a budget that no search can meet.
+    of this name on model and space.   Raises UsageError for a budget that leaves nothing to search.
     """
 
     STATE = ("kept", "fixed", "choice", "smoothed", "indicators", "history", "since", "potential",
@@ -936,7 +936,7 @@ class Search:
         self.model, self.space, self.budget, self.steps = model, space, int(budget), steps
         self.warmup, self.triggers, self.tau, self.gamma, self.window = warmup, triggers, tau, gamma, window
         self.lr, self.seed, self.dropout_seed = lr, seed, seed if dropout_seed is None else dropout_seed
-        self.run_pass = run_pass or functools.partial(globals()["run_pass"], model, space)
+        self.run_pass = run_pass or functools.partial(globals()["run_pass"], model, space)  # not the argument
         smallest, largest = int(space.sizes.min()), int(space.sizes[:, -1].sum())     # of any structure
         if not smallest <= self.budget < largest:
             raise UsageError(f"no search for a budget of {self.budget:,} parameters: the smallest module has "
@@ -966,7 +966,7 @@ class Search:
         started = time.perf_counter()
         noise = self.draw()                                     # of one architecture a step (reading 29)
 
-        # "Update Delta W by gradient descent", on D_tra, under the sampled architecture as constants.
+        # "Update Delta W by gradient descent" on D_tra (3.5, first order), the sample as constants.
         gate, ranks = self.architecture(noise)
         train_loss, train_gradient = self.run_pass(("weights",), gate, ranks, train_batch)
         train_magnitude = self.magnitude(train_gradient)        # w and G of one moment (reading 1)
@@ -1005,7 +1005,7 @@ class Search:
     def select(self):
         """A trigger, the body of Algorithm 1's `if`: selects modules, then ranks.   Returns R_z."""
         # "Estimate expected parameters E_t" (Eq. 7, 8); "calculate expected parameter reduction R_z" (Eq. 6).
-        probability, size = self.expectation()                  # p_n, C_n
+        probability, size = self.expectation()                  # p_n, C_n; `finish` comes without a step
         expected = expected_parameters(probability, size)
         reduction = expected_reduction(expected, self.budget, self.triggers, self.triggers_done)
         # "Rank N modules by sensitivity score"; "perform early module selection until R_z is achieved"
@@ -1015,7 +1015,7 @@ class Search:
         # "Evaluate dimension stability lambda", over the steps since the last trigger (Eq. 9, reading 8).
         instability = rank_instability(*self.history, self.since)                           # lambda, [N]
         # "Estimate the number of modules Y_z for dimension selection" (Eq. 10, reading 9).
-        phi, space, before = self.phi.detach(), self.space, self.potential                  # v_{z-1}
+        phi, space, before = self.phi.detach(), self.space, self.potential                 # v at the last one
         self.potential = potential_ranks(phi, space.dim, self.kept, self.fixed, self.choice, space.ranked)
         quota = rank_quota(before, self.potential, self.fixed, self.triggers - self.triggers_done)
         # "Fix dimensions for Y_z modules with the lowest lambda"; "update dimension selection indicator d_z".
@@ -1034,7 +1034,7 @@ class Search:
         self.open_ranks = bool((self.kept & ~self.fixed).any())             # on the host, for every step
 
     def draw(self):
-        """Gumbel noise for Theta, [N, 2], and Phi, [N, K]; like dropout, of seed and t alone (56)."""
+        """Seeds dropout, globally, and gives Gumbel noise, [N, 2] and [N, K]: of seed and t alone (56)."""
         torch.manual_seed(derive(self.dropout_seed, 4, self.steps_done))
         generator = torch.Generator().manual_seed(derive(self.seed, 3, self.steps_done))
         noise = gumbel_noise((len(self.space), 2 + len(self.space.ranks)), generator)
@@ -1196,7 +1196,7 @@ def stream(batches, start=0):
             if number > start:
                 yield batch
         if number == before:
-            raise UsageError("there are no batches: the data is empty")
+            raise UsageError("there are no batches: the data is empty, or an iterator that has ended")
 
 
 # ==================================================================================================
