@@ -199,9 +199,9 @@ def expected_size(phi, sizes, fixed, choice):
 def modules_to_remove(smoothed, probability, size, kept, reduction):
     """3.3.2:  the least sensitive modules whose expected parameters are R_z together
 
-    Removes from the lowest s-bar up, of equals the earlier first, while the removed p_n · C_n add up to at
-    most R_z, and stops at the first that does not fit (reading 6): it stays in the next E_t.   smoothed: s-bar.
-    probability: p.   size: C.   kept: b, bool.   All [N].   reduction: R_z; at 0 nothing goes.   Returns [N] bool.
+    Removes from the lowest s-bar up, of equals the earlier first, while the removed p_n · C_n add up to
+    at most R_z, and stops at the first that does not fit (reading 6): it stays in the next E_t.   smoothed:
+    s-bar.   probability: p.   size: C.   kept: b.   All [N].   reduction: R_z.   Returns [N] bool.
     """
     order = smoothed.masked_fill(~kept, math.inf).argsort(stable=True)                 # removed ones last
     fits = running_sum((probability * size * kept)[order]) <= reduction
