@@ -644,9 +644,8 @@ def named_within(model, paths):
 
 
 def kinds_of(space, ranks=(1,)):
-    """The kinds in "s1", "s2", "all" or a comma list such as "lora,prefix".
-
-    Raises UsageError for an unknown one, and for ranks that do not ascend within 1 .. 4096.
+    """The kinds in "s1", "s2", "all" or a comma list such as "lora,prefix".   Raises UsageError for an unknown
+    one, and for ranks that do not ascend within 1 .. 4096.
     """
     kinds = SPACES.get(space) or tuple(dict.fromkeys(kind.strip() for kind in space.split(",")))
     for kind in kinds:
@@ -895,7 +894,6 @@ class Structure:
 
 def apply(model, structure, seed=0, places=None, also_train=()):
     """A structure's modules, with fresh weights, on a model (51): a Peft, whose arguments the others are.
-
     Raises UsageError if the model is of other sizes, or a count is not that of the built tensors.
     """
     for key, value in geometry(model, also_train).items():
@@ -1203,7 +1201,6 @@ def stream(batches, start=0):
 # 5. The tasks as text to text (4.1, appendices A and B)
 # ==================================================================================================
 
-
 # An input text, the text to be produced, and every text that counts as right.
 Example = dataclasses.make_dataclass("Example", ("source", "target", "answers"), frozen=True)
 
@@ -1211,7 +1208,6 @@ Example = dataclasses.make_dataclass("Example", ("source", "target", "answers"),
 @dataclass(frozen=True)
 class Task:
     """How a data set becomes text, how it is scored, and how long the paper trains on it."""
-
     fields: tuple                   # columns, in the order of the prompt
     labels: tuple                   # valid targets; empty: any text is
     metric: str                     # a key of METRICS
@@ -1299,19 +1295,20 @@ def read_split(name, split, data_dir):
     datasets.disable_progress_bars()
     task, where, source, more = TASKS[name], f"{name} on the hub", ("nyu-mll/glue", name), {}
     if data_dir is not None:
-        stems = [Path(data_dir) / name / split] + [Path(data_dir) / split] * (name == "custom")
-        kinds = {f"{stem}{ending}": kind for stem in stems
-                 for ending, kind in ((".parquet", "parquet"), (".jsonl", "json"), (".csv", "csv"))}
-        where = next(filter(os.path.isfile, kinds), None)
+        stems = [Path(data_dir, name, split)] + [Path(data_dir, split)] * (name == "custom")
+        kinds = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv"}
+        where = next(filter(os.path.isfile, (f"{stem}{kind}" for stem in stems for kind in kinds)), None)
         if where is None and split == "test":
             return []
         if where is None:
             raise UsageError(f"there is no {stems[0]}.parquet, .jsonl or .csv: --data-dir names its folder")
-        source, more = (kinds[where],), {"data_files": {split: where}}
+        source, more = (kinds[Path(where).suffix],), {"data_files": {split: where}}
+    elif name == "custom":
+        raise UsageError("--task custom needs --data-dir, a folder with train and validation: source, target")
     elif name in ("boolq", "cb", "multirc", "record", "wic"):    # a script; a branch of it holds the files
         files = {split: f"{name}/{split}/*.parquet"}
         source, more = ("aps/super_glue",), {"revision": "refs/convert/parquet", "data_files": files}
-    try:
+    with failing(f"{where} can't be read", ": mend the file or the network, or give another --data-dir"):
         rows = datasets.load_dataset(*source, split=split, **more)
         if name == "rte" and "premise" in rows.column_names:       # SuperGLUE's copy of the same examples
             rows = rows.rename_columns({"premise": "sentence1", "hypothesis": "sentence2"})
@@ -1319,9 +1316,6 @@ def read_split(name, split, data_dir):
             if len(rows) == 0 or column not in rows.column_names:
                 raise ValueError(f"no column '{column}' or no row; it has {', '.join(rows.column_names)}")
         return rows.to_list()
-    except Exception as error:
-        raise UsageError(f"{where} can't be read ({one_line(error.__cause__ or error)}): mend the file or "
-                         "the network, or give other files with --data-dir") from None
 
 
 # The metrics: predicted texts and, for each, the texts that count as right. All return per cent.
@@ -1346,8 +1340,7 @@ def f1(predictions, answers):
 def pearson(predictions, answers, pattern=r"[0-4](\.\d*)?|5(\.0*)?", top=5):
     """Pearson correlation, 0 if either side is constant; rounded, since it is to compare epochs."""
     said, gold = numbers(predictions, answers, pattern, top)
-    constant = len(set(said)) == 1 or len(set(gold)) == 1
-    return 0.0 if constant else round(100 * float(np.corrcoef(said, gold)[0, 1]), 10)
+    return round(100 * float(np.corrcoef(said, gold)[0, 1]), 10) if np.ptp(said) * np.ptp(gold) else 0.0
 
 
 def token_f1(predictions, answers):
@@ -1364,15 +1357,12 @@ def token_f1(predictions, answers):
 matthews = functools.partial(pearson, pattern="[01]", top=1)          # Pearson's of labels 0 and 1
 METRICS = {"accuracy": accuracy, "F1": f1, "Matthews": matthews, "Pearson": pearson, "token F1": token_f1}
 
-# The toy: was the thing found good or bad? The adjective and a "not" decide together, so that
-# neither word alone tells anything; a clause about something else stands before or behind.
-TOY_WORDS = {
-    "name": "anna ben carla david emma felix gina hugo",
-    "thing": "soup film book song cake room train boat garden coat", "how": "very quite really rather",
-    "good": "tasty lovely great bright charming clever", "bad": "awful dull bitter broken ugly boring",
-    "glad": "smiled laughed cheered", "sad": "sighed frowned cried",
-    "doing": "sold took drew lost bought cleaned",
-}
+# The toy: was the thing found good or bad? The adjective and a "not" decide together; neither alone tells.
+TOY_WORDS = {"name": "anna ben carla david emma felix gina hugo",
+             "thing": "soup film book song cake room train boat garden coat",
+             "how": "very quite really rather", "good": "tasty lovely great bright charming clever",
+             "bad": "awful dull bitter broken ugly boring", "glad": "smiled laughed cheered",
+             "sad": "sighed frowned cried", "doing": "sold took drew lost bought cleaned"}
 
 
 def toy_sentence(rng):
@@ -1421,8 +1411,8 @@ def toy_backbone(seed, steps=500, batch_size=64):
             dropout_rate=0.0, decoder_start_token_id=0))
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
         for _ in range(steps):                                 # not Batches: all processes need the same
-            tokens = tokenize(tokenizer, [masked() for _ in range(batch_size)], 32)
-            loss_of(model(**collate(tokens, "cpu"))).backward()
+            batch = collate(tokenize(tokenizer, [masked() for _ in range(batch_size)], 32), "cpu")
+            loss_of(model(**batch)).backward()
             optimizer.step()
             optimizer.zero_grad()
     return model, tokenizer
@@ -1434,26 +1424,19 @@ def toy_backbone(seed, steps=500, batch_size=64):
 
 
 def tokenize(tokenizer, examples, max_length, causal=False):
-    """[(input ids, label ids)] of Examples, the input cut to max_length tokens, done once.
-
-    causal: for a model that goes on writing after the input: the label has no beginning, and an end.
-    """
-    texts = [e.source for e in examples], [e.target for e in examples]
-    sources, targets = (tokenizer(part, max_length=max_length, truncation=True).input_ids for part in texts)
-    if causal:
-        targets = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts[1], add_special_tokens=False).input_ids]
-    return list(zip(sources, targets))
+    """[(input ids, label ids)] of Examples, inputs cut.   causal: a label has no beginning, and an end."""
+    cut = {"max_length": max_length, "truncation": True}
+    sources = tokenizer([e.source for e in examples], **cut).input_ids
+    end, how = ([tokenizer.eos_token_id], {"add_special_tokens": False}) if causal else ([], cut)
+    targets = tokenizer([e.target for e in examples], **how).input_ids
+    return [(source, target + end) for source, target in zip(sources, targets)]
 
 
 class Batches:
-    """Padded batches of what `tokenize` returns; seed and epoch decide their order, no seed keeps it.
-
-    causal: input and label as one sequence, with a loss on the label alone.
-    """
-
+    """Padded batches of what `tokenize` returns; seed and epoch decide their order, no seed keeps it."""
     def __init__(self, tokens, batch_size, device, seed=None, causal=False):
-        self.tokens, self.batch_size, self.device, self.seed, self.epoch = tokens, batch_size, device, seed, 0
-        self.causal = causal
+        self.tokens, self.batch_size, self.device = tokens, batch_size, device
+        self.seed, self.causal, self.epoch = seed, causal, 0
 
     def set_epoch(self, epoch):
         """Chooses the order of the next pass."""
@@ -1477,41 +1460,35 @@ class Batches:
         least = math.ceil(min(size, len(self.tokens)) / world()) if on_gpu else 1
         for indices in batches:
             rows = [self.tokens[i] for i in indices[rank()::world()]]
-            if self.causal:
+            if self.causal:                         # one sequence, with a loss on the label alone
                 rows = [(source + target, [-100] * len(source) + target) for source, target in rows]
             rows += [([1], [-100])] * (least - len(rows))
             yield collate(rows, self.device, on_gpu, 32 if self.causal else 4)
 
 
 def collate(rows, device, rounded=False, least=4):
-    """A padded batch of tokenised examples.   rounded: to powers of two, which changes no loss, labels from
-    `least` on.
-    """
+    """A padded batch.   rounded: to powers of two, labels to at least `least`, which changes no loss."""
     def pad(rows, filler, least):
         longest = max(map(len, rows))
         longest = max(least, 1 << (longest - 1).bit_length()) if rounded else longest
-        padded = [[*row, *[filler] * (longest - len(row))] for row in rows]
-        on_gpu = torch.device(device).type == "cuda"
-        return torch.tensor(padded, pin_memory=on_gpu).to(device, non_blocking=True)
+        padded = torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows], pin_memory=on_gpu)
+        return padded.to(device, non_blocking=True)
+    on_gpu = torch.device(device).type == "cuda"
     inputs, targets = zip(*rows)
     return {"input_ids": pad(inputs, 0, 32), "attention_mask": pad([[1] * len(row) for row in inputs], 0, 32),
             "labels": pad(targets, -100, least)}                                           # [batch, longest]
 
 
 def predict(model, tokenizer, tokens, batch_size, device):
-    """The texts that a model generates for tokenised inputs: greedily, no longer than the longest target.
-
-    A causal model's inputs are padded on the left, so that it goes on where each of them ends.
-    """
+    """The texts that a model generates for tokenised inputs: greedily, no longer than the longest target."""
     was_training, texts, causal = model.training, {}, not model.config.is_encoder_decoder
     model.eval()
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i][0]))[rank()::world()]
     longest = max(len(target) for _, target in tokens)
-    for start in range(0, len(order), batch_size):
-        rows = order[start:start + batch_size]
+    for rows in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):   # causal: padded left
         batch = collate([(tokens[i][0][::-1] if causal else tokens[i][0], [0]) for i in rows], device)
         ids, mask = (batch[key].flip(1) if causal else batch[key] for key in ("input_ids", "attention_mask"))
-        cache = None if causal else EncoderDecoderCache(DynamicCache(), DynamicCache())     # not of equal depths
+        cache = None if causal else EncoderDecoderCache(DynamicCache(), DynamicCache())    # of other depths
         made = model.generate(ids, attention_mask=mask, num_beams=1, do_sample=False, max_new_tokens=longest,
                               use_cache=True, past_key_values=cache, pad_token_id=tokenizer.pad_token_id)
         made = made[:, ids.shape[1]:] if causal else made
@@ -1537,8 +1514,9 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
     optimizer = torch.optim.AdamW([weights], lr=lr, weight_decay=weight_decay, fused=True)
     state = dict(state or {"step": 0, "best": -math.inf, "best_weights": weights.clone(), "weights": weights,
                            "optimizer": optimizer.state_dict()})
-    weights.copy_(state["weights"])
-    optimizer.load_state_dict(state["optimizer"])
+    with failing("the checkpoint can't be read", ": --out another, or --fresh"):
+        weights.copy_(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
     try:
         model.train()
         peft.refresh()
@@ -1598,6 +1576,16 @@ def one_line(error):
     return text if len(text) <= 160 else text[:157] + "..."
 
 
+@contextlib.contextmanager
+def failing(what, advice="", kind=Exception):
+    """Makes any error inside a person's: what failed, the error in brackets, and what to do about it."""
+    try:
+        yield
+    except kind as error:                            # datasets tells what was wrong as the cause of its own
+        shown = error.__cause__ if type(error).__module__.startswith("datasets") else None
+        raise UsageError(f"{what} ({one_line(shown or error)}){advice}") from None
+
+
 def save_weights(peft, path):
     """Writes the trained weights of attached modules alone, atomically, as safetensors."""
     tensors = {name: t.cpu().clone() for name, t in peft.named_weights().items()}
@@ -1607,13 +1595,11 @@ def save_weights(peft, path):
 def load_weights(peft, path):
     """Reads what `save_weights` wrote.   Raises UsageError if the file is of another structure."""
     own = peft.named_weights()
-    try:
+    with failing(f"{path} can't be read as weights of these modules"):
         stored = safetensors.torch.load_file(path)
         found, wanted = ({(name, *t.shape) for name, t in tensors.items()} for tensors in (stored, own))
         if found != wanted:
             raise ValueError(f"another structure's: names or shapes differ, first {min(found ^ wanted)}")
-    except Exception as error:
-        raise UsageError(f"{path} can't be read as weights of these modules ({one_line(error)})") from None
     for name, t in own.items():
         t.copy_(stored[name])
     peft.use(peft.weights)
@@ -1629,7 +1615,7 @@ def save_structure(structure, path):
 
 def load_structure(path):
     """Reads what `save_structure` wrote.   Raises UsageError for a file that no search writes."""
-    try:
+    with failing(f"{path} is no structure.json of this program"):
         stored = json.loads(Path(path).read_text())
         found = Structure(**{f.name: stored[f.name] for f in dataclasses.fields(Structure)})
         kinds, ranks = kinds_of(found.space, found.ranks), found.ranks
@@ -1639,8 +1625,6 @@ def load_structure(path):
         if not 0 < found.parameters <= found.budget < math.inf:
             raise ValueError(f"it holds {found.parameters:,} parameters for a budget of {found.budget:,}")
         return found
-    except Exception as error:
-        raise UsageError(f"{path} is no structure.json of this program ({one_line(error)})") from None
 
 
 def replayed(function, enabled):
@@ -1727,12 +1711,10 @@ def mean_over_parts(function, batch, parts=1):
 
 def with_peers(collective, *arguments):
     """Calls one of torch's collectives, if there are others.   Raises UsageError if one of them is gone."""
-    try:
+    advice = ": start the same command again, it goes on from the last checkpoint"
+    with failing(f"process {rank()} lost another one of this run", advice, RuntimeError):
         if world() > 1:
             collective(*arguments)
-    except RuntimeError as error:
-        raise UsageError(f"process {rank()} lost another one of this run ({one_line(error)}): start the same "
-                         "command again, it goes on from the last checkpoint") from None
 
 
 all_reduce = functools.partial(with_peers, dist.all_reduce)      # a tensor's sum over all processes, in place
@@ -1759,45 +1741,42 @@ def within(kind, low, high=10**12):
     return number
 
 
-COUNT, FROM_0, POSITIVE, SHARE = within(int, 1), within(int, 0), within(float, 1e-12), within(float, 0, 1)
-
-
 def parse(arguments):
     """The settings in a command line. Defaults: the paper's, or the task's.   Raises UsageError."""
     def fail(message):
         raise UsageError(f"{message} (--help lists the flags)")
-
     parser = argparse.ArgumentParser("bipeft.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      epilog="Ratios are in parts per ten thousand.")
     parser.error = fail
+    count, from_0, positive, share = within(int, 1), within(int, 0), within(float, 1e-12), within(float, 0, 1)
     add = parser.add_argument
     add("--task", default="rte", choices=TASKS, help="which data set (%(default)s)")
     add("--model", default="google-t5/t5-large", help="a T5 or Llama on the hub or in a folder (%(default)s)")
     add("--data-dir", help="folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub")
-    add("--max-length", default=128, type=COUNT, help="input tokens (GLUE 128, SuperGLUE 256, ReCoRD 512)")
+    add("--max-length", default=128, type=count, help="input tokens (GLUE 128, SuperGLUE 256, ReCoRD 512)")
     add("--space", default="s2", help=f"s1, s2, all, or a comma list of {', '.join(KINDS)} (%(default)s)")
-    add("--ranks", default=[1, 4, 8], type=FROM_0, nargs="+", help="Dim, the candidate ranks (1 4 8)")
-    add("--budget", default=1.39e-4, type=POSITIVE, help="B: below 1 a share of the backbone (%(default)s)")
+    add("--ranks", default=[1, 4, 8], type=from_0, nargs="+", help="Dim, the candidate ranks (1 4 8)")
+    add("--budget", default=1.39e-4, type=positive, help="B: below 1 a share of the backbone (%(default)s)")
     add("--triggers", default=100, type=within(int, 1, 10**4), help="Z, times that it selects (100; toy 30)")
-    add("--tau", default=0.85, type=SHARE, help="tau, the stability that triggers (%(default)s)")
-    add("--gamma", default=0.85, type=SHARE, help="gamma, how much of the past s-bar keeps (%(default)s)")
-    add("--window", default=5, type=COUNT, help="H, the steps over which stability is measured (%(default)s)")
-    add("--search-epochs", type=COUNT, help="passes over half of train, at most (as --epochs)")
-    add("--warmup-epochs", type=FROM_0, help="of these before the first trigger (the task's)")
-    add("--arch-lr", default=0.01, type=POSITIVE, help="learning rate of Theta and Phi (%(default)s)")
+    add("--tau", default=0.85, type=share, help="tau, the stability that triggers (%(default)s)")
+    add("--gamma", default=0.85, type=share, help="gamma, how much of the past s-bar keeps (%(default)s)")
+    add("--window", default=5, type=count, help="H, the steps over which stability is measured (%(default)s)")
+    add("--search-epochs", type=count, help="passes over half of train, at most (as --epochs)")
+    add("--warmup-epochs", type=from_0, help="of these before the first trigger (the task's)")
+    add("--arch-lr", default=0.01, type=positive, help="learning rate of Theta and Phi (%(default)s)")
     add("--structure", help="a structure.json to train: no search")
-    add("--epochs", type=COUNT, help="passes over train (the task's: 1 to 40)")
-    add("--lr", default=3e-4, type=POSITIVE, help="learning rate of Delta W, falling linearly (%(default)s)")
+    add("--epochs", type=count, help="passes over train (the task's: 1 to 40)")
+    add("--lr", default=3e-4, type=positive, help="learning rate of Delta W, falling linearly (%(default)s)")
     add("--weight-decay", default=1e-4, type=within(float, 0), help="of all three (%(default)s)")
-    add("--batch-size", default=32, type=COUNT, help="examples a step, of all processes (32, ReCoRD 16)")
-    add("--accumulate", default=1, type=COUNT, help="parts that a batch is computed in, to save memory (1)")
+    add("--batch-size", default=32, type=count, help="examples a step, of all processes (32, ReCoRD 16)")
+    add("--accumulate", default=1, type=count, help="parts that a batch is computed in, to save memory (1)")
     add("--checkpointing", action="store_true", help="recompute activations, to save memory; no CUDA graphs")
-    add("--seed", default=[0], type=FROM_0, nargs="+", help="one or more: of splits, weights, draws (0)")
+    add("--seed", default=[0], type=from_0, nargs="+", help="one or more: of splits, weights, draws (0)")
     add("--out", help="folder to write (runs/<task>-<space>-<seed>)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the backbone")
     add("--eager", action="store_true", help="on a GPU: no CUDA graphs; shut modules are skipped")
-    add("--save-every", default=0, type=FROM_0, help="steps between checkpoints; 0: about a minute")
+    add("--save-every", default=0, type=from_0, help="steps between checkpoints; 0: about a minute")
     add("--fresh", action="store_true", help="start over instead of resuming")
     task = TASKS[parser.parse_args(arguments).task]
     parser.set_defaults(epochs=task.epochs, warmup_epochs=task.warmup_epochs, **task.defaults)
@@ -1806,9 +1785,19 @@ def parse(arguments):
     kinds_of(settings.space, settings.ranks)
     if len(set(settings.seed)) < len(settings.seed) or settings.accumulate > settings.batch_size:
         fail("--seed must be different numbers, and --accumulate at most --batch-size")
-    if settings.task == "custom" and not settings.data_dir:
-        fail("--task custom needs --data-dir, a folder with train and validation files of source and target")
     return settings
+
+
+def loader_of(name):
+    """(class, config) of a backbone that this program can load.   Raises UsageError for another kind of model."""
+    with failing(f"the model {name} can't be loaded",
+                 ": give a folder with config, weights and tokenizer, or a hub name and a network"):
+        config = transformers.AutoConfig.from_pretrained(name)
+        if config.is_encoder_decoder and PLACES.get(config.model_type) is t5_places:
+            return transformers.AutoModelForSeq2SeqLM, config
+        if PLACES.get(config.model_type) is llama_places:
+            return transformers.AutoModelForCausalLM, config
+        raise ValueError(f"a {config.model_type} is neither of T5's family nor of Llama's")
 
 
 def load_backbone(name, dtype, device, seed):
@@ -1816,50 +1805,39 @@ def load_backbone(name, dtype, device, seed):
     if name == "toy":
         model, tokenizer = toy_backbone(seed)
         return model.to(device, getattr(torch, dtype)), tokenizer
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        loader = {t5_places: transformers.AutoModelForSeq2SeqLM, llama_places: transformers.AutoModelForCausalLM}.get(
-            PLACES.get(config.model_type))
-        if loader is None:
-            raise ValueError(f"a {config.model_type} is neither of T5's family nor of Llama's")
+    loader, config = loader_of(name)
+    with failing(f"the model {name} can't be loaded", ": give a folder that holds all of it"):
         model, told = loader.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        missing = sorted(told["missing_keys"])                      # transformers makes these up, and this:
-        if Path(name).is_dir() and not {"tokenizer.json", "spiece.model"} & set(os.listdir(name)):
-            missing.append("tokenizer.json or spiece.model")
-        if config.is_encoder_decoder and None in (config.pad_token_id, config.decoder_start_token_id):
-            missing.append("pad_token_id or decoder_start_token_id")
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            missing.append(f"weights for its tokenizer's {len(tokenizer)} words")
-        if tokenizer.eos_token_id is None:
-            missing.append("eos_token")
-        if missing:
-            raise ValueError(f"it has no {missing[0]}")
-    except Exception as error:
-        raise UsageError(f"the model {name} can't be loaded ({one_line(error)}): give a folder with config, "
-                         "weights and tokenizer, or a hub name and a network") from None
-    tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        files = {"tokenizer.json", "spiece.model"} & set(os.listdir(name)) if Path(name).is_dir() else True
+        needed = (config.pad_token_id, config.decoder_start_token_id)
+        words, rows = len(tokenizer), len(model.get_input_embeddings().weight)
+        lacks = {**dict.fromkeys(sorted(told["missing_keys"]), True),        # transformers makes these up
+                 "tokenizer.json or spiece.model": not files,
+                 "pad_token_id or decoder_start_token_id": config.is_encoder_decoder and None in needed,
+                 f"weights for its tokenizer's {words} words": words > rows,
+                 "eos_token": tokenizer.eos_token_id is None}
+        for what in filter(lacks.get, lacks):
+            raise ValueError(f"it has no {what}")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.config.use_cache = False                      # of no use in training; generation asks for its own
     return model.to(device), tokenizer
 
 
 def load_run(folder, device="cpu"):
     """(model, tokenizer, attached modules) of a finished run, ready to generate.   Raises UsageError."""
-    folder = Path(folder)
-    try:
-        settings = json.loads((folder / "metrics.json").read_text())["settings"]
+    with failing(f"{folder} holds no finished run"):
+        settings = json.loads(Path(folder, "metrics.json").read_text())["settings"]
         model = settings["model"], settings["dtype"], torch.device(device), settings["seed"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UsageError(f"{folder} holds no finished run ({one_line(error)})") from None
     model, tokenizer = load_backbone(*model)
-    peft = apply(model.eval(), load_structure(folder / "structure.json"))
-    load_weights(peft, folder / "peft.safetensors")
+    peft = apply(model.eval(), load_structure(Path(folder, "structure.json")))
+    load_weights(peft, Path(folder, "peft.safetensors"))
     return model, tokenizer, peft
 
 
 def choose_device(name):
     """A torch.device that works.   Raises UsageError."""
-    try:
+    with failing(f"--device {name} can't be used", ": try cpu, or fewer processes"):
         if name in ("auto", "cuda") and torch.cuda.is_available():
             name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"                                 # of torchrun
         device = torch.device("cpu" if name == "auto" else name)
@@ -1867,17 +1845,12 @@ def choose_device(name):
         if device.type == "cuda":
             torch.cuda.set_device(device)          # graphs and random states are those of the current device
         return device
-    except Exception as error:
-        raise UsageError(f"--device {name}: {one_line(error)}; try cpu, or fewer processes") from None
 
 
 class Run:
-    """One seed from data to test score, in a folder of its own: `with Run(..) as run: run.work()`.
-
-    settings: complete.   seed: one of theirs.   Raises UsageError for what a person can mend, and OSError.
-    """
-
+    """One of the settings' seeds, from data to test score, in a folder: `with Run(..) as run: run.work()`."""
     FILES = ("checkpoint.pt", "metrics.json", "structure.json", "search.jsonl", "peft.safetensors")
+    ADVICE = ": --out another, or --fresh"
     FREE = ("out", "fresh", "save_every", "device", "eager", "accumulate", "checkpointing")     # may change
 
     def __init__(self, settings, seed, path):
@@ -1896,17 +1869,18 @@ class Run:
             self.stored = self.read(self.path / there[0])
         if len(set(gather(f"{there} {self.stored.get('elapsed')}"))) > 1:
             raise UsageError(f"the processes find different files in {self.path}: all must share one folder")
-        self.given = Structure(**self.stored["structure"]) if "structure" in self.stored else self.given
 
     def read(self, path):
         """What checkpoint.pt or metrics.json holds.   Raises UsageError if damaged, or of another run."""
-        try:
+        with failing(f"{path} can't be read", self.ADVICE):
             if path.suffix == ".pt" and zipfile.ZipFile(path).testzip():          # torch.load doesn't look
                 raise ValueError("it is damaged")
             found = torch.load(path, "cpu") if path.suffix == ".pt" else json.loads(path.read_text())
             before = {key: found["settings"].get(key) for key in self.identity}
-        except Exception as error:
-            raise UsageError(f"{path} can't be read ({one_line(error)}): --out another, or --fresh") from None
+            if not {"phase", "elapsed", "log"} <= found.keys() and "test" not in found:
+                raise ValueError("parts of it are missing")
+            if "structure" in found:
+                self.given = Structure(**found["structure"])
         for key, now in self.identity.items():
             if before[key] != now:
                 raise UsageError(f"{self.path} holds another run: its --{key.replace('_', '-')} is "
@@ -1941,14 +1915,12 @@ class Run:
         if rank() == 0:
             save_structure(structure, self.path / "structure.json")
         print(picture(structure, self.model), flush=True)
-        best, took = self.retrain(peft), time.monotonic() - self.started
-        metrics = self.measure(peft, structure) | {
-            "validation": best, "search_seconds": seconds, "train_seconds": took,
-            "ratio": seconds / took if seconds else None, "settings": self.identity}
-        if rank() == 0:                             # each file is written again after a kill: no .new stays
+        metrics = self.measure(peft, structure, self.retrain(peft))
+        if rank() == 0:
             save_weights(peft, self.path / "peft.safetensors")
             write_atomically(self.path / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-            (self.path / "checkpoint.pt").unlink()
+            for name in ("checkpoint.pt", *(f".{name}.new" for name in self.FILES)):       # .new: of a kill
+                (self.path / name).unlink(missing_ok=True)
         print(f"{results(metrics)}\nwritten to {self.path}", flush=True)
         return metrics
 
@@ -1957,8 +1929,10 @@ class Run:
         settings, self.device = self.settings, choose_device(self.settings.device)
         if settings.task == "toy":
             torch.set_num_threads(1)                # so small a model only waits for further threads
-        self.model, self.tokenizer = load_backbone(settings.model, settings.dtype, self.device, self.seed)
+        if settings.model != "toy":
+            loader_of(settings.model)               # refuses another kind of model before the data are read
         self.splits = load_splits(settings.task, settings.data_dir, self.seed)
+        self.model, self.tokenizer = load_backbone(settings.model, settings.dtype, self.device, self.seed)
         self.size = geometry(self.model)["parameters"]
         if self.device.type == "cuda":
             fuse_norms(self.model)
@@ -1969,9 +1943,8 @@ class Run:
                        for key, examples in self.splits.items()}
         counts = ", ".join(f"{len(examples):,} {key}" for key, examples in self.splits.items())
         print(f"{settings.task}, seed {self.seed}: {counts}; {settings.model}, {self.size:,} parameters, "
-              f"{settings.dtype} on {self.device}", flush=True)
-        if self.stored:
-            print(f"going on from {self.path / 'checkpoint.pt'}", flush=True)
+              f"{settings.dtype} on {self.device}"
+              + f"\ngoing on from {self.path / 'checkpoint.pt'}" * bool(self.stored), flush=True)
 
     def begin(self, phase, **found):
         """Starts a phase and its clock, or goes on with them.   found: what the phases before came to."""
@@ -2022,33 +1995,35 @@ class Run:
               f"{space.sizes[:, -1].sum():,} parameters at rank {settings.ranks[-1]}\n"
               f"budget {budget:,} ({1e4 * budget / size:.2f} of 10,000), at most {steps} steps, triggers "
               f"from step {max(warmup, settings.window) + 1} on", flush=True)
-        more = {key: getattr(settings, key) for key in ("triggers", "tau", "gamma", "window", "arch_lr")}
-        search = Search(self.model, space, budget, steps, warmup, **more, **self.common,
+        if most > (limit := max(steps, 2 * len(space), 100)):
+            raise UsageError(f"--triggers {most}: {steps} steps, {len(space)} modules: give at most {limit}")
+        search = Search(self.model, space, budget, steps, warmup, most, settings.tau, settings.gamma,
+                        settings.window, arch_lr=settings.arch_lr, **self.common,
                         run_pass=fast_pass(self.model, space, **self.fast))
         if "search" in self.stored:
-            search.load_state_dict(self.stored["search"])
+            with failing(f"{self.path / 'checkpoint.pt'} can't be read", self.ADVICE):
+                search.load_state_dict(self.stored["search"])
         self.begin("search")
 
         def after_step(search, line):
             self.stored["log"].append({**line, "time": round(time.monotonic() - self.started, 3)})
             step, done = line["step"], line["triggers"]
-            pace = done / max(1, step - warmup)                                  # triggers a step
-            left = min(steps - step, (most - done) / pace if done else math.inf)
+            left = min(steps - step, max(1, step - warmup) * (most - done) / done if done else math.inf)
             text = (f"search {step}/{steps}  loss {line['loss_train']:.3f}  beta {line['beta']:.2f}  E "
                     f"{line['expected']:,.0f}/{budget:,}  kept {line['kept']}  triggers {done}/{most}")
             self.after_step(step, left, text + "  left {}", search.state_dict, keep=left == 0)
 
         structure = search.run(*batches, settings.model, after_step)
         if search.ended_early:
-            print(f"the steps ended before trigger {most}: the last ones were made up at once")
+            print(f"the steps ended before trigger {most}: the last {search.ended_early} selections were "
+                  "made at once; more --search-epochs or fewer --triggers would spread them")
         space.detach()
         return structure
 
     def retrain(self, peft):
         """Trains a structure's fresh modules on all of train.   Returns the best validation score."""
-        settings = self.settings
-        batches = Batches(self.tokens["train"], settings.batch_size, self.device, derive(self.seed, 15),
-                          self.causal)
+        settings, seed = self.settings, derive(self.seed, 15)
+        batches = Batches(self.tokens["train"], settings.batch_size, self.device, seed, self.causal)
 
         def after_step(state, line):
             step, steps, score = line["step"], line["steps"], line.get("score")
@@ -2067,20 +2042,23 @@ class Run:
         predictions = predict(self.model, self.tokenizer, self.tokens[split], size, self.device)
         return METRICS[self.task.metric](predictions, [e.answers for e in self.splits[split]])
 
-    def measure(self, peft, structure):
-        """The one look at the test split: with the modules, without them, and the most frequent answer."""
+    def measure(self, peft, structure, validation):
+        """The metrics: the one look at test, with the modules and without, and the most frequent answer's."""
+        seconds, took = self.stored["search_seconds"], time.monotonic() - self.started
         score, count = self.score("test"), peft.size                # counted from the tensors themselves
         peft.detach()
         metric, answers = self.task.metric, [e.answers for e in self.splits["test"]]
         common = Counter(e.target for e in self.splits["train"]).most_common(1)[0][0]
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
         return {"task": self.settings.task, "metric": metric, "seed": self.seed, "space": structure.space,
-                "test": score, "test_untouched": self.score("test"),
+                "validation": validation, "test": score, "test_untouched": self.score("test"),
                 "test_most_frequent": METRICS[metric]([common] * len(answers), answers),
                 "modules": len(structure.modules), "parameters": count, "budget": structure.budget,
-                "backbone_parameters": self.size, "per_ten_thousand": 1e4 * count / self.size, "device": name,
-                "versions": {"python": sys.version.split()[0], **{
-                    module.__name__: module.__version__ for module in (torch, transformers, np)}}}
+                "backbone_parameters": self.size, "per_ten_thousand": 1e4 * count / self.size,
+                "search_seconds": seconds, "train_seconds": took,
+                "ratio": seconds / took if seconds else None, "settings": self.identity,
+                "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+                "versions": {"python": sys.version.split()[0], **versions}}
 
 
 def clock(seconds):
@@ -2104,19 +2082,14 @@ def picture(structure, model):
     """A structure as text: a row a layer, a column a place; n0, n1, n2: the norms before a layer's blocks."""
     kept = {(m["name"], m["kind"]): str(m["rank"] or "x") for m in structure.modules}
     kinds, cells, norms = kinds_of(structure.space), {}, Counter()       # cells: {(kind, column, row): text}
-    short = {"query": "q", "key": "k", "value": "v", "norm": "n", "attention": "attn", "prefix": "attn"}
     for name, role, *_ in places_of(model):
-        parts = name.split(".")
-        stack, last = parts[0], parts[-1]
-        row = f"{stack[:7]:<7} {next(filter(str.isdigit, parts), 'end'):>3}"
-        label = short.get(role, role) + str(norms[row]) * (role == "norm")
-        norms[row] += role == "norm"
-        if role == "linear":                                # a BERT has three layers of the name "dense"
-            dense = "o" if "attention" in parts else "wi" if "intermediate" in parts else "wo"
-            label = dense if last == "dense" else short.get(last, re.sub("_proj|_", "", last))
-        for kind in kinds:
-            if role in KINDS[kind].roles:
-                cells[kind, f" {label:>2}", row] = kept.get((name, kind), ".")
+        last = (parts := name.split("."))[-1]               # a Llama's prefix is at "model" alone
+        row = f"{parts[0][:7]:<7} {next(filter(str.isdigit, parts), 'end'):>3}"
+        label = re.sub("_proj|_", "", last) if role == "linear" else re.sub("attention|prefix", "attn", role)
+        if role == "norm":
+            label, norms[row] = f"n{norms[row]}", norms[row] + 1
+        cells |= {(kind, f" {label:>2}", row): kept.get((name, kind), ".")
+                  for kind in kinds if role in KINDS[kind].roles}
     rows = list(dict.fromkeys(row for *_, row in cells))
     lines = [" " * 11] * 2 + rows
     for kind in kinds:                                                   # side by side, a block a kind
@@ -2133,31 +2106,24 @@ def picture(structure, model):
     return "\n".join(lines) + f"  (budget {structure.budget:,})"
 
 
-def join():
-    """Joins torchrun's other processes, if any; all but the first fall silent.   Returns whether."""
-    if not dist.is_torchelastic_launched() or dist.is_initialized():
-        return False
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    if rank():
-        sys.stdout = open(os.devnull, "w")
-    return True
-
-
 def main(arguments=None):
     """The program. Returns the exit code: 0, or 2 after a person's mistake."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         settings, tests = parse(arguments), []
-        joined, folder = join(), Path(settings.structure or ".").resolve().parent.name
+        joined = dist.is_torchelastic_launched() and not dist.is_initialized()
+        if joined:                                  # torchrun's other processes, which fall silent
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            sys.stdout = open(os.devnull, "w") if rank() else sys.stdout
+        several, folder = len(settings.seed) > 1, Path(settings.structure or ".").resolve().parent.name
         source = f"from-{folder}" if settings.structure else settings.space.replace(",", "+")
         for seed in settings.seed:
             out = Path(settings.out or f"runs/{settings.task}-{source}-{seed}")
-            if settings.out and len(settings.seed) > 1:
-                out /= f"seed-{seed}"
+            out = out / f"seed-{seed}" if settings.out and several else out
             with deterministic(), Run(settings, seed, out) as run:
                 tests.append(run.work()["test"])
-        if len(tests) > 1:
+        if several:
             print(f"{settings.task}: test {TASKS[settings.task].metric} {np.mean(tests):.2f} ± "
                   f"{np.std(tests, ddof=1):.2f} over {len(tests)} seeds")
         if joined:

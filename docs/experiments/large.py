@@ -110,7 +110,9 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    bipeft.join()
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        sys.stdout = open(os.devnull, "w") if bipeft.rank() else sys.stdout
     device = bipeft.choose_device("auto")
     print("| backbone | flags | processes | batch | step, ms | least to most | GiB allocated | GiB reserved | all-reduce |\n"
           + "| --- " * 9 + "|", flush=True)
