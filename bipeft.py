@@ -644,8 +644,8 @@ def named_within(model, paths):
 
 
 def kinds_of(space, ranks=(1,)):
-    """The kinds in "s1", "s2", "all" or a comma list such as "lora,prefix".   Raises UsageError for an unknown
-    one, and for ranks that do not ascend within 1 .. 4096.
+    """The kinds in "s1", "s2", "all" or a comma list such as "lora,prefix".   Raises UsageError for an
+    unknown one, and for ranks that do not ascend within 1 .. 4096.
     """
     kinds = SPACES.get(space) or tuple(dict.fromkeys(kind.strip() for kind in space.split(",")))
     for kind in kinds:
@@ -1789,7 +1789,7 @@ def parse(arguments):
 
 
 def loader_of(name):
-    """(class, config) of a backbone that this program can load.   Raises UsageError for another kind of model."""
+    """(class, config) of a backbone that this program can load.   Raises UsageError for another kind."""
     with failing(f"the model {name} can't be loaded",
                  ": give a folder with config, weights and tokenizer, or a hub name and a network"):
         config = transformers.AutoConfig.from_pretrained(name)
@@ -1806,7 +1806,7 @@ def load_backbone(name, dtype, device, seed):
         model, tokenizer = toy_backbone(seed)
         return model.to(device, getattr(torch, dtype)), tokenizer
     loader, config = loader_of(name)
-    with failing(f"the model {name} can't be loaded", ": give a folder that holds all of it"):
+    with failing(f"the model {name} can't be loaded", ": give a folder with all of it, or a network"):
         model, told = loader.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         files = {"tokenizer.json", "spiece.model"} & set(os.listdir(name)) if Path(name).is_dir() else True

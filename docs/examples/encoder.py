@@ -135,7 +135,7 @@ def main(arguments=None):
     parser.add_argument("--compare", action="store_true", help="train a LoRA of about the same size as well")
     for flag, d in {"budget": 10_000, "search-steps": 600, "warmup": 300, "steps": 600, "train-rows": 8000,
                     "seed": 0, "space": "s2", "device": "auto", "out": None}.items():
-        parser.add_argument(f"--{flag}", type=type(d), default=d, help="(%(default)s)")
+        parser.add_argument(f"--{flag}", type=int if type(d) is int else str, default=d, help="(%(default)s)")
     transformers.logging.disable_progress_bar()
     try:
         with bipeft.deterministic():

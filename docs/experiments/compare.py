@@ -28,7 +28,6 @@ import itertools
 import json
 import math
 import multiprocessing.connection
-import os
 import random
 import sys
 import time
