@@ -18,6 +18,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -2273,6 +2274,22 @@ def test_the_method_can_be_lifted_out_of_the_file():
     assert ended.returncode == 0, ended.stderr
     parameters, first, last = map(float, ended.stdout.split())
     assert 0 < parameters <= 1500 and last < 0.9 * first
+
+
+def run_blocks(page, namespace):
+    """Executes a page's blocks of Python in their order, in one namespace, as a reader would."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (HERE / page).read_text(), re.DOTALL | re.MULTILINE)
+    with torch.random.fork_rng():
+        for number, block in enumerate(blocks):
+            exec(compile(block, f"{page}, block {number}", "exec"), namespace)
+    return namespace
+
+
+def test_the_code_of_copying_md_runs(monkeypatch):
+    monkeypatch.setattr(bipeft, "KINDS", dict(bipeft.KINDS))                   # it adds a kind
+    after = run_blocks("docs/copying.md", {})
+    assert (after["smoothed"] != 0).all() and len(after["trained"]) > 4        # of the head alone: 4
+    assert "ia3" in {m["kind"] for m in after["structure"].modules} and after["structure"].parameters <= 300
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
