@@ -2276,20 +2276,21 @@ def test_the_method_can_be_lifted_out_of_the_file():
     assert 0 < parameters <= 1500 and last < 0.9 * first
 
 
-def run_blocks(page, namespace):
-    """Executes a page's blocks of Python in their order, in one namespace, as a reader would."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (HERE / page).read_text(), re.DOTALL | re.MULTILINE)
-    with torch.random.fork_rng():
-        for number, block in enumerate(blocks):
-            exec(compile(block, f"{page}, block {number}", "exec"), namespace)
-    return namespace
+def code_of(page):
+    """The blocks of Python in a page, compiled."""
+    text = (HERE / page).read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [compile(block, f"{page}, block {number}", "exec") for number, block in enumerate(blocks)]
 
 
 def test_the_code_of_copying_md_runs(monkeypatch):
     monkeypatch.setattr(bipeft, "KINDS", dict(bipeft.KINDS))                   # it adds a kind
-    after = run_blocks("docs/copying.md", {})
-    assert (after["smoothed"] != 0).all() and len(after["trained"]) > 4        # of the head alone: 4
-    assert "ia3" in {m["kind"] for m in after["structure"].modules} and after["structure"].parameters <= 300
+    names = {}
+    with torch.random.fork_rng():
+        for block in code_of("docs/copying.md"):
+            exec(block, names)
+    assert (names["smoothed"] != 0).all() and len(names["trained"]) > 4        # of the head alone: 4
+    assert "ia3" in {m["kind"] for m in names["structure"].modules} and names["structure"].parameters <= 300
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -3294,6 +3295,26 @@ def finished(world, tmp_path_factory):
     finally:
         bipeft.predict = predict
     return out, made
+
+
+def test_the_code_of_the_readme_runs(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/rte-s2-0").symlink_to(finished[0])
+    load, library = code_of("README.md")
+    exec(load, names := {})
+    assert set(capsys.readouterr().out.split()) <= set(WORDS) and len(names["peft"]) > 0
+
+    model, batches = family("bert"), [batch_for("bert", seed) for seed in (0, 1)]
+    before = snapshot(model)
+    search = functools.partial(bipeft.search, triggers=2, window=1, tau=0.0)
+    monkeypatch.setattr(bipeft, "search", lambda *args, **kwargs: search(       # the page's budget is of a larger one
+        *args, **{**kwargs, "budget": 1000, "steps": 4, "warmup": 1}))
+    exec(library, names := {"model": model, "train_batches": batches, "val_batches": batches, "batches": batches,
+                            "evaluate": lambda: 0.0})
+    assert 0 < names["structure"].parameters <= 1000 and names["structure"].also_trained > 0
+    names["peft"].detach()
+    assert same(snapshot(model), before)
 
 
 RUN_FILES = ["metrics.json", "peft.safetensors", "search.jsonl", "structure.json"]
