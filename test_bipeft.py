@@ -2293,6 +2293,19 @@ def test_the_code_of_copying_md_runs(monkeypatch):
     assert "ia3" in {m["kind"] for m in names["structure"].modules} and names["structure"].parameters <= 300
 
 
+def test_every_name_that_the_pages_point_to_exists():
+    def resolve(name):
+        return functools.reduce(getattr, name.split("."), bipeft)             # AttributeError: a name to be mended
+    points = (HERE / "docs" / "decisions.md").read_text().partition("## The paper, the authors' code")[0]
+    named = [name for point in re.split(r"\n(?=\d+\. )", points) if "→" in point
+             for name in re.findall("`(.+?)`", point.rpartition("→")[2].partition("\n\n")[0])]
+    table = (HERE / "README.md").read_text().partition("## Beside the paper")[2].partition("\n## ")[0]
+    for _, _, code, tests, _ in (row.split("|") for row in table.strip().splitlines()[2:]):
+        named += re.findall("`(.+?)`", code)
+        assert all(name in globals() for name in re.findall("`(.+?)`", tests)), tests
+    assert len([resolve(name) for name in named]) > 100
+
+
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file.json"
     bipeft.write_atomically(path, "old")

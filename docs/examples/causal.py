@@ -2,9 +2,10 @@
 
     python docs/examples/causal.py
 
-The toy asks whether a thing was found good or bad, which an adjective and a "not" decide together. The Llama (2 layers,
-grouped-query attention) first learns to write such sentences and how somebody felt about the finding, "so smiled"; to the
-task's prompt it answers in form, but at chance. Then come the search, re-training and generation, through the library.
+The toy asks whether a thing was found good or bad, which an adjective and a "not" decide together. The Llama (2
+layers, grouped-query attention) first learns to write such sentences and how somebody felt about it, "so smiled"; to
+the task's prompt it answers in form, but at chance. Then come the search, re-training and generation, through the
+library.
 """
 
 import argparse
@@ -92,7 +93,8 @@ def main(arguments=None):
     bipeft.train(
         model, peft, batches(tokens["train"], 24), lambda: score("validation"), args.epochs, LR, seed=args.seed,
         after_step=lambda _, line: "score" not in line or print(
-            f"train {line['step']}/{line['steps']}  loss {line['loss']:.3f}  validation {line['score']:.2f}", flush=True))
+            f"train {line['step']}/{line['steps']}  loss {line['loss']:.3f}  validation {line['score']:.2f}",
+            flush=True))
     after = score("test")
     print(f"test accuracy with {peft.size:,} parameters, {1e4 * peft.size / size:.0f} of 10,000: {after:.2f}")
     for example, (prompt, _) in zip(splits["test"][:4], tokens["test"]):

@@ -152,7 +152,7 @@ def test_a_mistake_is_one_line(tmp_path):
         to_peft(structure, dict(list(weights.items())[1:]), tmp_path, model)
     with pytest.raises(bipeft.UsageError, match="no parameters 'classifier.weight'"):
         to_peft(structure, {**weights, "classifier.weight": torch.zeros(1)}, tmp_path, model)
-    for arguments, told in (([tmp_path], "there is no structure file"), ([], "arguments are required: run")):
+    for arguments, told in (([tmp_path], "is no structure.json of this program"), ([], "arguments are required: run")):
         code, _, errors = program("to_peft.py", *arguments)
         assert code == 2 and told in errors
     bipeft.save_structure(structure, tmp_path / "structure.json")
@@ -175,7 +175,7 @@ def data(tmp_path):
 
 @pytest.mark.parametrize("arguments, told", [
     (["--task", "qqqp"], "invalid choice: 'qqqp'"),
-    (["--task", "rte"], "--data-dir names the folder"),
+    (["--task", "rte"], "--data-dir names its folder"),
     (["--budget", "3"], "no search for a budget of 3 parameters"),
 ])
 def test_a_mistake_in_the_encoders_arguments_is_one_line(arguments, told, data, tmp_path):
