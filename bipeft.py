@@ -1810,7 +1810,7 @@ def load_backbone(name, dtype, device, seed):
         model, told = loader.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         files = {"tokenizer.json", "spiece.model"} & set(os.listdir(name)) if Path(name).is_dir() else True
-        needed = (config.pad_token_id, config.decoder_start_token_id)
+        needed = (config.pad_token_id, getattr(config, "decoder_start_token_id", None))
         words, rows = len(tokenizer), len(model.get_input_embeddings().weight)
         lacks = {**dict.fromkeys(sorted(told["missing_keys"]), True),        # transformers makes these up
                  "tokenizer.json or spiece.model": not files,

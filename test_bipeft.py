@@ -18,6 +18,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -2275,6 +2276,36 @@ def test_the_method_can_be_lifted_out_of_the_file():
     assert 0 < parameters <= 1500 and last < 0.9 * first
 
 
+def code_of(page):
+    """The blocks of Python in a page, compiled."""
+    text = (HERE / page).read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [compile(block, f"{page}, block {number}", "exec") for number, block in enumerate(blocks)]
+
+
+def test_the_code_of_copying_md_runs(monkeypatch):
+    monkeypatch.setattr(bipeft, "KINDS", dict(bipeft.KINDS))                   # it adds a kind
+    names = {}
+    with torch.random.fork_rng():
+        for block in code_of("docs/copying.md"):
+            exec(block, names)
+    assert (names["smoothed"] != 0).all() and len(names["trained"]) > 4        # of the head alone: 4
+    assert "ia3" in {m["kind"] for m in names["structure"].modules} and names["structure"].parameters <= 300
+
+
+def test_every_name_that_the_pages_point_to_exists():
+    def resolve(name):
+        return functools.reduce(getattr, name.split("."), bipeft)             # AttributeError: a name to be mended
+    points = (HERE / "docs" / "decisions.md").read_text().partition("## The paper, the authors' code")[0]
+    named = [name for point in re.split(r"\n(?=\d+\. )", points) if "→" in point
+             for name in re.findall("`(.+?)`", point.rpartition("→")[2].partition("\n\n")[0])]
+    table = (HERE / "README.md").read_text().partition("## Beside the paper")[2].partition("\n## ")[0]
+    for _, _, code, tests, _ in (row.split("|") for row in table.strip().splitlines()[2:]):
+        named += re.findall("`(.+?)`", code)
+        assert all(name in globals() for name in re.findall("`(.+?)`", tests)), tests
+    assert len([resolve(name) for name in named]) > 100
+
+
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file.json"
     bipeft.write_atomically(path, "old")
@@ -3276,6 +3307,26 @@ def finished(world, tmp_path_factory):
     finally:
         bipeft.predict = predict
     return out, made
+
+
+def test_the_code_of_the_readme_runs(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/rte-s2-0").symlink_to(finished[0])
+    load, library = code_of("README.md")
+    exec(load, names := {})
+    assert set(capsys.readouterr().out.split()) <= set(WORDS) and len(names["peft"]) > 0
+
+    model, batches = family("bert"), [batch_for("bert", seed) for seed in (0, 1)]
+    before = snapshot(model)
+    search = functools.partial(bipeft.search, triggers=2, window=1, tau=0.0)
+    monkeypatch.setattr(bipeft, "search", lambda *args, **kwargs: search(       # the page's budget is of a larger one
+        *args, **{**kwargs, "budget": 1000, "steps": 4, "warmup": 1}))
+    exec(library, names := {"model": model, "train_batches": batches, "val_batches": batches, "batches": batches,
+                            "evaluate": lambda: 0.0})
+    assert 0 < names["structure"].parameters <= 1000 and names["structure"].also_trained > 0
+    names["peft"].detach()
+    assert same(snapshot(model), before)
 
 
 RUN_FILES = ["metrics.json", "peft.safetensors", "search.jsonl", "structure.json"]

@@ -58,7 +58,7 @@ def load_tokens(name, data_dir, tokenizer, train_rows, seed):
         return random.Random(seed).sample(rows, len(rows))
 
     test = shuffled("validation_matched" if name == "mnli" else "validation")
-    whole = data_dir is None or bipeft.find_file(name, "train", data_dir)
+    whole = data_dir is None or any((Path(data_dir) / name).glob("train.*"))
     train, test = (shuffled("train"), test) if whole else (test[len(test) // 3:], test[:len(test) // 3 or 1])
     size, tokens = min(1000, len(train) // 4 or 1), {}
     for key, rows in {"train": train[size:][:train_rows], "validation": train[:size], "test": test}.items():

@@ -15,6 +15,7 @@ peft = pytest.importorskip("peft")
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
+import causal
 import encoder
 from to_peft import bipeft, to_peft
 
@@ -151,7 +152,7 @@ def test_a_mistake_is_one_line(tmp_path):
         to_peft(structure, dict(list(weights.items())[1:]), tmp_path, model)
     with pytest.raises(bipeft.UsageError, match="no parameters 'classifier.weight'"):
         to_peft(structure, {**weights, "classifier.weight": torch.zeros(1)}, tmp_path, model)
-    for arguments, told in (([tmp_path], "there is no structure file"), ([], "arguments are required: run")):
+    for arguments, told in (([tmp_path], "is no structure.json of this program"), ([], "arguments are required: run")):
         code, _, errors = program("to_peft.py", *arguments)
         assert code == 2 and told in errors
     bipeft.save_structure(structure, tmp_path / "structure.json")
@@ -174,7 +175,7 @@ def data(tmp_path):
 
 @pytest.mark.parametrize("arguments, told", [
     (["--task", "qqqp"], "invalid choice: 'qqqp'"),
-    (["--task", "rte"], "--data-dir names the folder"),
+    (["--task", "rte"], "--data-dir names its folder"),
     (["--budget", "3"], "no search for a budget of 3 parameters"),
 ])
 def test_a_mistake_in_the_encoders_arguments_is_one_line(arguments, told, data, tmp_path):
@@ -200,3 +201,30 @@ def test_the_encoder_end_to_end_and_into_peft(data, tmp_path):
     to_peft(structure, tmp_path / "peft.safetensors", tmp_path / "adapter", model)
     served = peft.PeftModel.from_pretrained(encoder.minilm(2, 1)[0], tmp_path / "adapter").eval()
     assert torch.allclose(logits(served), expected, atol=1e-5, rtol=0)
+
+
+def test_the_causal_example_end_to_end(capsys):
+    """At a very small size: what its stages print, and that the loss of re-training falls."""
+    small = "--pretraining 60 --rows 256 --search-steps 8 --warmup 2 --triggers 3 --epochs 6"
+    threads = torch.get_num_threads()
+    before, after = causal.main(small.split())
+    torch.set_num_threads(threads)
+    said = capsys.readouterr().out
+    losses = [float(line.split()[3]) for line in said.splitlines() if line.startswith("train ")]
+    assert 0 <= before <= 100 and 0 <= after <= 100 and len(losses) == 6 and losses[-1] < losses[0]
+    assert f"test accuracy before: {before:.2f}" in said and said.count("  toy sentence: ") == 4
+    parameters = int(said.partition("test accuracy with ")[2].split()[0].replace(",", ""))
+    assert 0 < parameters <= 0.03 * 81_600
+
+
+def test_without_padding_the_causal_model_writes_what_predict_says():
+    """The toy's vocabulary serves a causal model: no prompt ends in </s>, and answers do."""
+    model, tokenizer = causal.pretrained(0, 2)
+    examples = [causal.bipeft.Example(text, "good", ()) for text in ("toy sentence: anna found the soup tasty", "ben")]
+    tokens = causal.bipeft.tokenize(tokenizer, examples, 32, causal=True)
+    assert [ids[-1] for ids, _ in tokens] == [tokenizer.convert_tokens_to_ids(w) for w in ("tasty", "ben")]
+    assert {ids[-1] for _, ids in tokens} == {tokenizer.eos_token_id}
+    said = causal.bipeft.predict(model, tokenizer, tokens, 2, "cpu")           # the shorter one padded on the left
+    for (ids, _), text in zip(tokens, said):
+        made = model.generate(torch.tensor([ids]), max_new_tokens=2, do_sample=False, pad_token_id=0)[0, len(ids):]
+        assert tokenizer.decode(made, skip_special_tokens=True).strip() == text
