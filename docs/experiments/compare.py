@@ -786,11 +786,11 @@ def differential(bench, budget, name, stages):
                 net.begin()
                 temperature = 5 - 4 * step / max(1, steps - 1)
                 noise = bipeft.gumbel_noise((n, 1 + k), generator).to(device)
-                drawn = sample(noise, temperature)
+                sample(noise, temperature)
                 _, gradient = net.run(("weights",), drawn["gate"].detach(), drawn["ranks"].detach(), next(net.train))
                 net.descend(gradient, 1 - (number * steps + step) / T)
                 for _ in range(2):
-                    drawn = sample(noise, temperature)
+                    sample(noise, temperature)
                     _, *found = net.run(wanted, drawn["gate"].detach(), drawn["ranks"].detach(), next(net.val))
                     (weights.grad,) = torch.autograd.grad([drawn[w] for w in wanted], weights, found)
                     optimizer.step()
@@ -1539,7 +1539,7 @@ def heat_map(lines, searches, args):
                              layout="constrained")
     for ax, (kind, panel) in zip(axes[:, 0], panels.items()):
         grid = [[panel.get((row, layer), np.nan) for layer in columns] for row in rows[kind]]
-        drawn = ax.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        ax.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
         for y, line in enumerate(grid):
             for x, share in enumerate(line):
                 if share == share:
