@@ -2054,8 +2054,8 @@ class Run:
                 "validation": validation, "test": score, "test_untouched": self.score("test"),
                 "test_most_frequent": METRICS[metric]([common] * len(answers), answers),
                 "modules": len(structure.modules), "parameters": count, "budget": structure.budget,
-                "backbone_parameters": self.size, "per_ten_thousand": 1e4 * count / self.size,
-                "search_seconds": seconds, "train_seconds": took,
+                "backbone_parameters": self.size, "also_trained": structure.also_trained,
+                "per_ten_thousand": 1e4 * count / self.size, "search_seconds": seconds, "train_seconds": took,
                 "ratio": seconds / took if seconds else None, "settings": self.identity,
                 "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
                 "versions": {"python": sys.version.split()[0], **versions}}

@@ -2029,6 +2029,21 @@ def test_a_space_without_ranks_can_be_searched():
     assert all(m["rank"] is None for m in structure.modules)
 
 
+def test_the_sums_behind_eq_9_are_those_of_all_steps_and_do_not_grow():
+    # population deviation and KL over every step's softmax(Phi), the initial one included, held here as a list
+    search, batches = a_search("s2", steps=30, warmup=99, arch_lr=0.2)
+    seen, shapes = [search.phi.detach().double().softmax(1)], set()
+    for step in range(12):
+        search.step(*batches[:3])
+        seen.append(search.phi.detach().double().softmax(1))
+        shapes.add(search.history.shape)
+    sigma = torch.stack(seen).std(0, unbiased=False)
+    expected = sigma.mean(1) * (seen[0] * (seen[0].log() - seen[-1].log())).sum(1)
+    found = bipeft.rank_instability(*search.history, search.since)
+    assert len(shapes) == 1 and search.since == 13
+    assert (found - expected).abs().max() < 1e-12 and expected.max() > 1e-4
+
+
 def test_no_trigger_in_the_warm_up():
     search, batches = a_search("lora", steps=12, warmup=6, triggers=3)                 # and window 2
     _, states = followed(search, batches)
