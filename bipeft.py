@@ -11,7 +11,7 @@
 Given a frozen backbone, a task and a budget of B parameters, one short differentiable search decides which
 of N candidate modules are kept and at which of K ranks; the structure is then trained anew. Section 1 is
 Eq. (1)-(10), 2 and 3 are the search spaces, 4 is Algorithm 1; 5-8 are a program around them, of which 1-4
-need nothing. "Reading n" is point n of docs/decisions.md. Ratios are per ten thousand (the paper's %%).
+need nothing. "Reading n", or (n), is point n of docs/decisions.md. Ratios are per ten thousand (its %%).
 
     paper         in the code                     shape    meaning
     N, K          len(space), len(space.ranks)             candidate modules; candidate ranks
@@ -137,7 +137,7 @@ def importance_indicator(smoothed, size, kept, budget):
     (reading 2).   smoothed: s-bar, [N].   size: C_n, [N].   kept: b, [N] bool.   budget: B.   Returns I.
     """
     order = smoothed.masked_fill(~kept, -math.inf).argsort(descending=True, stable=True)   # removed: last
-    fits = running_sum((size * kept)[order]) <= budget
+    fits = running_sum(size[order]) <= budget
     return torch.zeros_like(kept).scatter(0, order, fits & kept[order])
 
 
@@ -155,7 +155,7 @@ def stability(indicators, window):
     indicators: the latest I, oldest first, [at least 1, N]; the last H + 1 are read.   window: H.
     Returns beta_t, a scalar in 0 .. 1; 0 with fewer than H + 1 indicators (not stable yet).
     """
-    if len(indicators) < window + 1:
+    if len(indicators) < max(1, window) + 1:
         return torch.zeros((), dtype=torch.float64, device=indicators.device)
     ones = indicators[-(window + 1):].double()
     before, now = ones[:-1], ones[1:]                                                  # [H, N] each
@@ -204,7 +204,7 @@ def modules_to_remove(smoothed, probability, size, kept, reduction):
     s-bar.   probability: p.   size: C.   kept: b.   All [N].   reduction: R_z.   Returns [N] bool.
     """
     order = smoothed.masked_fill(~kept, math.inf).argsort(stable=True)                 # removed ones last
-    fits = running_sum((probability * size * kept)[order]) <= reduction
+    fits = running_sum((probability * size)[order]) <= reduction
     return torch.zeros_like(kept).scatter(0, order, fits & kept[order])
 
 
@@ -658,15 +658,15 @@ def kinds_of(space, ranks=(1,)):
 
 
 class Peft(nn.Module):
-    """PEFT modules attached to a frozen backbone by hooks: its own tensors stay as they are.
+    """PEFT modules attached to a frozen backbone by hooks: all its tensors but also_train's stay.
 
     model: of a known family, or any with `places`, a function as `places_of`.   chosen: the modules, (place
     name, kind, rank) each.   seed: decides their initial weights.   also_train: paths of the network's own
     parameters that learn beside the modules, outside of gates, budget and N, such as a fresh "classifier";
     `detach` puts them back.   Raises UsageError for a place, kind or path that does not exist.
 
-    All weights, Delta W, lie end to end in one float32 vector, `weights`, [P], also_train's behind them: a
-    step over all is one operation. The tensors are views of it; or, in a search and in training, of
+    All weights, Delta W, lie end to end in one float32 vector, `weights`, [P], also_train's behind, as in
+    every [P] here: a step is one operation. The tensors are views of it; or, in a search and in training, of
     `working`, `refresh`'s copy in the backbone's dtype, times an architecture's factors if there is one.
     """
 
@@ -820,9 +820,9 @@ class Space(Peft):
         self.segments = self.lengths[:inside], module_of[:inside].bincount(minlength=N).to(device)
 
     def enter(self, gate, ranks, for_gates=False):
-        """Puts an architecture into the modules, for the pass that follows.
+        """Puts an architecture into the modules, for the pass that follows.   for_gates: into shut ones, too.
 
-        gate: [N], 0 or 1 (or soft).   ranks: [N, K], rows summing to 1.   for_gates: computes the shut, too.
+        gate: [N], 0 or 1.   ranks: [N, K], rows summing to 1.   For `gradients` both require gradients.
         """
         mask = ranks @ self.leading                                            # [N, R]
         both = gate[:, None] * mask                                            # [N, R]
@@ -1066,8 +1066,8 @@ class Search:
 
     def magnitude(self, gradient):
         """Eq. (2) for the present weights. |M_n| is q_n at k*, the largest until one is fixed (reading 1)."""
-        counts, size = self.space.sizes.gather(1, self.choice[:, None]).squeeze(1), self.space.size
-        return magnitude(self.space.weights[:size], gradient[:size], self.space.segments, counts)
+        counts, p = self.space.sizes.gather(1, self.choice[:, None]).squeeze(1), self.space.size
+        return magnitude(self.space.weights[:p], gradient[:p], self.space.segments, counts)
 
     def expectation(self):
         """p_n and C_n now, [N] each. In the last tenth of the triggers p_n is certain (reading 7)."""
@@ -1076,7 +1076,7 @@ class Search:
                 expected_size(self.phi.detach(), self.space.sizes, self.fixed, self.choice))
 
     def log_line(self, started, **values):
-        """A step's line of the log, read off the device at once.   Raises UsageError for a NaN."""
+        """A step's line of the log, read off the device at once.   UsageError: not finite."""
         weights = sum(t.detach().sum() for t in (self.space.weights, self.theta, self.phi, self.smoothed))
         there = {key: value for key, value in values.items() if value is not None}
         there |= {"kept": self.kept.sum(), "fixed": (self.kept & self.fixed).sum(), "sum of weights": weights}
@@ -1105,7 +1105,7 @@ class Search:
         return self.finish(backbone)
 
     def finish(self, backbone=""):
-        """Makes up the triggers that the steps left no room for (11), keeps the promise (10): "return A"."""
+        """Makes up the triggers that there were no steps for (11), keeps reading 10's promise: "return A"."""
         self.ended_early = self.triggers - self.triggers_done
         while self.triggers_done < self.triggers:
             self.select()
