@@ -786,11 +786,11 @@ def differential(bench, budget, name, stages):
                 net.begin()
                 temperature = 5 - 4 * step / max(1, steps - 1)
                 noise = bipeft.gumbel_noise((n, 1 + k), generator).to(device)
-                sample(noise, temperature)
+                drawn = sample(noise, temperature)
                 _, gradient = net.run(("weights",), drawn["gate"].detach(), drawn["ranks"].detach(), next(net.train))
                 net.descend(gradient, 1 - (number * steps + step) / T)
                 for _ in range(2):
-                    sample(noise, temperature)
+                    drawn = sample(noise, temperature)
                     _, *found = net.run(wanted, drawn["gate"].detach(), drawn["ranks"].detach(), next(net.val))
                     (weights.grad,) = torch.autograd.grad([drawn[w] for w in wanted], weights, found)
                     optimizer.step()
