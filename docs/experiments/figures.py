@@ -1,0 +1,418 @@
+"""The eight pictures of docs/walkthrough.md, from one search of the toy, and the numbers that the page quotes.
+
+    python docs/experiments/figures.py                        docs/figures: 7 PNGs, 1 GIF, walkthrough.json
+    python docs/experiments/figures.py --out DIR --seed 1     another seed; every flag of bipeft.py's is taken
+
+Needs matplotlib. Takes about a minute on one core of a server's CPU: the search that `python bipeft.py --task toy`
+does, with the same data, seeds and settings and so with the same structure (test_figures.py compares them), then the
+drawing. What is drawn was noted during the search, after each step (`after_step`) and in each pass (`run_pass`).
+The numbers are those of this CPU and this torch: another one rounds otherwise, and finds another structure.
+"""
+
+import argparse
+import dataclasses
+import io
+import json
+import platform
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt                                               # noqa: E402
+from matplotlib.colors import ListedColormap                                       # noqa: E402
+from matplotlib.patches import Patch, Rectangle                                    # noqa: E402
+
+import bipeft                                                                      # noqa: E402
+
+BLUE, ORANGE, GREEN, PURPLE, GREY, PALE = "#0072b2", "#d55e00", "#009e73", "#a6468c", "#666666", "#e4e4e4"
+COLOUR = {"lora": BLUE, "adapter_lr": ORANGE, "bitfit": GREEN, "lnfit": PURPLE}
+WIDTH = 8.3                                   # inches: at 100 dots an inch the width of a page on GitHub
+STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8,
+         "axes.spines.top": False, "axes.spines.right": False, "figure.facecolor": "white"}
+
+
+class Noted(bipeft.Batches):
+    """Batches that note which of them were taken: (epoch, number)."""
+
+    def __iter__(self):
+        self.taken = getattr(self, "taken", [])
+        for number, batch in enumerate(super().__iter__()):
+            self.taken.append((self.epoch, number))
+            yield batch
+
+
+class Record:
+    """A search, and what it held after each of its T steps.
+
+    names, kinds, sizes, ..: of the N modules.   By step, [T] or [T, N]: beta, expected (E), reduction (R, NaN without a
+    trigger), after (E once the step's trigger has selected), smoothed (s̄), indicator (I), fixed (d), choice (k*), theta
+    (softmax(Θ), to keep).   With t = 0 in front, [T + 1, ..]: kept (b), phi (softmax(Φ)).   passes, taken: of each step,
+    what its passes had and felt, and the (epoch, number) of their batches.
+    """
+
+    def __init__(self, settings, structure, picture, space, budget, most, batches, history):
+        self.settings, self.structure, self.picture = settings, structure, picture
+        self.names, self.kinds, self.ranks, self.sizes = space.names, space.kinds, space.ranks, space.sizes.numpy()
+        self.ranked, self.budget, self.most, self.batches = space.ranked.numpy(), budget, most, batches
+        vars(self).update({k: v if k in ("passes", "taken") else np.array(v) for k, v in history.items()})
+        self.T, self.N = self.smoothed.shape
+        self.fired = np.flatnonzero(~np.isnan(self.reduction)) + 1              # the steps with a trigger
+        self.first = int(self.fired[0])
+        self.gone = np.where(self.kept[-1], self.T + 1, (~self.kept).argmax(0))               # [N], the step
+        self.settled = np.where(self.fixed.any(0), self.fixed.argmax(0) + 1, self.T + 1)      # [N], likewise
+        self.cells = [place_of(name) for name in self.names]
+        self.found = {f"{m['name']}.{m['kind']}": m["rank"] or "x" for m in structure.modules}
+        z = settings.triggers - -(-settings.triggers // 10)                     # triggers before p = 1 (reading 7)
+        self.certain = int(self.fired[z]) if len(self.fired) > z else self.T + 1
+
+    def instability(self):
+        """λ of Eq. 9 at each trigger, [triggers, N], from the recorded steps since the one before."""
+        rows = []
+        for j, t in zip([0, *self.fired], self.fired):
+            window = torch.tensor(self.phi[j:t + 1])
+            off = window - window[0]
+            rows.append(bipeft.rank_instability(window[0], window[-1], off.sum(0), off.square().sum(0), len(off)))
+        return torch.stack(rows).numpy()
+
+    def removed(self):
+        """What each trigger took away in the unit of R, the p · C of the modules removed, [triggers]."""
+        totals = []
+        for t in self.fired - 1:
+            gone = self.kept[t] & ~self.kept[t + 1]
+            fixed, choice = (self.fixed[t - 1], self.choice[t - 1]) if t else (~self.ranked, self.choice[0])
+            size = bipeft.expected_size(torch.tensor(self.phi[t + 1]).log(), *map(torch.tensor, (self.sizes, fixed, choice)))
+            totals.append(((1 if t + 1 >= self.certain else self.theta[t]) * size.numpy())[gone].sum())
+        return np.array(totals)
+
+
+def place_of(name):
+    """(stack and layer, column, kind) of a module's name within a T5, as in bipeft.py's own picture."""
+    *place, kind = name.split(".")
+    layer = place[2] if place[1] == "block" else "end"
+    column = {"SelfAttention": "attn", "DenseReluDense": "ffn"}.get(place[-1], place[-1])
+    if column.endswith("layer_norm"):
+        column = "n" + (place[4] if layer != "end" else "0")
+    return f"{place[0]} {layer}", column, kind
+
+
+def record(settings):
+    """Runs the search of bipeft.py's Run.search with these settings, noting what it does.   Returns a Record."""
+    seed, device = settings.seed[0], torch.device("cpu")
+    model, tokenizer = bipeft.load_backbone(settings.model, settings.dtype, device, seed)
+    rows = bipeft.load_splits(settings.task, settings.data_dir, seed)["train"]
+    tokens = bipeft.tokenize(tokenizer, rows, settings.max_length)
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(bipeft.derive(seed, 11)))
+    halves = [Noted([tokens[i] for i in order[half::2]], settings.batch_size, device,
+                    bipeft.derive(seed, 12 + half)) for half in (0, 1)]
+    space, size = bipeft.Space(model, settings.space, settings.ranks, seed), bipeft.geometry(model)["parameters"]
+    budget = int(settings.budget if settings.budget >= 1 else settings.budget * size)
+    steps, warmup = (n * len(halves[0]) for n in (settings.search_epochs, settings.warmup_epochs))
+    counts = [sum(p.numel() for p in m.parameters()) for m in space.modules_]
+    owner, first = torch.arange(len(space)).repeat_interleave(torch.tensor(counts)), space.kinds.index("lora")
+    history, passes, lora = {}, [], owner == first
+
+    def run_pass(wanted, gate, ranks, batch):
+        stored = space.weights[lora].view(2, space.ranks[-1], -1).numpy().copy()            # A and B: d -> d
+        loss, *found = bipeft.run_pass(model, space, wanted, gate, ranks, batch)
+        rows = found[0].view(len(found[0]), -1).any(1)                  # of ΔW a row is a number, of Θ and Φ a module
+        felt = torch.zeros(len(space), dtype=torch.bool).index_put((owner,), rows, True) if "weights" == wanted[0] else rows
+        passes.append({"gate": gate.detach().numpy() > 0, "rank": ranks.detach().argmax(1).numpy(),
+                       "felt": felt.numpy(), "stored": stored, "used": space.working[lora].view(stored.shape).numpy().copy()})
+        return [loss, *found]
+
+    def note(**values):
+        for key, value in values.items():
+            history.setdefault(key, []).append(value.detach().numpy().copy() if torch.is_tensor(value) else value)
+
+    def after_step(search, line):
+        note(beta=line["beta"], expected=line["expected"], passes=list(passes), smoothed=search.smoothed,
+             reduction=np.nan if line["reduction"] is None else line["reduction"], indicator=search.indicators[-1],
+             taken=[halves[0].taken[-1], *halves[1].taken[-2:]], kept=search.kept, fixed=search.fixed,
+             choice=search.choice, theta=search.theta.softmax(1)[:, 1], phi=search.phi.double().softmax(1),
+             after=bipeft.expected_parameters(*search.expectation()))
+        passes.clear()
+
+    search = bipeft.Search(model, space, budget, steps, warmup, settings.triggers, settings.tau, settings.gamma,
+                           settings.window, settings.lr, settings.arch_lr, settings.weight_decay, seed, run_pass=run_pass)
+    note(kept=search.kept, phi=search.phi.double().softmax(1))
+    structure = search.run(*halves, settings.model, after_step)
+    space.detach()
+    return Record(settings, structure, bipeft.picture(structure, model), space, budget, steps, len(halves[0]), history)
+
+
+# The figures: each takes a Record and returns a matplotlib Figure.
+
+
+def short(r, n):
+    """A module's name in a few letters, such as "enc 0 q, lora"."""
+    row, column, kind = r.cells[n]
+    return f"{row.replace('coder', '')} {column}, {kind}"
+
+
+def two_spans(r, heights, height):
+    """Axes [rows, 2]: the steps before the first trigger at the left, those from there on, wider, at the right."""
+    figure, axes = plt.subplots(len(heights), 2, figsize=(WIDTH, height), squeeze=False, sharex="col", sharey="row",
+                                height_ratios=heights, width_ratios=[1, 1.5], layout="constrained")
+    for left, right in axes:
+        left.set_xlim(0.5, r.first + 0.5)
+        right.set_xlim(r.first - 2.5, r.T + 1)
+    for ax, text in zip(axes[-1], ("step, up to the first trigger", "step, from the first trigger on")):
+        ax.set_xlabel(text)
+    return figure, axes
+
+
+def weights(r):
+    """a) The first LoRA's A and B as they are stored, and in use under architectures that were drawn."""
+    n, drawn, R = r.kinds.index("lora"), {}, r.ranks[-1]
+    for t, (one, *_) in enumerate(r.passes[:r.first], 1):                       # the last step to draw each of these
+        drawn[r.ranks[one["rank"][n]] if one["gate"][n] else 0] = t, one
+    latest, one = max(drawn.values(), key=lambda found: found[0])
+    shown = [(f"stored,\nstep {latest}", one["stored"], None)] + [
+        (f"step {t}:\n" + (f"gate 1, rank {key}" if key else "gate 0"), one["used"], key)
+        for key, (t, one) in sorted(drawn.items(), reverse=True)]
+    figure, axes = plt.subplots(len(shown), 3, figsize=(WIDTH, 0.95 * len(shown) + 0.5), width_ratios=[1, 0.06, 1],
+                                layout="constrained")
+    for (text, pair, key), (left, middle, right) in zip(shown, axes):
+        for ax, half, stored in zip((left, right), pair, shown[0][1]):
+            ax.imshow(half, cmap="PuOr", vmin=-abs(stored).max(), vmax=abs(stored).max(), aspect="auto",
+                      interpolation="nearest")
+            ax.set(xticks=[], yticks=[k - 1 for k in r.ranks], yticklabels=r.ranks)
+        middle.set(xlim=(-0.5, 0.5), ylim=(R - 0.5, -0.5))
+        middle.axis("off")
+        for i in range(R if key is not None else 0):
+            middle.add_patch(Rectangle((-0.5, i - 0.5), 1, 1, facecolor=BLUE if i < key else "white", edgecolor=GREY))
+        left.set_ylabel(text)
+    axes[0][0].set_title(f"A: {R} rows of {pair.shape[-1]}, factor 1 in all of them")
+    axes[0][2].set_title(f"B: {R} rows of {pair.shape[-1]}")
+    axes[1][2].set_title("B in use: a row times its g · mask (at the left; blue 1, white 0)")
+    return figure
+
+
+def three_passes(r):
+    """b) A step in which a gate opened or shut between the passes: which batch each pass saw, what it moved."""
+    flips = [t for t in range(r.first - 1) if len(r.passes[t]) == 3
+             and (r.passes[t][0]["gate"] != r.passes[t][2]["gate"]).any()]
+    t = min(flips or range(r.first - 1), key=lambda t: abs(t - r.first / 2))
+    figure, axes = plt.subplots(3, 1, figsize=(WIDTH, 4.6), layout="constrained")
+    for i, (ax, one, (epoch, number), what) in enumerate(zip(axes, r.passes[t], r.taken[t], "ΔW Θ Φ".split())):
+        half, colour = ("the other half", ORANGE) if i else ("ΔW's half", BLUE)
+        ax.bar(np.arange(r.batches) * r.N / r.batches, 0.7, 0.8, 2.3, align="edge",
+               color=[colour if j == number else "#cccccc" for j in range(r.batches)])
+        for bottom, flags, fill in ((1.15, one["gate"], GREY), (0, one["felt"], colour)):
+            ax.bar(range(r.N), 0.7, 0.8, bottom, align="edge", edgecolor=GREY, lw=0.5,
+                   color=[fill if flag else "white" for flag in flags])
+        changed = np.flatnonzero(one["gate"] != r.passes[t][0]["gate"])
+        ax.bar(changed - 0.15, 0.9, 1.1, 1.05, align="edge", edgecolor=ORANGE, color="none", lw=1.8)
+        ax.set(xlim=(-0.2, r.N), ylim=(-0.1, 3.1), xticks=[], yticks=[0.35, 1.5, 2.65],
+               yticklabels=[f"{what} gets a gradient", "gate open", f"batches of {half}"])
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+        ax.set_title(f"pass {i + 1}, {what} learns: batch {number + 1} of {r.batches} in epoch {epoch + 1} of {half}; "
+                     f"{one['gate'].sum()} of {r.N} gates open; {one['felt'].sum()} modules get a gradient", loc="left")
+    axes[0].set_xlabel("")
+    figure.suptitle(f"step {t + 1}: a box a module" + ", framed where Θ's step has moved the gate" * bool(flips), fontsize=9)
+    return figure
+
+
+def sensitivities(r):
+    """c) s̄ of a dozen modules, from the first to go to the last that stay."""
+    order = sorted(range(r.N), key=lambda n: (r.gone[n], r.smoothed[-1, n]))
+    chosen = [order[round(i * (r.N - 1) / 11)] for i in range(12)]
+    figure, axes = two_spans(r, [1], 4.6)
+    steps, ax = np.arange(1, r.T + 1), axes[0][1]
+    for n in chosen:
+        stays, gone = r.gone[n] > r.T, min(r.gone[n], r.T)
+        for one in axes[0]:
+            one.plot(steps[:gone], r.smoothed[:gone, n], color=BLUE if stays else ORANGE, lw=1.1)
+            one.plot(steps[gone - 1:], r.smoothed[gone - 1:, n], color=ORANGE, lw=0.9, ls=":")
+            one.plot([] if stays else gone, [] if stays else r.smoothed[gone - 1, n], "X", color=ORANGE, ms=7, mec="white")
+            one.set_yscale("symlog", linthresh=1e-8)
+    lowest, highest = ax.transData.transform([(0, y) for y in ax.get_ylim()])[:, 1]
+    ends = {n: (ax.transData.transform((0, r.smoothed[-1, n]))[1] - lowest) / (highest - lowest) for n in chosen}
+    at = -1.0
+    for n in sorted(chosen, key=ends.get):                                      # labels apart from each other
+        at = max(ends[n], at + 0.052)
+        ax.annotate(short(r, n), (r.T, r.smoothed[-1, n]), (1.06, at), textcoords="axes fraction", va="center",
+                    fontsize=8, arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.5},
+                    color=BLUE if r.gone[n] > r.T else ORANGE)
+    axes[0][0].set_ylabel("s̄, logarithmic but for −1e-8 … 1e-8")
+    axes[0][0].legend(handles=[plt.Line2D([], [], color=BLUE, label="kept by the last trigger"),
+                               plt.Line2D([], [], color=ORANGE, marker="X", label="removed (×), its s̄ from then on")],
+                      loc="upper left", frameon=False)
+    return figure
+
+
+def indicators(r):
+    """d) I_t, modules by steps; below it beta against tau, with the triggers."""
+    figure, axes = two_spans(r, [3, 1.1], 6.6)
+    order = sorted(range(r.N), key=lambda n: (-r.gone[n], -r.smoothed[-1, n]))
+    shade = np.where(r.kept[1:], r.indicator, 2)[:, order].T                    # [N, T]
+    steps = np.arange(1, r.T + 1)
+    for (raster, beta) in axes.T:
+        raster.imshow(shade, cmap=ListedColormap(["white", BLUE, "#c8c8c8"]), vmin=0, vmax=2, aspect="auto",
+                      interpolation="nearest", extent=(0.5, r.T + 0.5, r.N, 0))
+        beta.plot(steps, r.beta, color=BLUE, lw=1)
+        beta.axhline(r.settings.tau, color=ORANGE, ls="--", lw=1)
+        beta.plot(r.fired, r.beta[r.fired - 1], "o", color=ORANGE, ms=3.5)
+        beta.set_ylim(0, 1.05)
+    for ax in axes[0]:
+        ax.set_xlim(axes[1][list(axes[0]).index(ax)].get_xlim())
+        ax.axhline((r.gone > r.T).sum(), color=GREY, lw=0.8, ls=":")
+    axes[0][0].set_ylabel("module: the last kept on top, the first to go below")
+    axes[1][0].set_ylabel("β")
+    axes[0][0].legend(handles=[Patch(color=BLUE, label="I = 1: among the best that fit B"),
+                               Patch(facecolor="white", edgecolor=GREY, label="I = 0"),
+                               Patch(color="#c8c8c8", label="removed")],
+                      loc="lower center", bbox_to_anchor=(1.2, 1), ncols=3, frameon=False)
+    axes[1][0].text(r.first * 0.98, r.settings.tau - 0.03, f"τ = {r.settings.tau}", ha="right", va="top", color=ORANGE)
+    axes[1][1].text(r.first, 0.3, f"dots: the {len(r.fired)} triggers", color=ORANGE)
+    return figure
+
+
+def staircase(r):
+    """e) E_t down to B, and R_z at each trigger."""
+    figure, axes = two_spans(r, [2.4, 1], 5.4)
+    steps, final = np.arange(1, r.T + 1), r.structure.parameters
+    for size, portion in axes.T:
+        path = np.stack([r.expected, r.after], 1).flatten()                     # before and after a trigger of a step
+        size.plot(np.repeat(steps, 2), path, color=BLUE, lw=1.2, label="E, before and after each trigger")
+        size.axhline(r.budget, color=ORANGE, ls="--", lw=1, label=f"B = {r.budget:,}")
+        size.plot(r.T, final, "D", color=PURPLE, ms=6, zorder=5, label=f"the structure found: {final:,}")
+        portion.bar(r.fired, r.reduction[r.fired - 1], 0.4, align="edge", color=GREY, label="R, what is to go")
+        portion.bar(r.fired, r.removed(), -0.4, align="edge", color=BLUE, label="what went")
+        for ax in (size, portion):
+            ax.axvspan(r.certain - 0.5, r.T + 0.5, color=PALE, lw=0, zorder=0)
+    size.set_ylim(0)
+    axes[0][1].legend(loc="lower left", frameon=False)
+    axes[1][1].legend(loc="upper left", frameon=False)
+    axes[0][0].set_ylabel("parameters")
+    axes[1][0].set_ylabel("parameters")
+    axes[0][1].text(r.certain - 0.8, axes[0][1].get_ylim()[1] * 0.97, "p = 1 from here on", ha="right", va="top")
+    for ax in axes[:, 0]:
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    return figure
+
+
+def ranks(r):
+    """f) softmax(Phi) of two kept modules, the first and the last to be fixed, and their lambda at the triggers."""
+    stay = [n for n in range(r.N) if r.ranked[n] and r.gone[n] > r.T] or list(np.flatnonzero(r.ranked))
+    pair = min(stay, key=lambda n: r.settled[n]), max(stay, key=lambda n: r.settled[n])
+    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5), sharey="row", height_ratios=[1.5, 1], layout="constrained")
+    unstable = r.instability()
+    for n, (above, below) in zip(pair, axes.T):
+        fixed = min(r.settled[n], r.T)
+        for k, (rank, colour, style) in enumerate(zip(r.ranks, (BLUE, ORANGE, PURPLE), ("-", "--", "-."))):
+            above.plot(range(r.T + 1), r.phi[:, n, k], color=colour, ls=style, lw=1.2, label=f"rank {rank}")
+        for ax in (above, below):
+            ax.axvline(fixed, color=GREY, lw=1, ls=":")
+        above.set(title=f"{short(r, n)}: rank {r.ranks[r.choice[-1, n]]} fixed at step {fixed}", xlabel="step", xlim=(0, r.T))
+        others = unstable[:, [m for m in range(r.N) if r.ranked[m] and m != n]].T
+        for other, m in zip(others, [m for m in range(r.N) if r.ranked[m] and m != n]):
+            until = r.fired <= min(r.settled[m], r.T)
+            below.plot(r.fired[until], other[until], ".", color="#cccccc", ms=3)
+        until = r.fired <= fixed
+        below.plot(r.fired[until], unstable[until, n], "o-", color=BLUE, ms=4, lw=1)
+        below.set(yscale="log", xlabel="step, from the first trigger on", xlim=(r.first - 1, r.T + 1))
+    axes[0][0].set_ylabel("softmax(Φ)")
+    axes[1][0].set_ylabel("λ, grey: other modules")
+    axes[0][0].legend(frameon=False, loc="upper left")
+    return figure
+
+
+def draw_grid(ax, r, look):
+    """All modules as boxes, layers by places, a block a kind.   look(n): (fill, edge, text) of a module's box."""
+    rows, x = list(dict.fromkeys(row for row, *_ in r.cells)), 0
+    for kind in dict.fromkeys(r.kinds):
+        columns = list(dict.fromkeys(column for _, column, one in r.cells if one == kind))
+        for n in [n for n in range(r.N) if r.kinds[n] == kind]:
+            fill, edge, text = look(n)
+            left, top = x + columns.index(r.cells[n][1]), rows.index(r.cells[n][0])
+            ax.add_patch(Rectangle((left + 0.06, top + 0.06), 0.88, 0.88, facecolor=fill, edgecolor=edge))
+            ax.text(left + 0.5, top + 0.54, text, ha="center", va="center", color="white", weight="bold", fontsize=8)
+        for i, column in enumerate(columns):
+            ax.text(x + i + 0.5, -0.15, column, ha="center", va="bottom", fontsize=8)
+        ax.text(x + len(columns) / 2, -0.85, kind, ha="center", va="bottom", color=COLOUR[kind], weight="bold")
+        x += len(columns) + 0.7
+    ax.set(xlim=(0, x - 0.7), ylim=(len(rows), -1.6), xticks=[], yticks=np.arange(len(rows)) + 0.5, yticklabels=rows)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+
+
+def found_look(r):
+    """The boxes of the structure found: its rank, x where there is none, and an empty one for what is left out."""
+    return lambda n: ((COLOUR[r.kinds[n]], COLOUR[r.kinds[n]], str(r.found[r.names[n]]).replace("x", ""))
+                      if r.names[n] in r.found else ("white", "#bbbbbb", ""))
+
+
+def structure(r):
+    """g) The structure found."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.9), layout="constrained")
+    draw_grid(ax, r, found_look(r))
+    parts = [f"{kind} {sum(m['kind'] == kind for m in r.structure.modules)} of {r.kinds.count(kind)}"
+             for kind in dict.fromkeys(r.kinds)]
+    ax.set_xlabel(f"kept: {', '.join(parts)}; {r.structure.parameters:,} parameters of {r.budget:,}")
+    return figure
+
+
+def animation(r, path):
+    """h) Modules leaving the grid, a frame a trigger: a GIF."""
+    figure, (grid, bar) = plt.subplots(2, 1, figsize=(WIDTH, 3.3), height_ratios=[5, 0.55], layout="constrained")
+    pale = {kind: tuple(1 - 0.5 * (1 - c) for c in matplotlib.colors.to_rgb(colour)) for kind, colour in COLOUR.items()}
+    frames, steps = [], [*np.linspace(1, r.first - 1, 4).astype(int), *r.fired, None]
+    for t in steps:
+        grid.clear(), bar.clear()
+        def look(n):
+            if not r.kept[t][n]:
+                return ("#555555", "#555555", "×") if t in r.fired and r.kept[t - 1][n] else ("white", "#dddddd", "")
+            fixed, colour = r.fixed[t - 1][n] and r.ranked[n], COLOUR[r.kinds[n]]
+            return (colour if fixed or not r.ranked[n] else pale[r.kinds[n]], colour,
+                    str(r.ranks[r.choice[t - 1][n]]) if fixed else "?" if r.ranked[n] else "")
+        draw_grid(grid, r, found_look(r) if t is None else look)
+        size = r.structure.parameters if t is None else r.after[t - 1]
+        bar.barh(0, size, color=GREY)
+        bar.axvline(r.budget, color=ORANGE, lw=2)
+        bar.set(xlim=(0, max(r.after.max(), r.expected.max())), yticks=[], xlabel="E, parameters expected; the line: B")
+        bar.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        done = (r.fired <= (t or r.T)).sum()
+        grid.set_title(f"{'the end' if t is None else f'step {t}'}: trigger {done} of {r.settings.triggers}, "
+                       f"{len(r.found) if t is None else r.kept[t].sum()} modules, {size:,.0f} parameters", loc="left")
+        figure.savefig(drawn := io.BytesIO(), dpi=100)
+        frames.append(Image.open(drawn).convert("RGB"))
+    palette = frames[len(frames) // 2].quantize(32)
+    first, *rest = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    first.save(path, save_all=True, append_images=rest, duration=[500] * 4 + [350] * len(r.fired) + [4000], loop=0,
+               optimize=True)
+    plt.close(figure)
+
+
+FIGURES = {"weights": weights, "passes": three_passes, "sensitivity": sensitivities, "indicator": indicators,
+           "budget": staircase, "ranks": ranks, "structure": structure}
+
+
+def main(arguments=None):
+    """Searches, draws, prints and writes the numbers.   Returns the Record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="further flags: bipeft.py's")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "figures")
+    args, rest = parser.parse_known_args(arguments)
+    torch.set_num_threads(1)                                    # as the program's toy
+    plt.rcParams.update(STYLE)
+    with bipeft.deterministic():
+        r = record(bipeft.parse(["--task", "toy", *rest]))
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, draw in FIGURES.items():
+        figure = draw(r)
+        figure.savefig(drawn := io.BytesIO(), dpi=160)
+        Image.open(drawn).convert("RGB").quantize(64).save(args.out / f"{name}.png", optimize=True)
+        plt.close(figure)
+    animation(r, args.out / "search.gif")
+    return r
+
+
+if __name__ == "__main__":
+    main()
