@@ -33,8 +33,8 @@ import bipeft                                                                   
 BLUE, ORANGE, GREEN, PURPLE, GREY, PALE = "#0072b2", "#d55e00", "#009e73", "#a6468c", "#666666", "#e4e4e4"
 COLOUR = {"lora": BLUE, "adapter_lr": ORANGE, "bitfit": GREEN, "lnfit": PURPLE}
 WIDTH = 8.3                                   # inches: at 100 dots an inch the width of a page on GitHub
-STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8,
-         "axes.spines.top": False, "axes.spines.right": False, "figure.facecolor": "white"}
+STYLE = {"font.size": 9, "figure.titlesize": 9, "axes.titlesize": 9, "legend.fontsize": 8, "xtick.labelsize": 8,
+         "ytick.labelsize": 8, "axes.spines.top": False, "axes.spines.right": False, "figure.facecolor": "white"}
 
 
 class Noted(bipeft.Batches):
@@ -50,10 +50,10 @@ class Noted(bipeft.Batches):
 class Record:
     """A search, and what it held after each of its T steps.
 
-    names, kinds, sizes, ..: of the N modules.   By step, [T] or [T, N]: beta, expected (E), reduction (R, NaN without a
-    trigger), after (E once the step's trigger has selected), smoothed (s̄), indicator (I), fixed (d), choice (k*), theta
-    (softmax(Θ), to keep).   With t = 0 in front, [T + 1, ..]: kept (b), phi (softmax(Φ)).   passes, taken: of each step,
-    what its passes had and felt, and the (epoch, number) of their batches.
+    names, kinds, sizes, ..: of the N modules.   By step, [T] or [T, N]: beta; expected (E); reduction (R, NaN without
+    a trigger); after (E once the step's trigger has selected); smoothed (s̄); indicator (I); fixed (d); choice (k*);
+    theta (softmax(Θ), of keep).   With t = 0 in front, [T + 1, ..]: kept (b), phi (softmax(Φ)).   passes, taken: of
+    each step, what its passes had and felt, and the (epoch, number) of their batches.
     """
 
     def __init__(self, settings, structure, picture, space, budget, most, batches, history):
@@ -66,8 +66,14 @@ class Record:
         self.first = int(self.fired[0])
         self.gone = np.where(self.kept[-1], self.T + 1, (~self.kept).argmax(0))               # [N], the step
         self.settled = np.where(self.fixed.any(0), self.fixed.argmax(0) + 1, self.T + 1)      # [N], likewise
+        stay = np.flatnonzero(self.ranked & self.kept[-1])
+        stay = stay if len(stay) else np.flatnonzero(self.ranked)
+        self.pair = min(stay, key=lambda n: self.settled[n]), max(stay, key=lambda n: self.settled[n])
         self.cells = [place_of(name) for name in self.names]
         self.found = {f"{m['name']}.{m['kind']}": m["rank"] or "x" for m in structure.modules}
+        flips = [t for t in range(self.first - 1) if len(self.passes[t]) == 3
+                 and (self.passes[t][0]["gate"] != self.passes[t][2]["gate"]).any()]
+        self.told = 1 + min(flips or range(self.first - 1), key=lambda t: abs(t - self.first / 2))   # a step, 1 .. T
         z = settings.triggers - -(-settings.triggers // 10)                     # triggers before p = 1 (reading 7)
         self.certain = int(self.fired[z]) if len(self.fired) > z else self.T + 1
 
@@ -79,16 +85,6 @@ class Record:
             off = window - window[0]
             rows.append(bipeft.rank_instability(window[0], window[-1], off.sum(0), off.square().sum(0), len(off)))
         return torch.stack(rows).numpy()
-
-    def removed(self):
-        """What each trigger took away in the unit of R, the p · C of the modules removed, [triggers]."""
-        totals = []
-        for t in self.fired - 1:
-            gone = self.kept[t] & ~self.kept[t + 1]
-            fixed, choice = (self.fixed[t - 1], self.choice[t - 1]) if t else (~self.ranked, self.choice[0])
-            size = bipeft.expected_size(torch.tensor(self.phi[t + 1]).log(), *map(torch.tensor, (self.sizes, fixed, choice)))
-            totals.append(((1 if t + 1 >= self.certain else self.theta[t]) * size.numpy())[gone].sum())
-        return np.array(totals)
 
 
 def place_of(name):
@@ -121,9 +117,11 @@ def record(settings):
         stored = space.weights[lora].view(2, space.ranks[-1], -1).numpy().copy()            # A and B: d -> d
         loss, *found = bipeft.run_pass(model, space, wanted, gate, ranks, batch)
         rows = found[0].view(len(found[0]), -1).any(1)                  # of ΔW a row is a number, of Θ and Φ a module
-        felt = torch.zeros(len(space), dtype=torch.bool).index_put((owner,), rows, True) if "weights" == wanted[0] else rows
+        if "weights" == wanted[0]:
+            rows = torch.zeros(len(space), dtype=torch.bool).index_add(0, owner, rows)
         passes.append({"gate": gate.detach().numpy() > 0, "rank": ranks.detach().argmax(1).numpy(),
-                       "felt": felt.numpy(), "stored": stored, "used": space.working[lora].view(stored.shape).numpy().copy()})
+                       "felt": rows.numpy(), "stored": stored,
+                       "used": space.working[lora].view(stored.shape).numpy().copy()})
         return [loss, *found]
 
     def note(**values):
@@ -139,7 +137,8 @@ def record(settings):
         passes.clear()
 
     search = bipeft.Search(model, space, budget, steps, warmup, settings.triggers, settings.tau, settings.gamma,
-                           settings.window, settings.lr, settings.arch_lr, settings.weight_decay, seed, run_pass=run_pass)
+                           settings.window, settings.lr, settings.arch_lr, settings.weight_decay, seed,
+                           run_pass=run_pass)
     note(kept=search.kept, phi=search.phi.double().softmax(1))
     structure = search.run(*halves, settings.model, after_step)
     space.detach()
@@ -150,9 +149,9 @@ def record(settings):
 
 
 def short(r, n):
-    """A module's name in a few letters, such as "enc 0 q, lora"."""
+    """A module's name in a few letters, such as "enc 0 q lora"."""
     row, column, kind = r.cells[n]
-    return f"{row.replace('coder', '')} {column}, {kind}"
+    return f"{row.replace('oder', '')} {column} {kind}"
 
 
 def two_spans(r, heights, height):
@@ -190,15 +189,13 @@ def weights(r):
         left.set_ylabel(text)
     axes[0][0].set_title(f"A: {R} rows of {pair.shape[-1]}, factor 1 in all of them")
     axes[0][2].set_title(f"B: {R} rows of {pair.shape[-1]}")
-    axes[1][2].set_title("B in use: a row times its g · mask (at the left; blue 1, white 0)")
+    figure.suptitle(f"{r.names[n]}: below, B in use is a row times its g · mask (blue: 1, white: 0)")
     return figure
 
 
 def three_passes(r):
     """b) A step in which a gate opened or shut between the passes: which batch each pass saw, what it moved."""
-    flips = [t for t in range(r.first - 1) if len(r.passes[t]) == 3
-             and (r.passes[t][0]["gate"] != r.passes[t][2]["gate"]).any()]
-    t = min(flips or range(r.first - 1), key=lambda t: abs(t - r.first / 2))
+    t = r.told - 1
     figure, axes = plt.subplots(3, 1, figsize=(WIDTH, 4.6), layout="constrained")
     for i, (ax, one, (epoch, number), what) in enumerate(zip(axes, r.passes[t], r.taken[t], "ΔW Θ Φ".split())):
         half, colour = ("the other half", ORANGE) if i else ("ΔW's half", BLUE)
@@ -213,10 +210,9 @@ def three_passes(r):
                yticklabels=[f"{what} gets a gradient", "gate open", f"batches of {half}"])
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
-        ax.set_title(f"pass {i + 1}, {what} learns: batch {number + 1} of {r.batches} in epoch {epoch + 1} of {half}; "
-                     f"{one['gate'].sum()} of {r.N} gates open; {one['felt'].sum()} modules get a gradient", loc="left")
-    axes[0].set_xlabel("")
-    figure.suptitle(f"step {t + 1}: a box a module" + ", framed where Θ's step has moved the gate" * bool(flips), fontsize=9)
+        ax.set_title(f"pass {i + 1}, for {what}: batch {number + 1} of {r.batches} in epoch {epoch + 1}, "
+                     f"{one['gate'].sum()} gates open, {one['felt'].sum()} modules with a gradient", loc="left")
+    figure.suptitle(f"step {r.told}: a box a batch, below it a box a module (framed: Θ's step moved its gate)")
     return figure
 
 
@@ -231,20 +227,17 @@ def sensitivities(r):
         for one in axes[0]:
             one.plot(steps[:gone], r.smoothed[:gone, n], color=BLUE if stays else ORANGE, lw=1.1)
             one.plot(steps[gone - 1:], r.smoothed[gone - 1:, n], color=ORANGE, lw=0.9, ls=":")
-            one.plot([] if stays else gone, [] if stays else r.smoothed[gone - 1, n], "X", color=ORANGE, ms=7, mec="white")
             one.set_yscale("symlog", linthresh=1e-8)
-    lowest, highest = ax.transData.transform([(0, y) for y in ax.get_ylim()])[:, 1]
-    ends = {n: (ax.transData.transform((0, r.smoothed[-1, n]))[1] - lowest) / (highest - lowest) for n in chosen}
-    at = -1.0
-    for n in sorted(chosen, key=ends.get):                                      # labels apart from each other
-        at = max(ends[n], at + 0.052)
-        ax.annotate(short(r, n), (r.T, r.smoothed[-1, n]), (1.06, at), textcoords="axes fraction", va="center",
-                    fontsize=8, arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.5},
+            if not stays:
+                one.plot(gone, r.smoothed[gone - 1, n], "X", color=ORANGE, ms=7, mec="white")
+    for i, n in enumerate(sorted(chosen, key=lambda n: r.smoothed[-1, n])):     # labels apart from each other
+        ax.annotate(short(r, n), (r.T, r.smoothed[-1, n]), (1.06, 0.02 + 0.96 * i / 11), textcoords="axes fraction",
+                    va="center", fontsize=8, arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.5},
                     color=BLUE if r.gone[n] > r.T else ORANGE)
     axes[0][0].set_ylabel("s̄, logarithmic but for −1e-8 … 1e-8")
-    axes[0][0].legend(handles=[plt.Line2D([], [], color=BLUE, label="kept by the last trigger"),
-                               plt.Line2D([], [], color=ORANGE, marker="X", label="removed (×), its s̄ from then on")],
-                      loc="upper left", frameon=False)
+    figure.legend(handles=[plt.Line2D([], [], color=BLUE, label="kept after the last trigger"),
+                           plt.Line2D([], [], color=ORANGE, marker="X", label="removed at ×; its s̄ stays")],
+                  loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
@@ -266,10 +259,10 @@ def indicators(r):
         ax.axhline((r.gone > r.T).sum(), color=GREY, lw=0.8, ls=":")
     axes[0][0].set_ylabel("module: the last kept on top, the first to go below")
     axes[1][0].set_ylabel("β")
-    axes[0][0].legend(handles=[Patch(color=BLUE, label="I = 1: among the best that fit B"),
-                               Patch(facecolor="white", edgecolor=GREY, label="I = 0"),
-                               Patch(color="#c8c8c8", label="removed")],
-                      loc="lower center", bbox_to_anchor=(1.2, 1), ncols=3, frameon=False)
+    figure.legend(handles=[Patch(color=BLUE, label="I = 1: among the best that fit B together"),
+                           Patch(facecolor="white", edgecolor=GREY, label="I = 0"),
+                           Patch(color="#c8c8c8", label="removed")],
+                  loc="outside upper center", ncols=3, frameon=False)
     axes[1][0].text(r.first * 0.98, r.settings.tau - 0.03, f"τ = {r.settings.tau}", ha="right", va="top", color=ORANGE)
     axes[1][1].text(r.first, 0.3, f"dots: the {len(r.fired)} triggers", color=ORANGE)
     return figure
@@ -284,16 +277,14 @@ def staircase(r):
         size.plot(np.repeat(steps, 2), path, color=BLUE, lw=1.2, label="E, before and after each trigger")
         size.axhline(r.budget, color=ORANGE, ls="--", lw=1, label=f"B = {r.budget:,}")
         size.plot(r.T, final, "D", color=PURPLE, ms=6, zorder=5, label=f"the structure found: {final:,}")
-        portion.bar(r.fired, r.reduction[r.fired - 1], 0.4, align="edge", color=GREY, label="R, what is to go")
-        portion.bar(r.fired, r.removed(), -0.4, align="edge", color=BLUE, label="what went")
+        portion.bar(r.fired, r.reduction[r.fired - 1], 0.6, color=GREY)
         for ax in (size, portion):
             ax.axvspan(r.certain - 0.5, r.T + 0.5, color=PALE, lw=0, zorder=0)
     size.set_ylim(0)
     axes[0][1].legend(loc="lower left", frameon=False)
-    axes[1][1].legend(loc="upper left", frameon=False)
     axes[0][0].set_ylabel("parameters")
-    axes[1][0].set_ylabel("parameters")
-    axes[0][1].text(r.certain - 0.8, axes[0][1].get_ylim()[1] * 0.97, "p = 1 from here on", ha="right", va="top")
+    axes[1][0].set_ylabel("R at a trigger")
+    axes[0][1].text(r.certain - 1.1, axes[0][1].get_ylim()[1] * 0.97, "p = 1 from here on", ha="right", va="top")
     for ax in axes[:, 0]:
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     return figure
@@ -301,27 +292,25 @@ def staircase(r):
 
 def ranks(r):
     """f) softmax(Phi) of two kept modules, the first and the last to be fixed, and their lambda at the triggers."""
-    stay = [n for n in range(r.N) if r.ranked[n] and r.gone[n] > r.T] or list(np.flatnonzero(r.ranked))
-    pair = min(stay, key=lambda n: r.settled[n]), max(stay, key=lambda n: r.settled[n])
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5), sharey="row", height_ratios=[1.5, 1], layout="constrained")
     unstable = r.instability()
-    for n, (above, below) in zip(pair, axes.T):
+    for n, (above, below) in zip(r.pair, axes.T):
         fixed = min(r.settled[n], r.T)
         for k, (rank, colour, style) in enumerate(zip(r.ranks, (BLUE, ORANGE, PURPLE), ("-", "--", "-."))):
             above.plot(range(r.T + 1), r.phi[:, n, k], color=colour, ls=style, lw=1.2, label=f"rank {rank}")
         for ax in (above, below):
             ax.axvline(fixed, color=GREY, lw=1, ls=":")
-        above.set(title=f"{short(r, n)}: rank {r.ranks[r.choice[-1, n]]} fixed at step {fixed}", xlabel="step", xlim=(0, r.T))
-        others = unstable[:, [m for m in range(r.N) if r.ranked[m] and m != n]].T
-        for other, m in zip(others, [m for m in range(r.N) if r.ranked[m] and m != n]):
+        above.set(title=f"{short(r, n)}: rank {r.ranks[r.choice[-1, n]]} fixed at step {fixed}", xlabel="step",
+                  xlim=(0, r.T))
+        for m in np.flatnonzero(r.ranked):
             until = r.fired <= min(r.settled[m], r.T)
-            below.plot(r.fired[until], other[until], ".", color="#cccccc", ms=3)
+            below.plot(r.fired[until], unstable[until, m], ".", color="#cccccc", ms=3)
         until = r.fired <= fixed
         below.plot(r.fired[until], unstable[until, n], "o-", color=BLUE, ms=4, lw=1)
         below.set(yscale="log", xlabel="step, from the first trigger on", xlim=(r.first - 1, r.T + 1))
     axes[0][0].set_ylabel("softmax(Φ)")
     axes[1][0].set_ylabel("λ, grey: other modules")
-    axes[0][0].legend(frameon=False, loc="upper left")
+    axes[0][1].legend(frameon=False, loc="lower left")
     return figure
 
 
@@ -391,6 +380,45 @@ def animation(r, path):
     plt.close(figure)
 
 
+def made_by(r):
+    """Where the numbers are from."""
+    return f"CPU, Python {platform.python_version()}, torch {torch.__version__}, seed {r.settings.seed[0]}"
+
+
+def facts(r):
+    """What the page says of this run, in the words in which it says it."""
+    told, pair, t = r.passes[r.told - 1], r.pair, r.certain
+    gone, size = [list(np.flatnonzero(r.gone == t)) for t in r.fired], r.sizes[np.arange(r.N), r.choice[-1]]
+    ends = {n: r.found.get(r.names[n]) for n in range(r.N)}
+    lower = [f"{short(r, n)} from rank {r.ranks[r.choice[-1, n]]} to {ends[n] or 'none'}" for n in range(r.N)
+             if r.kept[-1, n] and r.ranked[n] and ends[n] != r.ranks[r.choice[-1, n]]]
+    back = [short(r, n) for n in range(r.N) if not r.kept[-1, n] and ends[n]]
+    return [
+        f"{r.N} modules", f"B = {r.budget:,}", f"T = {r.most}", f"{r.batches} batches in each half",
+        f"In step {r.told} of this run {told[0]['gate'].sum()} of {r.N} gates are open",
+        f"{told[0]['felt'].sum()} modules get a gradient for ΔW, {told[1]['felt'].sum()} for Θ and "
+        f"{told[-1]['felt'].sum()} for Φ",
+        f"{r.indicator[r.first - 1].sum()} modules have I = 1 at step {r.first}",
+        f"β is at least τ for the first time at step {np.flatnonzero(r.beta >= r.settings.tau)[0] + 1}",
+        f"from step {r.first} on β is never below {np.floor(1000 * r.beta[r.first - 1:].min()) / 1000:.3f}",
+        f"the {len(r.fired)} triggers are the steps {r.first} to {r.fired[-1]}",
+        f"E is {r.expected[0]:,.0f} after step 1 and {r.expected[r.first - 1]:,.0f} at step {r.first}",
+        f"R is {r.reduction[r.first - 1]:,.0f} at the first trigger and {r.reduction[r.fired[-1] - 1]:,.0f} at the "
+        "last",
+        f"The first trigger removes {', '.join(short(r, n) for n in gone[0])}",
+        f"{sum(not one for one in gone)} of the {len(gone)} triggers remove nothing",
+        f"from {r.expected[min(t, r.T) - 2]:,.0f} at step {t - 1} to {r.expected[min(t, r.T) - 1]:,.0f} at step {t}",
+        f"the last {(r.fired >= t).sum()} triggers remove {sum(map(len, gone[-(r.fired >= t).sum():]))} of the "
+        f"{(~r.kept[-1]).sum()} modules that go", f"temperature {5 - 4 * (r.T - 1) / (r.most - 1):.2f}",
+        f"{(r.smoothed[-1][~r.kept[-1]] < 0).sum()} modules go with a negative s̄",
+        f"softmax(Θ) lies between {r.theta[-1].min():.2f} and {r.theta[-1].max():.2f} at the end",
+        f"no entry of softmax(Φ) leaves {r.phi[:, r.ranked].min():.2f} … {r.phi[:, r.ranked].max():.2f}",
+        f"{short(r, pair[0])} is fixed at step {r.settled[pair[0]]}, {short(r, pair[1])} at step {r.settled[pair[1]]}",
+        f"the last trigger leaves {r.kept[-1].sum()} modules with {size[r.kept[-1]].sum():,} parameters",
+        f"lowers {', '.join(lower) or 'none'}", f"takes back {', '.join(back) or 'none'}",
+        f"{len(r.found)} modules with {r.structure.parameters:,} parameters"]
+
+
 FIGURES = {"weights": weights, "passes": three_passes, "sensitivity": sensitivities, "indicator": indicators,
            "budget": staircase, "ranks": ranks, "structure": structure}
 
@@ -405,10 +433,13 @@ def main(arguments=None):
     with bipeft.deterministic():
         r = record(bipeft.parse(["--task", "toy", *rest]))
     args.out.mkdir(parents=True, exist_ok=True)
+    numbers = {"made by": made_by(r), "facts": facts(r), "picture": r.picture.splitlines()}
+    bipeft.write_atomically(args.out / "walkthrough.json", json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
+    print("\n".join((numbers["made by"], *numbers["facts"], r.picture)))
     for name, draw in FIGURES.items():
         figure = draw(r)
         figure.savefig(drawn := io.BytesIO(), dpi=160)
-        Image.open(drawn).convert("RGB").quantize(64).save(args.out / f"{name}.png", optimize=True)
+        Image.open(drawn).convert("RGB").quantize(96).save(args.out / f"{name}.png", optimize=True)
         plt.close(figure)
     animation(r, args.out / "search.gif")
     return r
