@@ -62,8 +62,17 @@ def test_the_page_says_what_the_run_gave(fact):
     assert fact in PROSE
 
 
+def test_no_number_of_the_page_is_from_elsewhere():
+    # three digits or more, outside of code, links and formulas; besides the run's: settings, and a year
+    prose = re.sub(r"`.+?`|\]\(.+?\)|[\w.]+\.\w+\)", " ", PROSE)
+    numbers = {n for n in re.findall(r"\d[\d,]*(?:\.\d+)?", prose) if len(re.sub(r"\D", "", n)) >= 3}
+    settings = {"0.85", "252", "300", "10,000", "2017"}
+    ours = set(re.findall(r"\d[\d,]*(?:\.\d+)?", " ".join([NUMBERS["made by"], *NUMBERS["facts"]])))
+    assert {n.rstrip(",") for n in numbers} <= ours | settings
+
+
 def test_the_pages_picture_is_the_runs():
-    grid = [line for line in NUMBERS["picture"] if not line.startswith("  ") or line.startswith("    ")]
+    grid = [line.rstrip() for line in NUMBERS["picture"] if not line.startswith("  ") or line.startswith("    ")]
     assert len(grid) > 5 and "\n".join(grid) in PAGE
 
 
