@@ -68,7 +68,7 @@ def test_no_number_of_the_page_is_from_elsewhere():
     numbers = {n for n in re.findall(r"\d[\d,]*(?:\.\d+)?", prose) if len(re.sub(r"\D", "", n)) >= 3}
     settings = {"0.85", "252", "300", "10,000", "2017"}
     ours = set(re.findall(r"\d[\d,]*(?:\.\d+)?", " ".join([NUMBERS["made by"], *NUMBERS["facts"]])))
-    assert {n.rstrip(",") for n in numbers} <= ours | settings
+    assert {n.rstrip(",") for n in numbers} <= {n.rstrip(",") for n in ours} | settings
 
 
 def test_the_pages_picture_is_the_runs():
