@@ -63,6 +63,8 @@ class Record:
         vars(self).update({k: v if k in ("passes", "taken") else np.array(v) for k, v in history.items()})
         self.T, self.N = self.smoothed.shape
         self.fired = np.flatnonzero(~np.isnan(self.reduction)) + 1              # the steps with a trigger
+        if not len(self.fired):
+            raise SystemExit("no trigger within the steps: nothing to draw; give more --search-epochs")
         self.first = int(self.fired[0])
         self.gone = np.where(self.kept[-1], self.T + 1, (~self.kept).argmax(0))               # [N], the step
         self.settled = np.where(self.fixed.any(0), self.fixed.argmax(0) + 1, self.T + 1)      # [N], likewise
@@ -184,8 +186,8 @@ def weights(r):
             ax.set(xticks=[], yticks=[k - 1 for k in r.ranks], yticklabels=r.ranks)
         middle.set(xlim=(-0.5, 0.5), ylim=(R - 0.5, -0.5))
         middle.axis("off")
-        for i in range(R if key is not None else 0):
-            middle.add_patch(Rectangle((-0.5, i - 0.5), 1, 1, facecolor=BLUE if i < key else "white", edgecolor=GREY))
+        if key is not None:
+            middle.barh(range(R), 1, 1, -0.5, color=[BLUE if i < key else "white" for i in range(R)], edgecolor=GREY)
         left.set_ylabel(text)
     axes[0][0].set_title(f"A: {R} rows of {pair.shape[-1]}, factor 1 in all of them")
     axes[0][2].set_title(f"B: {R} rows of {pair.shape[-1]}")
@@ -232,8 +234,8 @@ def sensitivities(r):
                 one.plot(gone, r.smoothed[gone - 1, n], "X", color=ORANGE, ms=7, mec="white")
     for i, n in enumerate(sorted(chosen, key=lambda n: r.smoothed[-1, n])):     # labels apart from each other
         ax.annotate(short(r, n), (r.T, r.smoothed[-1, n]), (1.06, 0.02 + 0.96 * i / 11), textcoords="axes fraction",
-                    va="center", fontsize=8, arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.5},
-                    color=BLUE if r.gone[n] > r.T else ORANGE)
+                    va="center", fontsize=8, color=BLUE if r.gone[n] > r.T else ORANGE,
+                    arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.5, "relpos": (0, 0.5)})
     axes[0][0].set_ylabel("s̄, logarithmic but for −1e-8 … 1e-8")
     figure.legend(handles=[plt.Line2D([], [], color=BLUE, label="kept after the last trigger"),
                            plt.Line2D([], [], color=ORANGE, marker="X", label="removed at ×; its s̄ stays")],
@@ -247,16 +249,14 @@ def indicators(r):
     order = sorted(range(r.N), key=lambda n: (-r.gone[n], -r.smoothed[-1, n]))
     shade = np.where(r.kept[1:], r.indicator, 2)[:, order].T                    # [N, T]
     steps = np.arange(1, r.T + 1)
-    for (raster, beta) in axes.T:
+    for raster, beta in axes.T:
+        raster.axhline((r.gone > r.T).sum(), color=GREY, lw=0.8, ls=":")
         raster.imshow(shade, cmap=ListedColormap(["white", BLUE, "#c8c8c8"]), vmin=0, vmax=2, aspect="auto",
                       interpolation="nearest", extent=(0.5, r.T + 0.5, r.N, 0))
         beta.plot(steps, r.beta, color=BLUE, lw=1)
         beta.axhline(r.settings.tau, color=ORANGE, ls="--", lw=1)
         beta.plot(r.fired, r.beta[r.fired - 1], "o", color=ORANGE, ms=3.5)
         beta.set_ylim(0, 1.05)
-    for ax in axes[0]:
-        ax.set_xlim(axes[1][list(axes[0]).index(ax)].get_xlim())
-        ax.axhline((r.gone > r.T).sum(), color=GREY, lw=0.8, ls=":")
     axes[0][0].set_ylabel("module: the last kept on top, the first to go below")
     axes[1][0].set_ylabel("β")
     figure.legend(handles=[Patch(color=BLUE, label="I = 1: among the best that fit B together"),
@@ -284,7 +284,7 @@ def staircase(r):
     axes[0][1].legend(loc="lower left", frameon=False)
     axes[0][0].set_ylabel("parameters")
     axes[1][0].set_ylabel("R at a trigger")
-    axes[0][1].text(r.certain - 1.1, axes[0][1].get_ylim()[1] * 0.97, "p = 1 from here on", ha="right", va="top")
+    axes[0][1].text(r.certain - 1.5, axes[0][1].get_ylim()[1] * 0.97, "p = 1 from here on", ha="right", va="top")
     for ax in axes[:, 0]:
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     return figure
@@ -314,37 +314,36 @@ def ranks(r):
     return figure
 
 
-def draw_grid(ax, r, look):
-    """All modules as boxes, layers by places, a block a kind.   look(n): (fill, edge, text) of a module's box."""
-    rows, x = list(dict.fromkeys(row for row, *_ in r.cells)), 0
-    for kind in dict.fromkeys(r.kinds):
+def draw_grid(ax, r, t):
+    """All modules as boxes at step t, or, at T + 1, the structure found: layers by places, a block a kind."""
+    rows, x, last = list(dict.fromkeys(row for row, *_ in r.cells)), 0, t > r.T
+    for kind, colour in COLOUR.items():
         columns = list(dict.fromkeys(column for _, column, one in r.cells if one == kind))
         for n in [n for n in range(r.N) if r.kinds[n] == kind]:
-            fill, edge, text = look(n)
+            kept = r.names[n] in r.found if last else r.kept[t, n]
+            going, fixed = not kept and r.gone[n] == t < r.T + 1, last or r.fixed[t - 1, n]
+            rank = r.found.get(r.names[n]) if last else r.ranks[r.choice[t - 1, n]] if fixed else "?"
             left, top = x + columns.index(r.cells[n][1]), rows.index(r.cells[n][0])
-            ax.add_patch(Rectangle((left + 0.06, top + 0.06), 0.88, 0.88, facecolor=fill, edgecolor=edge))
-            ax.text(left + 0.5, top + 0.54, text, ha="center", va="center", color="white", weight="bold", fontsize=8)
+            fill = (colour, 1 if fixed else 0.5) if kept else "#555555" if going else "white"
+            ax.add_patch(Rectangle((left + 0.06, top + 0.06), 0.88, 0.88, facecolor=fill,
+                                   edgecolor=colour if kept else "#cccccc"))
+            ax.text(left + 0.5, top + 0.54, "×" if going else rank if kept and r.ranked[n] else "", ha="center",
+                    va="center", color="white", weight="bold", fontsize=8)
         for i, column in enumerate(columns):
             ax.text(x + i + 0.5, -0.15, column, ha="center", va="bottom", fontsize=8)
-        ax.text(x + len(columns) / 2, -0.85, kind, ha="center", va="bottom", color=COLOUR[kind], weight="bold")
+        ax.text(x + len(columns) / 2, -0.85, kind, ha="center", va="bottom", color=colour, weight="bold")
         x += len(columns) + 0.7
     ax.set(xlim=(0, x - 0.7), ylim=(len(rows), -1.6), xticks=[], yticks=np.arange(len(rows)) + 0.5, yticklabels=rows)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
 
 
-def found_look(r):
-    """The boxes of the structure found: its rank, x where there is none, and an empty one for what is left out."""
-    return lambda n: ((COLOUR[r.kinds[n]], COLOUR[r.kinds[n]], str(r.found[r.names[n]]).replace("x", ""))
-                      if r.names[n] in r.found else ("white", "#bbbbbb", ""))
-
-
 def structure(r):
     """g) The structure found."""
     figure, ax = plt.subplots(figsize=(WIDTH, 2.9), layout="constrained")
-    draw_grid(ax, r, found_look(r))
+    draw_grid(ax, r, r.T + 1)
     parts = [f"{kind} {sum(m['kind'] == kind for m in r.structure.modules)} of {r.kinds.count(kind)}"
-             for kind in dict.fromkeys(r.kinds)]
+             for kind in COLOUR]
     ax.set_xlabel(f"kept: {', '.join(parts)}; {r.structure.parameters:,} parameters of {r.budget:,}")
     return figure
 
@@ -352,25 +351,17 @@ def structure(r):
 def animation(r, path):
     """h) Modules leaving the grid, a frame a trigger: a GIF."""
     figure, (grid, bar) = plt.subplots(2, 1, figsize=(WIDTH, 3.3), height_ratios=[5, 0.55], layout="constrained")
-    pale = {kind: tuple(1 - 0.5 * (1 - c) for c in matplotlib.colors.to_rgb(colour)) for kind, colour in COLOUR.items()}
-    frames, steps = [], [*np.linspace(1, r.first - 1, 4).astype(int), *r.fired, None]
-    for t in steps:
+    frames, many = [], lambda value, _=None: f"{value:,.0f}"
+    for t in [*np.linspace(1, r.first - 1, 4).astype(int), *r.fired, r.T + 1]:
         grid.clear(), bar.clear()
-        def look(n):
-            if not r.kept[t][n]:
-                return ("#555555", "#555555", "×") if t in r.fired and r.kept[t - 1][n] else ("white", "#dddddd", "")
-            fixed, colour = r.fixed[t - 1][n] and r.ranked[n], COLOUR[r.kinds[n]]
-            return (colour if fixed or not r.ranked[n] else pale[r.kinds[n]], colour,
-                    str(r.ranks[r.choice[t - 1][n]]) if fixed else "?" if r.ranked[n] else "")
-        draw_grid(grid, r, found_look(r) if t is None else look)
-        size = r.structure.parameters if t is None else r.after[t - 1]
+        draw_grid(grid, r, t)
+        size, count = (r.structure.parameters, len(r.found)) if t > r.T else (r.after[t - 1], r.kept[t].sum())
+        grid.set_title(f"{'the end' if t > r.T else f'step {t}'}: trigger {(r.fired <= t).sum()} of "
+                       f"{r.settings.triggers}, {count} modules, {many(size)} parameters", loc="left")
         bar.barh(0, size, color=GREY)
         bar.axvline(r.budget, color=ORANGE, lw=2)
         bar.set(xlim=(0, max(r.after.max(), r.expected.max())), yticks=[], xlabel="E, parameters expected; the line: B")
-        bar.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        done = (r.fired <= (t or r.T)).sum()
-        grid.set_title(f"{'the end' if t is None else f'step {t}'}: trigger {done} of {r.settings.triggers}, "
-                       f"{len(r.found) if t is None else r.kept[t].sum()} modules, {size:,.0f} parameters", loc="left")
+        bar.xaxis.set_major_formatter(many)
         figure.savefig(drawn := io.BytesIO(), dpi=100)
         frames.append(Image.open(drawn).convert("RGB"))
     palette = frames[len(frames) // 2].quantize(32)
@@ -378,11 +369,6 @@ def animation(r, path):
     first.save(path, save_all=True, append_images=rest, duration=[500] * 4 + [350] * len(r.fired) + [4000], loop=0,
                optimize=True)
     plt.close(figure)
-
-
-def made_by(r):
-    """Where the numbers are from."""
-    return f"CPU, Python {platform.python_version()}, torch {torch.__version__}, seed {r.settings.seed[0]}"
 
 
 def facts(r):
@@ -393,13 +379,18 @@ def facts(r):
     lower = [f"{short(r, n)} from rank {r.ranks[r.choice[-1, n]]} to {ends[n] or 'none'}" for n in range(r.N)
              if r.kept[-1, n] and r.ranked[n] and ends[n] != r.ranks[r.choice[-1, n]]]
     back = [short(r, n) for n in range(r.N) if not r.kept[-1, n] and ends[n]]
+    crossed = int(np.flatnonzero(r.beta >= r.settings.tau)[0]) + 1
+    low = crossed + int(r.beta[crossed - 1:r.first].argmin())
     return [
+        f"CPU, Python {platform.python_version()}, torch {torch.__version__}, seed {r.settings.seed[0]}",
         f"{r.N} modules", f"B = {r.budget:,}", f"T = {r.most}", f"{r.batches} batches in each half",
         f"In step {r.told} of this run {told[0]['gate'].sum()} of {r.N} gates are open",
         f"{told[0]['felt'].sum()} modules get a gradient for ΔW, {told[1]['felt'].sum()} for Θ and "
         f"{told[-1]['felt'].sum()} for Φ",
         f"{r.indicator[r.first - 1].sum()} modules have I = 1 at step {r.first}",
-        f"β is at least τ for the first time at step {np.flatnonzero(r.beta >= r.settings.tau)[0] + 1}",
+        f"β is at least τ for the first time at step {crossed}",
+        f"lowest at step {low}, {r.beta[low - 1]:.3f}, where {(r.smoothed[low - 1] < 0).sum()} modules have a negative "
+        "s̄",
         f"from step {r.first} on β is never below {np.floor(1000 * r.beta[r.first - 1:].min()) / 1000:.3f}",
         f"the {len(r.fired)} triggers are the steps {r.first} to {r.fired[-1]}",
         f"E is {r.expected[0]:,.0f} after step 1 and {r.expected[r.first - 1]:,.0f} at step {r.first}",
@@ -433,9 +424,9 @@ def main(arguments=None):
     with bipeft.deterministic():
         r = record(bipeft.parse(["--task", "toy", *rest]))
     args.out.mkdir(parents=True, exist_ok=True)
-    numbers = {"made by": made_by(r), "facts": facts(r), "picture": r.picture.splitlines()}
+    numbers = {"facts": facts(r), "picture": r.picture.splitlines()}
     bipeft.write_atomically(args.out / "walkthrough.json", json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
-    print("\n".join((numbers["made by"], *numbers["facts"], r.picture)))
+    print("\n".join((*numbers["facts"], r.picture)))
     for name, draw in FIGURES.items():
         figure = draw(r)
         figure.savefig(drawn := io.BytesIO(), dpi=160)
