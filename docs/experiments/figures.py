@@ -3,9 +3,9 @@
     python docs/experiments/figures.py                        docs/figures: 7 PNGs, 1 GIF, walkthrough.json
     python docs/experiments/figures.py --out DIR --seed 1     another seed; every flag of bipeft.py's is taken
 
-Needs matplotlib. Takes about a minute on one core of a server's CPU: the search that `python bipeft.py --task toy`
-does, with the same data, seeds and settings and so with the same structure (test_figures.py compares them), then the
-drawing. What is drawn was noted during the search, after each step (`after_step`) and in each pass (`run_pass`).
+Needs matplotlib. Takes 46 s on one thread of an AMD EPYC with little else to do: the search that `python bipeft.py
+--task toy` does, with the same data, seeds and settings and so with the same structure (test_figures.py compares
+them), then the drawing. What is drawn was noted during the search, after each step (`after_step`) and in each pass (`run_pass`).
 The numbers are those of this CPU and this torch: another one rounds otherwise, and finds another structure.
 """
 
