@@ -1,16 +1,15 @@
 """The eight pictures of docs/walkthrough.md, from one search of the toy, and the numbers that the page quotes.
 
     python docs/experiments/figures.py                        docs/figures: 7 PNGs, 1 GIF, walkthrough.json
-    python docs/experiments/figures.py --out DIR --seed 1     another seed; every flag of bipeft.py's is taken
+    python docs/experiments/figures.py --out DIR --seed 1     another seed, or bipeft.py's other flags for S2
 
 Needs matplotlib. Takes 46 s on one thread of an AMD EPYC with little else to do: the search that `python bipeft.py
 --task toy` does, with the same data, seeds and settings and so with the same structure (test_figures.py compares
-them), then the drawing. What is drawn was noted during the search, after each step (`after_step`) and in each pass (`run_pass`).
-The numbers are those of this CPU and this torch: another one rounds otherwise, and finds another structure.
+them), then the drawing. What is drawn is noted during the search: after each step (`after_step`), in each pass
+(`run_pass`). The numbers are of one CPU and one torch: another one rounds otherwise, and finds another structure.
 """
 
 import argparse
-import dataclasses
 import io
 import json
 import platform
