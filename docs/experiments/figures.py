@@ -49,7 +49,7 @@ class Noted(bipeft.Batches):
 class Record:
     """A search, and what it held after each of its T steps.
 
-    names, kinds, sizes, ..: of the N modules.   By step, [T] or [T, N]: beta; expected (E); reduction (R, NaN without
+    names, kinds, sizes, ..: of the N modules.   By step, [T] or [T, N]: beta; loss; expected (E); reduction (R, NaN without
     a trigger); after (E once the step's trigger has selected); smoothed (s̄); indicator (I); fixed (d); choice (k*);
     theta (softmax(Θ), of keep).   With t = 0 in front, [T + 1, ..]: kept (b), phi (softmax(Φ)).   passes, taken: of
     each step, what its passes had and felt, and the (epoch, number) of their batches.
@@ -130,11 +130,11 @@ def record(settings):
             history.setdefault(key, []).append(value.detach().numpy().copy() if torch.is_tensor(value) else value)
 
     def after_step(search, line):
-        note(beta=line["beta"], expected=line["expected"], passes=list(passes), smoothed=search.smoothed,
-             reduction=np.nan if line["reduction"] is None else line["reduction"], indicator=search.indicators[-1],
+        note(beta=line["beta"], loss=line["loss_train"], expected=line["expected"], passes=list(passes),
+             reduction=np.nan if line["reduction"] is None else line["reduction"], smoothed=search.smoothed,
              taken=[halves[0].taken[-1], *halves[1].taken[-2:]], kept=search.kept, fixed=search.fixed,
-             choice=search.choice, theta=search.theta.softmax(1)[:, 1], phi=search.phi.double().softmax(1),
-             after=bipeft.expected_parameters(*search.expectation()))
+             indicator=search.indicators[-1], choice=search.choice, theta=search.theta.softmax(1)[:, 1],
+             phi=search.phi.double().softmax(1), after=bipeft.expected_parameters(*search.expectation()))
         passes.clear()
 
     search = bipeft.Search(model, space, budget, steps, warmup, settings.triggers, settings.tau, settings.gamma,
@@ -402,6 +402,8 @@ def facts(r):
         f"{(~r.kept[-1]).sum()} modules that go", f"temperature {5 - 4 * (r.T - 1) / (r.most - 1):.2f}",
         f"{(r.smoothed[-1][~r.kept[-1]] < 0).sum()} modules go with a negative s̄",
         f"softmax(Θ) lies between {r.theta[-1].min():.2f} and {r.theta[-1].max():.2f} at the end",
+        f"the mean training loss of the {min(25, r.first)} steps up to {r.first} is "
+        f"{r.loss[max(0, r.first - 25):r.first].mean():.3f}",
         f"no entry of softmax(Φ) leaves {r.phi[:, r.ranked].min():.2f} … {r.phi[:, r.ranked].max():.2f}",
         f"{short(r, pair[0])} is fixed at step {r.settled[pair[0]]}, {short(r, pair[1])} at step {r.settled[pair[1]]}",
         f"the last trigger leaves {r.kept[-1].sum()} modules with {size[r.kept[-1]].sum():,} parameters",
