@@ -49,10 +49,10 @@ class Noted(bipeft.Batches):
 class Record:
     """A search, and what it held after each of its T steps.
 
-    names, kinds, sizes, ..: of the N modules.   By step, [T] or [T, N]: beta; loss; expected (E); reduction (R, NaN without
-    a trigger); after (E once the step's trigger has selected); smoothed (s̄); indicator (I); fixed (d); choice (k*);
-    theta (softmax(Θ), of keep).   With t = 0 in front, [T + 1, ..]: kept (b), phi (softmax(Φ)).   passes, taken: of
-    each step, what its passes had and felt, and the (epoch, number) of their batches.
+    names, kinds, sizes, ..: of the N modules.   By step, [T] or [T, N]: beta; loss, of pass 1; expected (E); reduction
+    (R, NaN without a trigger); after (E once the step's trigger has selected); smoothed (s̄); indicator (I); fixed (d);
+    choice (k*); theta (softmax(Θ), of keep).   With t = 0 in front, [T + 1, ..]: kept (b), phi (softmax(Φ)).
+    passes, taken: of each step, what its passes had and felt, and the (epoch, number) of their batches.
     """
 
     def __init__(self, settings, structure, picture, space, budget, most, batches, history):
