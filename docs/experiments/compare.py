@@ -12,9 +12,9 @@ matplotlib. A line of JSON a search and a training goes to --out; what has a lin
 
 The rules. Every method gives a structure of at most B parameters, counted from tensors. Each is re-trained
 from fresh weights for the same steps, batches, optimiser (AdamW, linear decay) and seed: the seed decides
-splits, order, head and weights. The re-training rate is a method's own: of RATES the one with the best mean
-validation score over tasks on --tune-seeds, which are never reported and whose test sets are not read. The
-epoch is the best on validation, the test is read once. The head is outside of B. Searches see two halves
+splits, order, head and weights. The re-training rate is a method's own: of a ladder the one with the best mean
+validation score over tasks on --tune-seeds, which are never reported and whose test sets are not read; at
+another budget than --budget it is chosen anew, on the first of them. The epoch is the best on validation, the test is read once. The head is outside of B. Searches see two halves
 of the training set, and learn Delta W at one rate, --search-lr. FTE: passes of a search (forward and
 backward) over those of one re-training; a search's validations are not counted.
 """
@@ -46,9 +46,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 import bipeft
 
 HERE = Path(__file__).resolve().parent
-RATES = (1e-3, 2.5e-3, 6e-3)                  # of modules
-FULL_RATES, HEAD_RATES = (3e-5, 1e-4, 3e-4), (2.5e-3, 1e-2, 4e-2)
-HEAD = ("classifier",)
+# Ladders of learning rates: the second to the fourth are tried, and more as long as the best is at an edge.
+RATES = (4e-4, 1e-3, 2.5e-3, 6e-3, 1.5e-2, 4e-2)                                     # of modules
+FULL_RATES, HEAD_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), (1e-3, 2.5e-3, 1e-2, 4e-2, 0.15)
 
 
 @dataclass
@@ -56,6 +56,8 @@ class Settings:
     """What is the same for every method."""
 
     folder: str = "runs/compare"     # what --prepare made
+    family: str = "bert"             # an encoder with a head, or "t5", which answers with a token
+    train_rows: int = 8000           # of sst2
     steps: int = 600                 # of re-training
     evaluations: int = 6             # on validation, evenly spaced
     search_steps: int = 600          # T
@@ -86,6 +88,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder, self.classifier = encoder, nn.Linear(encoder.config.hidden_size, labels)
 
+    head = ("classifier",)           # learns beside the modules, outside of the budget
+
     def fresh_head(self, seed):
         """The head's initial weights, of the seed alone."""
         generator = torch.Generator().manual_seed(bipeft.derive(seed, 20))
@@ -105,26 +109,54 @@ class Classifier(nn.Module):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-def prepare(model, data_dir, folder):
-    """Tokens of the tasks, and the encoder in half precision, 45 MB: all that another machine needs."""
+class Reader(nn.Module):
+    """A T5 that answers with one token, of those that the labels' digits begin with. No head."""
+
+    head = ()
+
+    def __init__(self, t5, answers):
+        super().__init__()
+        self.encoder, self.start = t5, t5.config.decoder_start_token_id
+        self.register_buffer("answers", torch.tensor(answers), persistent=False)
+
+    def fresh_head(self, seed):
+        pass
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        """As Classifier's; the loss is over the label's tokens alone, not over the vocabulary."""
+        begun = torch.full_like(input_ids[:, :1], self.start)
+        logits = self.encoder(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=begun).logits
+        logits = logits[:, 0, :].index_select(1, self.answers).float()
+        loss = None if labels is None else F.cross_entropy(logits, labels[:, 0], ignore_index=-100)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def prepare(model, data_dir, settings):
+    """Tokens of the tasks, and the backbone in half precision: all that another machine needs."""
     import pandas
-    from transformers import AutoModel, AutoTokenizer
-    folder, arrays = Path(folder), {}
+    from transformers import AutoModel, AutoTokenizer, T5ForConditionalGeneration
+    folder, arrays, t5 = Path(settings.folder), {}, settings.family == "t5"
     tokenizer = AutoTokenizer.from_pretrained(model)
     for task, files in {"qnli": ("validation",), "mnli": ("validation_matched",), "sst2": ("train", "validation"),
                         "rte": ("train", "validation"), "cola": ("train", "validation")}.items():
         for number, name in enumerate(files):
             rows = pandas.read_parquet(Path(data_dir) / task / f"{name}.parquet")
             if task == "sst2" and number == 0:                      # 8,000 are trained on, 500 validate
-                rows = rows.sample(12000, random_state=0)
+                rows = rows.sample(settings.train_rows + 4000, random_state=0)
             texts = [rows[field].tolist() for field in bipeft.TASKS[task].fields]
+            if t5:
+                texts = [[bipeft.to_examples(task, row, False)[0].source for row in rows.to_dict("records")]]
             ids = tokenizer(*texts, truncation=True, max_length=128).input_ids
             arrays |= {f"{task}.{number}.ids": np.concatenate([np.array(row, np.uint16) for row in ids]),
                        f"{task}.{number}.lengths": np.array([len(row) for row in ids], np.uint8),
                        f"{task}.{number}.labels": rows["label"].to_numpy(np.int8)}
     folder.mkdir(parents=True, exist_ok=True)
+    if t5:
+        arrays["answers"] = np.array([tokenizer(digit).input_ids[0] for digit in "012"])
     np.savez_compressed(folder / "tasks.npz", **arrays)
-    AutoModel.from_pretrained(model, add_pooling_layer=False, dtype=torch.float16).save_pretrained(folder / "model")
+    backbone = T5ForConditionalGeneration.from_pretrained(model, dtype=torch.float16) if t5 else (
+        AutoModel.from_pretrained(model, add_pooling_layer=False, dtype=torch.float16))
+    backbone.save_pretrained(folder / "model")
     for file in sorted(folder.rglob("*.*")):
         print(f"{file}  {file.stat().st_size / 2**20:.1f} MiB")
 
@@ -151,7 +183,7 @@ def splits_of(task, settings, seed):
     random.Random(bipeft.derive(seed, 21)).shuffle(order)
     rows = [pool[i] for i in order]
     if task == "sst2":                                      # the validation file is the test
-        return {"validation": rows[:500], "test": other[0], "train": rows[500:8500]}
+        return {"validation": rows[:500], "test": other[0], "train": rows[500:500 + settings.train_rows]}
     if other:                                               # rte, cola: it is halved
         half = list(other[0])
         random.Random(bipeft.derive(seed, 22)).shuffle(half)
@@ -184,18 +216,33 @@ class Bench:
         self.graphs = self.device.type == "cuda"
         self.encoder = self.load().to(self.device).eval()
         self.models, self.cache, self.costs = {}, {}, {}
-        places = list(bipeft.places_of(Classifier(self.encoder, 2)))
-        self.where = {(name, kind): place for name, role, place, *_ in places
-                      for kind in bipeft.KINDS if role in bipeft.KINDS[kind].roles}
+        self.where = self.find_places()
         self.keys = list(self.where)
 
+    def find_places(self):
+        """{(name, kind): the backbone's module there}"""
+        return {(name, kind): place for name, role, place, *_ in bipeft.places_of(self.around(2))
+                for kind in bipeft.KINDS if role in bipeft.KINDS[kind].roles}
+
+    def around(self, labels):
+        """The backbone as a classifier."""
+        if self.settings.family == "bert":
+            return Classifier(self.encoder, labels)
+        stored = [3, 4, 5] if self.settings.small else np.load(Path(self.settings.folder) / "tasks.npz")["answers"].tolist()
+        return Reader(self.encoder, stored[:labels])
+
     def load(self):
-        """The encoder, of --prepare's folder or, small, random."""
-        from transformers import AutoModel, BertConfig, BertModel, utils
+        """The backbone, of --prepare's folder or, small, random."""
+        from transformers import AutoModel, BertConfig, BertModel, T5Config, T5ForConditionalGeneration, utils
         utils.logging.disable_progress_bar()
+        path, dtype = Path(self.settings.folder) / "model", getattr(torch, self.settings.dtype)
+        if self.settings.family == "t5":
+            torch.manual_seed(0)
+            return T5ForConditionalGeneration(T5Config(
+                vocab_size=100, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0,
+            )) if self.settings.small else T5ForConditionalGeneration.from_pretrained(path, dtype=dtype)
         if not self.settings.small:
-            path = Path(self.settings.folder) / "model"
-            return AutoModel.from_pretrained(path, add_pooling_layer=False, dtype=getattr(torch, self.settings.dtype))
+            return AutoModel.from_pretrained(path, add_pooling_layer=False, dtype=dtype)
         torch.manual_seed(0)
         return BertModel(BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
                                     intermediate_size=64, max_position_embeddings=32), add_pooling_layer=False)
@@ -210,8 +257,9 @@ class Bench:
             self.cache[task, seed] = splits, {}
         self.splits, self.judged = self.cache[task, seed]
         labels = 1 + max(y for _, (y,) in self.splits["train"])
-        self.model = self.models.setdefault(labels, Classifier(self.encoder, labels).to(
-            self.device, getattr(torch, self.settings.dtype)))
+        if labels not in self.models:
+            self.models[labels] = self.around(labels).to(self.device, getattr(torch, self.settings.dtype))
+        self.model = self.models[labels]
         self.model.fresh_head(seed)
 
     def batches(self, rows, seed=None):
@@ -235,12 +283,13 @@ class Bench:
         metric = bipeft.TASKS[self.task].metric if self.task != "toy" else "accuracy"
         return bipeft.METRICS[metric](said, [(y,) for y in gold])
 
-    def structure(self, chosen, budget, space="s2", also=HEAD):
+    def structure(self, chosen, budget, space="s2", also=None):
         """A Structure of (place, kind, rank) each, its parameters counted from tensors without numbers."""
         modules = []
         for name, kind, rank in chosen:
             modules.append({"name": name, "kind": kind, "rank": rank if bipeft.KINDS[kind].ranked else None,
                             "parameters": self.cost((name, kind), rank or 1)})
+        also = self.model.head if also is None else also
         return bipeft.Structure("", bipeft.geometry(self.model, also), space, [], budget, modules)
 
     def cost(self, key, rank):
@@ -260,8 +309,12 @@ class Bench:
         chosen = [(*self.keys[int(i)], int(rank)) for i, rank in (item.split(":") for item in text.split())]
         return self.structure(chosen, budget)
 
-    def train(self, structure, lr, also=HEAD, share=1.0):
-        """Re-trains; returns (best validation score, curve). The model stays as after its best epoch, attached."""
+    def train(self, structure, lr, whole=False, share=1.0):
+        """Re-trains; returns (peft, best validation score, curve). The model stays as after its best epoch, attached.
+
+        whole: with every weight of the backbone.
+        """
+        also = (*["encoder"] * whole, *self.model.head)
         structure.geometry = bipeft.geometry(self.model, also)
         peft = bipeft.apply(self.model, structure, self.seed, also_train=also)
         evaluations = max(1, round(share * self.settings.evaluations))
@@ -278,7 +331,7 @@ class Supernet:
 
     def __init__(self, bench, kinds, ranks=(1, 4, 8), lr=None, search=True, weight_decay=1e-4):
         self.bench, self.lr = bench, lr or bench.settings.search_lr
-        self.space = bipeft.Space(bench.model, kinds, ranks, bench.seed, also_train=HEAD)
+        self.space = bipeft.Space(bench.model, kinds, ranks, bench.seed, also_train=bench.model.head)
         fast = bipeft.fast_pass(bench.model, self.space, bench.graphs)
         self.weight_decay, rows = weight_decay, bench.splits["train"]
         halves = (rows[::2], rows[1::2]) if search else (rows, rows)
@@ -473,7 +526,7 @@ def bipeft_search(bench, budget, kinds="s2", cls=bipeft.Search, name="BIPEFT", *
                 "matched random": matched(bench, found, budget)}
 
 
-def s3delta(bench, budget, hard=False):
+def s3delta(bench, budget, hard=False, name="S3Delta-M"):
     """S3Delta-M (Hu et al. 2022b), S2 at rank 1:  p = sigmoid(alpha - zeta), sum p q = B;
     z = sigmoid(logit u + logit p), u ~ U(0, 1), times the module's output. Bilevel, second order:
     grad_alpha = dL_val(w')/dalpha - lr [dL_tra(w+)/dalpha - dL_tra(w-)/dalpha] / (2 eps), w+- = w +- eps d.
@@ -539,7 +592,7 @@ def s3delta(bench, budget, hard=False):
                 best = max(best, (score, alpha.detach().tolist()), key=lambda pair: pair[0])
         order = sorted(range(n), key=lambda i: -best[1][i])
         found = net.chosen(first_fit(order, net.space.sizes[:, 0].tolist(), budget), [0] * n, budget)
-    return {"S3Delta-M, hard" if hard else "S3Delta-M": found}
+    return {"S3Delta-M, hard" if hard else name: found}
 
 
 def shifted(alpha, sizes, budget):
@@ -846,6 +899,26 @@ class SummedSensitivity(bipeft.Search):
         return super().magnitude(gradient) * self.space.sizes.gather(1, self.choice[:, None]).squeeze(1)
 
 
+class OpenSensitivity(bipeft.Search):
+    """s from passes with all kept gates open, one more each on D_tra and D_val; all else learns as ever."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.plain, self.run_pass = self.run_pass, self.both
+        self.weight_optimizer.register_step_pre_hook(self.sampled_gradient)
+
+    def both(self, wanted, gate, ranks, batch):
+        found = self.plain(wanted, gate, ranks, batch)
+        if "weights" not in wanted:
+            return found
+        if wanted == ("weights",):
+            self.sampled = found[-1]                        # Delta W descends on this one
+        return [*found[:-1], self.plain(("weights",), self.kept.to(gate.dtype), ranks, batch)[-1]]
+
+    def sampled_gradient(self, *_):
+        self.space.weights.grad = self.sampled
+
+
 class OtherTemperature(bipeft.Search):
     """A temperature that falls from 5 to `end`."""
 
@@ -879,7 +952,7 @@ class Method:
     free: bool = False
     rates: tuple = RATES
     rate_of: str = None
-    also: tuple = HEAD
+    whole: bool = False                        # trains the backbone
     searched: tuple = ()                       # the search's own name, where the finder gives several
 
 
@@ -888,6 +961,7 @@ FINDERS = {
     "lnfit": lnfit, "chance": chance, "bipeft": bipeft_search, "s3delta": s3delta, "prunepeft": prunepeft,
     "autopeft": autopeft, "best-random": best_of_chance, "without": without_selection,
     "s3delta-hard": lambda bench, budget: s3delta(bench, budget, hard=True),
+    "s3delta-16": lambda bench, budget: s3delta(bench, budget, name="S3Delta-M, scale 16"),
     "prunepeft-4": lambda bench, budget: prunepeft(bench, budget, rounds=4),
     "bipeft-s1": lambda bench, budget: bipeft_search(bench, budget, "s1", name="BIPEFT, S1"),
     "bipeft-all": lambda bench, budget: bipeft_search(bench, budget, "all", name="BIPEFT, all"),
@@ -899,16 +973,17 @@ CORE = {
     "BIPEFT": Method("bipeft"), "one look": Method("bipeft"), "random": Method("chance", cheap=True),
     "matched random": Method("bipeft"), "LoRA": Method("lora", cheap=True),
     "all of S2": Method("whole", cheap=True, free=True), "head alone": Method("head", True, True, HEAD_RATES),
-    "full": Method("full", True, True, FULL_RATES, also=("encoder", *HEAD)),
+    "full": Method("full", True, True, FULL_RATES, whole=True),
 }
 MORE = {
     "S3Delta-M": Method("s3delta"), "PrunePEFT": Method("prunepeft"), "BitFit": Method("bitfit", cheap=True),
     "LNFit": Method("lnfit", cheap=True), "serial adapter": Method("serial", cheap=True),
     "BIPEFT, S1": Method("bipeft-s1"), "BIPEFT, all": Method("bipeft-all"),
-    "S3Delta-M, hard": Method("s3delta-hard"), "PrunePEFT, 4 rounds": Method("prunepeft-4"),
+    "S3Delta-M, hard": Method("s3delta-hard"), "S3Delta-M, scale 16": Method("s3delta-16"), "PrunePEFT, 4 rounds": Method("prunepeft-4"),
     "AdaLoRA": Method("adalora", cheap=True), "random, best of 3": Method("best-random"), "AutoPEFT": Method("autopeft"),
 }
-ABLATIONS = {name: Method(finder, rate_of="BIPEFT") for name, finder in {
+ACROSS = ("BIPEFT", "one look", "random", "matched random", "LoRA", "S3Delta-M", "PrunePEFT")      # other budgets
+ABLATIONS = {name: Method(finder) for name, finder in {
     "entangled": "entangled", "b → d": "b-d", "d → b": "d-b", "without selection": "without",
     "s-bar at T": "without"}.items()}
 VARIANTS = {           # Tables 6-10, and readings that are ours; in each one thing differs from BIPEFT
@@ -919,11 +994,13 @@ VARIANTS = {           # Tables 6-10, and readings that are ours; in each one th
     **{f"warm-up {share:.0%}": {"warmup_share": share} for share in (0.0, 0.17, 0.75)},
     **{f"search lr {lr:g}": {"lr": lr} for lr in (3e-4, 2e-3)},
     "Eq. 2 as a sum": {"cls": SummedSensitivity}, "temperature to 0.1": {"cls": OtherTemperature},
-    "LoRA scale 16": {"lora_scale": 16.0},
+    "gates open for s": {"cls": OpenSensitivity}, "LoRA scale 16": {},
 }
-SENSITIVITY = {name: Method(f"variant:{name}", rate_of="BIPEFT") for name in VARIANTS}
+SENSITIVITY = {name: Method(f"variant:{name}", rate_of=None if "scale" in name else "BIPEFT") for name in VARIANTS}
+SCALES = {"variant:LoRA scale 16": 16.0, "s3delta-16": 16.0}              # of LoRA, 1 elsewhere
 METHODS = {**CORE, **MORE, **ABLATIONS, **SENSITIVITY}
-FTE = {"autopeft": 10, "bipeft": 3, "bipeft-s1": 3, "bipeft-all": 3, "s3delta": 3, "best-random": 3}   # expected, for --minutes
+FTE = {"autopeft": 10, "bipeft": 3, "bipeft-s1": 3, "bipeft-all": 3, "s3delta": 3, "s3delta-16": 3,
+       "best-random": 3}                                                                 # expected, for --minutes
 TABLES = ("main", "ablations", "budgets", "transfer", "sensitivity", "cost")
 
 
@@ -934,9 +1011,7 @@ def find(bench, finder, budget):
         settings = dict(VARIANTS[name])
         if "warmup_share" in settings:
             settings["warmup"] = round(settings.pop("warmup_share") * bench.settings.search_steps)
-        scale = settings.pop("lora_scale", None)
-        with scaled_lora(scale):
-            found = bipeft_search(bench, budget, name=name, **settings)
+        found = bipeft_search(bench, budget, name=name, **settings)
     else:
         found = FINDERS[finder](bench, budget)
     return {name: value if isinstance(value, tuple) else (value, {}) for name, value in found.items()}
@@ -966,7 +1041,9 @@ def carry_out(bench, job):
         torch.cuda.reset_peak_memory_stats(bench.device)
     if job["stage"] == "find":
         lines = []
-        for method, (structure, told) in find(bench, job["finder"], job["budget"]).items():
+        with scaled_lora(SCALES.get(job["finder"])):
+            found = find(bench, job["finder"], job["budget"])
+        for method, (structure, told) in found.items():
             lines.append({**job, "method": method, "structure": bench.encode(structure), "passes": bench.passes,
                           "parameters": structure.parameters, **told})
     else:
@@ -990,10 +1067,9 @@ def train(bench, job):
     else:
         structure = (find(bench, method.finder, job["budget"])[job["method"]][0] if method.cheap
                      else bench.decode(job.pop("structure"), job["budget"]))
-        scale = VARIANTS.get(job["method"], {}).get("lora_scale")
-        with scaled_lora(scale):
+        with scaled_lora(SCALES.get(method.finder)):
             bench.passes = 0
-            peft, best, curve = bench.train(structure, job["lr"], method.also)
+            peft, best, curve = bench.train(structure, job["lr"], method.whole)
             parameters, modules = peft.size, len(peft)
             held = bench.score("test") if not job["tuning"] else None
             test = lambda: held
@@ -1015,7 +1091,7 @@ class Plan:
     def __init__(self, wanted, lines, settings, args):
         self.args, self.settings, self.dropped = args, settings, 0
         self.structures, self.trained, self.running, self.failed, self.late = {}, {}, set(), set(), set()
-        self.wanted, seen = [], set()
+        self.wanted, seen, self.tuned = [], set(), {}
         for line in lines:
             self.take(line)
         for wish in wanted:
@@ -1026,6 +1102,7 @@ class Plan:
 
     def take(self, line):
         """A line of results."""
+        self.tuned = {}
         if "error" in line:
             self.failed.add(line["key"])
         elif line["stage"] == "find":
@@ -1034,27 +1111,44 @@ class Plan:
             key = line["method"], line["task"], line["budget"], line["seed"], line["source"]
             self.trained.setdefault(key, {})[line["lr"]] = line["validation"]
 
-    def rate(self, name):
-        """The chosen rate of a method, or None while its trainings for that are not all there."""
-        name = METHODS[name].rate_of or name
-        means = {}
-        for lr in METHODS[name].rates:
-            found = []
-            for task, seed in itertools.product(self.args.tune_tasks, self.args.tune_seeds):
-                job = {"stage": "train", "method": name, "task": task, "budget": self.args.budget, "seed": seed,
-                       "source": None, "tuning": True, "lr": lr}
-                if key_of(job) in self.failed or self.hopeless(name, task, self.args.budget, seed):
-                    found.append(-100.0)
-                else:
-                    found.append(self.trained.get((name, task, self.args.budget, seed, None), {}).get(lr))
-            if None in found:
-                return None
-            means[lr] = sum(found) / len(found)
-        return max(means, key=means.get)
+    def tuning(self, name, budget, lr):
+        """The trainings that a rate is judged by, as wishes."""
+        seeds = self.args.tune_seeds if budget == self.args.budget else self.args.tune_seeds[:1]
+        for task, seed in itertools.product(self.args.tune_tasks, seeds):
+            yield {"method": name, "task": task, "budget": budget, "seed": seed, "source": None, "tuning": True,
+                   "lr": lr}
 
-    def hopeless(self, name, task, budget, seed):
-        return key_of({"stage": "find", "finder": METHODS[name].finder, "task": task, "budget": budget,
-                       "seed": seed}) in self.failed
+    def judge(self, name, budget, lr):
+        """A rate's mean validation score; None while a training is missing. One that broke off counts -100."""
+        found = []
+        for wish in self.tuning(name, budget, lr):
+            if key_of({"stage": "train", **wish}) in self.failed or self.hopeless(wish):
+                found.append(-100.0)
+            else:
+                found.append(self.trained.get(cell_of(wish), {}).get(lr))
+        return None if None in found else sum(found) / len(found)
+
+    def rate(self, name, budget):
+        """(chosen rate, {rate: score}) of a method; the rate is None while trainings for it are missing."""
+        name = METHODS[name].rate_of or name
+        if (name, budget) not in self.tuned:
+            ladder, first, last = METHODS[name].rates, 1, 4
+            while True:
+                scores = {lr: self.judge(name, budget, lr) for lr in ladder[first:last]}
+                best = None if None in scores.values() else max(scores, key=scores.get)
+                if best == ladder[first] and first > 0:
+                    first -= 1
+                elif best == ladder[last - 1] and last < len(ladder):
+                    last += 1
+                else:
+                    break
+            self.tuned[name, budget] = best, scores
+        return self.tuned[name, budget]
+
+    def hopeless(self, wish):
+        """Whether the search that a training stands on failed."""
+        return key_of({"stage": "find", "finder": METHODS[wish["method"]].finder, "task": wish["source"] or wish["task"],
+                       "budget": wish["budget"], "seed": wish["seed"]}) in self.failed
 
     def next(self):
         """A job that can be done now; None if all that is left waits for others, False if nothing is left."""
@@ -1063,8 +1157,7 @@ class Plan:
             job = self.job_of(wish)
             if job == "done":
                 self.wanted.remove(wish)
-                self.dropped += not (wish.get("find_only") or self.trained.get(
-                    tuple(wish[key] for key in ("method", "task", "budget", "seed", "source"))))
+                self.dropped += not (wish.get("find_only") or self.trained.get(cell_of(wish)))
             elif job == "wait":
                 waiting = True
             else:
@@ -1077,28 +1170,43 @@ class Plan:
         return sum(self.job_of(wish) != "done" for wish in self.wanted) + self.dropped
 
     def job_of(self, wish):
-        """What is to be done for a wish: a job, "wait" or "done"."""
-        name, task, budget, seed, source = (wish[key] for key in ("method", "task", "budget", "seed", "source"))
-        method, origin = METHODS[name], wish["source"] or wish["task"]
-        if self.hopeless(name, origin, budget, seed):
+        """What is to be done for a wish: a job, "wait" or "done". First comes what its rate is chosen by."""
+        method, budget, waits = METHODS[wish["method"]], wish["budget"], False
+        if self.hopeless(wish):
             return "done"
-        structure = None if method.cheap else self.structures.get((name, origin, budget, seed))
+        lr = wish.get("lr") or self.args.lr
+        if lr is None and not wish.get("find_only"):
+            lr, scores = self.rate(wish["method"], budget)
+            if lr is None:
+                jobs = [self.job_of(other) for tried in scores
+                        for other in self.tuning(method.rate_of or wish["method"], budget, tried)]
+                if job := next((job for job in jobs if isinstance(job, dict)), None):
+                    return job
+                waits = "wait" in jobs                          # else they were given up: no rate, no training
+                if not waits:
+                    return "done"
+        origin = wish["source"] or wish["task"]
+        structure = self.structures.get((wish["method"], origin, budget, wish["seed"]))
         if structure is None and not method.cheap:
-            job = {"stage": "find", "finder": method.finder, "task": origin, "budget": budget, "seed": seed}
+            job = {"stage": "find", "finder": method.finder, "task": origin, "budget": budget, "seed": wish["seed"]}
             return "done" if key_of(job) in self.late else "wait" if key_of(job) in self.running else job
         if wish.get("find_only"):
             return "done"
-        lr = wish.get("lr") or self.args.lr or self.rate(name)
-        if lr is None:
+        if waits:
             return "wait"
-        job = {"stage": "train", "method": name, "task": task, "budget": budget, "seed": seed, "source": source,
-               "tuning": wish["tuning"], "lr": lr}
-        key = key_of(job)
-        if lr in self.trained.get((name, task, budget, seed, source), {}) or key in self.failed | self.late:
+        job = {"stage": "train", **{key: wish[key] for key in CELL}, "tuning": wish["tuning"], "lr": lr}
+        if lr in self.trained.get(cell_of(wish), {}) or key_of(job) in self.failed | self.late:
             return "done"
-        if key in self.running:
+        if key_of(job) in self.running:
             return "wait"
         return job if method.cheap else {**job, "structure": structure}
+
+
+CELL = "method", "task", "budget", "seed", "source"
+
+
+def cell_of(wish):
+    return tuple(wish[key] for key in CELL)
 
 
 def key_of(job):
@@ -1107,34 +1215,27 @@ def key_of(job):
 
 
 def wanted_of(args):
-    """All trainings of the tables asked for, the important ones first."""
+    """All trainings of the tables asked for, the important ones first; those for rates follow from them."""
     installed = {name: METHODS[name] for name in args.methods or METHODS
                  if METHODS[name].finder != "adalora" or importlib.util.find_spec("peft")}
 
-    def of(names, seeds, tuning=False, budget=args.budget, tasks=args.tasks, **more):
+    def of(names, seeds, budget=args.budget, tasks=args.tasks, **more):
         for seed, name, task in itertools.product(seeds, [n for n in names if n in installed], tasks):
-            for lr in METHODS[name].rates if tuning else [None]:
-                yield {"method": name, "task": task, "budget": budget, "seed": seed, "source": None,
-                       "tuning": tuning, **({"lr": lr} if lr else {}), **more}
+            yield {"method": name, "task": task, "budget": budget, "seed": seed, "source": None, "tuning": False, **more}
     first, rest = args.seeds[:args.first_seeds], args.seeds[args.first_seeds:]
-    tune = [] if args.lr else args.tune_seeds
     for table in args.table:
         if table == "main":
-            yield from of(CORE, tune, True, tasks=args.tune_tasks)
             yield from of(CORE, first)
             for name in MORE:
-                yield from of([name], tune, True, tasks=args.tune_tasks)
                 yield from of([name], first)
             for seed in rest:
                 yield from of({**CORE, **MORE}, [seed])
         elif table in ("ablations", "sensitivity"):
-            yield from of(["BIPEFT"], tune, True, tasks=args.tune_tasks)
             for seed in args.seeds:
                 yield from of(["BIPEFT", *(ABLATIONS if table == "ablations" else SENSITIVITY)], [seed])
         elif table == "budgets":
-            names = [name for name, m in {**CORE, **MORE}.items() if not m.free]
             for seed, budget in itertools.product(args.seeds, args.budgets):
-                yield from of(names if args.methods else ["BIPEFT", "one look", "random", "LoRA"], [seed], budget=budget)
+                yield from of([name for name in ACROSS if name in installed], [seed], budget=budget)
         elif table == "transfer":
             for seed, source in itertools.product(args.seeds, args.tasks):
                 yield from of(["BIPEFT"], [seed], tasks=[t for t in args.tasks if t != source], **{"source": source})
@@ -1176,8 +1277,7 @@ def reset(bench):
     """A model on which nothing is left of a job that broke off."""
     bench.encoder = bench.load().to(bench.device).eval()
     bench.models, bench.cache = {}, {}
-    bench.where = {(name, kind): place for name, role, place, *_ in bipeft.places_of(Classifier(bench.encoder, 2))
-                   for kind in bipeft.KINDS if role in bipeft.KINDS[kind].roles}
+    bench.where = bench.find_places()
     return bench
 
 
@@ -1575,11 +1675,11 @@ def main(arguments=None):
     add("--methods", nargs="+", choices=list(METHODS), help="of --table's, these alone")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     add("--first-seeds", type=int, default=3, help="how many seeds of the core methods come before the others")
-    add("--tune-seeds", nargs="+", type=int, default=[100])
+    add("--tune-seeds", nargs="+", type=int, default=[100, 101])
     add("--tune-tasks", nargs="+", help="default: all of --tasks")
     add("--lr", type=float, help="one re-training rate for all, instead of choosing")
     add("--budget", type=int, default=10_000)
-    add("--budgets", nargs="+", type=int, default=[3_000, 45_000], help="of --table budgets")
+    add("--budgets", nargs="+", type=int, default=[3_000, 25_000, 45_000], help="of --table budgets")
     add("--workers", type=int, default=0)
     add("--minutes", type=float, help="hand out no job that would not be done by then")
     for field in dataclasses.fields(Settings):
@@ -1602,7 +1702,7 @@ def main(arguments=None):
     if set(args.seeds) & set(args.tune_seeds):
         parser.error("--seeds and --tune-seeds must differ: rates are chosen on seeds that are not reported")
     if args.prepare:
-        prepare(args.model, args.data_dir, args.folder)
+        prepare(args.model, args.data_dir, settings)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     if args.table:
