@@ -5,10 +5,10 @@
     python docs/experiments/compare.py --table main --workers 14 --minutes 9          the comparison, on a GPU
     python docs/experiments/compare.py --table ablations|budgets|transfer|sensitivity the other tables
     python docs/experiments/compare.py --table cost --workers 1                       Table 3: nothing beside it
-    python docs/experiments/compare.py --report                                       tables, and compare.png
+    python docs/experiments/report.py                                                 tables and figures
 
-Needs the project's packages; AdaLoRA also peft, AutoPEFT botorch (or bayes.py's own surrogate), the figure
-matplotlib. A line of JSON a search and a training goes to --out; what has a line is not run again.
+Needs the project's packages; AdaLoRA also peft, AutoPEFT botorch (or bayes.py's own surrogate). A line of
+JSON a search and a training goes to --out; what has a line is not run again.
 
 The rules. Every method gives a structure of at most B parameters, counted from tensors. Each is re-trained
 from fresh weights for the same steps, batches, optimiser (AdamW, linear decay) and seed: the seed decides
@@ -31,7 +31,7 @@ import multiprocessing.connection
 import random
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -1297,266 +1297,6 @@ def read(out):
     return [line for line in lines if "error" not in line]          # what failed is tried again
 
 
-# ==================================================================================================
-# 5. The report
-# ==================================================================================================
-
-
-def sign_flip(differences):
-    """Exact two-sided p of paired differences: the share of sign vectors s with |mean(s·d)| >= |mean(d)|.
-    Above 20 pairs of 2^20 random ones.
-    """
-    d = np.array(differences)
-    if len(d) <= 20:
-        sums = np.zeros(1)
-        for value in d:
-            sums = np.concatenate([sums + value, sums - value])
-    else:
-        rng = np.random.default_rng(0)
-        sums = np.concatenate([[d.sum()], *((rng.integers(0, 2, (2**12, len(d))) * 2 - 1) @ d for _ in range(2**8))])
-    return float((np.abs(sums) >= abs(d.sum()) - 1e-9).mean())
-
-
-def holm(values):
-    """Holm's adjusted p-values:  max over j <= i of min(1, (m - j + 1) p_(j))"""
-    adjusted, highest = {}, 0.0
-    for i, (name, p) in enumerate(sorted(values.items(), key=lambda item: item[1])):
-        highest = max(highest, min(1.0, (len(values) - i) * p))
-        adjusted[name] = highest
-    return adjusted
-
-
-def mean_rank(scores):
-    """Mean ranks, 1 is best, ties shared, over the cells that all methods have.   scores: {name: {cell: score}}."""
-    cells = set.intersection(*(set(found) for found in scores.values()))
-    ranks = defaultdict(list)
-    for cell in cells:
-        for name, found in scores.items():
-            above = sum(other[cell] > found[cell] for other in scores.values())
-            same = sum(other[cell] == found[cell] for other in scores.values())
-            ranks[name].append(1 + above + (same - 1) / 2)
-    return {name: float(np.mean(found)) for name, found in ranks.items()}, len(cells)
-
-
-def show_mean(values, digits=1):
-    values = [v for v in values if v is not None]
-    if not values:
-        return "–"
-    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
-
-
-def report(lines, args):
-    """Everything that the lines tell, as markdown; and the figure."""
-    plan = Plan([], lines, None, args)
-    trained = [x for x in lines if x.get("stage") == "train"]
-    searches = [x for x in lines if x.get("stage") == "find"]
-    reported = [x for x in trained if not x["tuning"] and x["seed"] not in (*args.tune_seeds, 900)]
-    print("## Rates, chosen on seeds that are not reported\n\n| method | " + "validation at each rate | chosen |\n|---|---|---|")
-    for name, method in METHODS.items():
-        chosen = plan.rate(name) if method.rate_of is None else None
-        if chosen is not None:
-            scores = {lr: np.mean([x["validation"] for x in trained if x["tuning"] and x["method"] == name
-                                   and x["lr"] == lr]) for lr in method.rates}
-            edge = " (edge)" if chosen in (method.rates[0], method.rates[-1]) else ""
-            print(f"| {name} | {', '.join(f'{lr:g}: {s:.1f}' for lr, s in scores.items())} | {chosen:g}{edge} |")
-    for budget in sorted({x["budget"] for x in reported}):
-        table([x for x in reported if x["budget"] == budget and x["source"] is None], searches, budget, args)
-    transfer([x for x in reported if x["budget"] == args.budget], args)
-    found(lines, searches, args)
-    cost(searches, trained)
-    figure([x for x in reported if x["source"] is None], args)
-    heat_map(lines, [x for x in searches if x["method"] == "BIPEFT" and x["budget"] == args.budget
-                     and x["seed"] not in (*args.tune_seeds, 900)], args)
-
-
-def table(lines, searches, budget, args):
-    """Scores, sizes and costs; differences against BIPEFT and their tests; mean ranks."""
-    scores = defaultdict(dict)
-    for x in lines:
-        scores[x["method"]][x["task"], x["seed"]] = x["test"]
-    names = [name for name in METHODS if name in scores]
-    print(f"\n## Test scores at {budget:,} parameters\n\n| method | {' | '.join(args.tasks)} | mean | parameters "
-          f"| modules | search, FTE | search, s | training, s | trainings |\n|{'---|' * (len(args.tasks) + 8)}")
-    for name in names:
-        own = [x for x in lines if x["method"] == name]
-        looked = [x for x in searches if x["method"] == name and x["budget"] == budget and x["seed"] not in args.tune_seeds]
-        fte = np.mean([x["passes"] for x in looked]) / np.mean([x["passes"] for x in own]) if looked else 0
-        cells = [show_mean([s for (task, _), s in scores[name].items() if task == wanted]) for wanted in args.tasks]
-        print(f"| {name} | {' | '.join(cells)} | {np.mean(list(scores[name].values())):.1f} "
-              f"| {np.mean([x['parameters'] for x in own]):,.0f} | {show_mean([x['modules'] for x in own if x['modules']])} "
-              f"| {fte:.2f} | {np.mean([x['seconds'] for x in looked]) if looked else 0:.1f} "
-              f"| {np.mean([x['seconds'] for x in own]):.1f} | {len(own)} |")
-    if "BIPEFT" not in scores:
-        return
-    rivals, values = {}, {}
-    for name in names:
-        pairs = [scores["BIPEFT"][cell] - scores[name][cell] for cell in scores["BIPEFT"] if cell in scores[name]]
-        if name != "BIPEFT" and len(pairs) > 1:
-            rivals[name], values[name] = pairs, sign_flip(pairs)
-    families = {"methods": {**CORE, **MORE}, "ablations": ABLATIONS, "sensitivities": SENSITIVITY}
-    print("\n| BIPEFT − | mean | pairs above | p, exact sign-flip | p, Holm | family |\n|---|---|---|---|---|---|")
-    for family, members in families.items():
-        adjusted = holm({name: p for name, p in values.items() if name in members})
-        for name in adjusted:
-            pairs = rivals[name]
-            print(f"| {name} | {np.mean(pairs):+.2f} | {sum(d > 0 for d in pairs)} of {len(pairs)} | {values[name]:.2g} "
-                  f"| {adjusted[name]:.2g} | {family} |")
-    within = {name: scores[name] for name in names if name in {**CORE, **MORE} and not METHODS[name].free
-              and set(scores["BIPEFT"]) <= set(scores[name])}
-    if len(within) > 1:
-        ranks, cells = mean_rank(within)
-        print(f"\nMean rank over {cells} cells: " + ", ".join(
-            f"{name} {rank:.2f}" for name, rank in sorted(ranks.items(), key=lambda item: item[1])))
-
-
-def transfer(lines, args):
-    """Table 4: structures of one task, trained on another."""
-    moved = [x for x in lines if x["method"] == "BIPEFT" and x["source"]]
-    if moved:
-        print(f"\n## Transfer\n\n| found on | {' | '.join(args.tasks)} |\n|{'---|' * (len(args.tasks) + 1)}")
-        for source in args.tasks:
-            rows = [[x["test"] for x in lines if x["method"] == "BIPEFT" and x["task"] == task
-                     and (x["source"] or x["task"]) == source] for task in args.tasks]
-            print(f"| {source} | {' | '.join(map(show_mean, rows))} |")
-
-
-def found(lines, searches, args):
-    """What BIPEFT keeps: kinds by budget; agreement between seeds, between tasks, and of two random sets."""
-    places = next((x["places"] for x in lines if x["stage"] == "places"), [])
-    rows = []
-    for budget, method in itertools.product(sorted({x["budget"] for x in searches}), METHODS):
-        own = [x for x in searches if x["budget"] == budget and x["method"] == method and x["seed"] not in (
-            *args.tune_seeds, 900)]
-        sets = defaultdict(list)
-        for x in own:
-            sets[x["task"]].append({int(item.split(":")[0]) for item in x["structure"].split()})
-        pairs = [(a, b) for group in sets.values() for a, b in itertools.combinations(group, 2)]
-        if not pairs or not places:
-            continue
-        pool = sum(place.rpartition(".")[2] in bipeft.SPACES["s2"] for place in places)
-        chance = []
-        for a, b in pairs:                                   # E |a and b| = |a| |b| / N for two random sets
-            both = len(a) * len(b) / pool
-            chance.append(both / max(1e-9, len(a) + len(b) - both))
-        across = [len(a & b) / max(1, len(a | b)) for one, other in itertools.combinations(sets.values(), 2)
-                  for a, b in itertools.product(one, other)]
-        kinds = Counter(places[i].rpartition(".")[2] for group in sets.values() for one in group for i in one)
-        ranks = Counter(item.split(":")[1] for x in own for item in x["structure"].split()
-                        if bipeft.KINDS[places[int(item.split(":")[0])].rpartition(".")[2]].ranked)
-        rows.append(f"| {budget:,} | {method} | {np.mean([len(a & b) / max(1, len(a | b)) for a, b in pairs]):.2f} "
-                    f"| {show_mean([np.mean(across)] if across else [], 2)} | {np.mean(chance):.2f} "
-                    f"| {', '.join(f'{k} {n / len(own):.1f}' for k, n in kinds.most_common())} "
-                    f"| {', '.join(f'{k}: {n / len(own):.1f}' for k, n in sorted(ranks.items(), key=lambda kn: int(kn[0])))} |")
-    if rows:
-        print("\n## What is kept\n\n| budget | method | Jaccard between seeds | between tasks | by chance "
-              "| modules of each kind | of each rank |\n|---|---|---|---|---|---|---|")
-        print("\n".join(rows))
-
-
-def cost(searches, trained):
-    """Table 3, of the seed that is timed alone."""
-    alone = {x["task"]: x for x in trained if x["seed"] == 900 and x["method"] == "LoRA" and x["workers"] == 1}
-    rows = [x for x in searches if x["seed"] == 900 and x["workers"] == 1 and x["task"] in alone]
-    rows = [x for x in rows if x["method"] not in ("matched random", "s-bar at T")]
-    if rows:
-        print("\n## Cost, alone on the device\n\n| search | seconds | ÷ one LoRA training | passes | peak MiB |\n|---|---|---|---|---|")
-        for x in rows:
-            base = alone[x["task"]]
-            print(f"| {x['method']} | {x['seconds']:.1f} | {x['seconds'] / base['seconds']:.2f} | {x['passes']} "
-                  f"| {x.get('memory', '–')} |")
-
-
-def figure(lines, args):
-    """Score against budget, a line a method with 95 % intervals of the mean over seeds (Student's t)."""
-    budgets = sorted({x["budget"] for x in lines})
-    try:
-        import matplotlib
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return print("\n(no figure: matplotlib is not installed)")
-    seen = defaultdict(set)
-    for x in lines:
-        seen[x["method"]].add(x["budget"])
-    names = [n for n in METHODS if n in {**CORE, **MORE} and not METHODS[n].free and n in seen]
-    names = [n for n in names if len(seen[n]) > 1] or names              # lines, where there are any
-    flat = [n for n in METHODS if METHODS[n].free and any(x["method"] == n for x in lines)]
-    if not names:
-        return
-    colors = ("#0072b2", "#e69f00", "#56b4e9", "#cc79a7", "#8c8c8c", "#b8860b", "#6a5acd")
-    fig, axes = plt.subplots(1, len(args.tasks), figsize=(4 * len(args.tasks), 4.6), squeeze=False)
-    grey = "#808080"                                            # seen on white and on black
-    for ax, task in zip(axes[0], args.tasks):
-        for i, name in enumerate(names):
-            xs, ys, es = [], [], []
-            for budget in budgets:
-                own = [x["test"] for x in lines if (x["method"], x["task"], x["budget"]) == (name, task, budget)]
-                if own:
-                    xs.append(budget * (1 + 0.012 * (i - len(names) / 2)))
-                    ys.append(np.mean(own))
-                    es.append(STUDENT.get(len(own), 2.0) * np.std(own, ddof=1) / len(own) ** 0.5 if len(own) > 1 else 0)
-            ax.errorbar(xs, ys, es, label=name, color=colors[i % len(colors)], marker="osD^vP*X<>hd"[i % 12], capsize=2,
-                        lw=2.4 if name == "BIPEFT" else 1, ms=5, ls=("-", "--", ":", "-.")[i // len(colors) % 4])
-        for i, name in enumerate(flat):
-            own = [x["test"] for x in lines if (x["method"], x["task"]) == (name, task)]
-            if own and name != "head alone":
-                ax.axhline(np.mean(own), color=grey, lw=1, ls=("--", ":")[i % 2])
-                ax.annotate(name, (0.01, np.mean(own)), xycoords=("axes fraction", "data"), color=grey, fontsize=8, va="bottom")
-        ax.set_xscale("log")
-        ax.set_title(task, color=grey)
-        ax.set_xlabel("parameters", color=grey)
-        ax.tick_params(which="both", colors=grey)
-        for spine in ax.spines.values():
-            spine.set_color(grey)
-        ax.set_xticks(budgets, [f"{b:,}" for b in budgets])
-        ax.minorticks_off()
-    axes[0][0].set_ylabel("test score", color=grey)
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False,
-               labelcolor=grey, fontsize=8)
-    fig.tight_layout(rect=(0, 0.1, 1, 1))
-    fig.savefig(args.figure, dpi=110, transparent=True)
-    print(f"\n{args.figure}")
-
-
-def heat_map(lines, searches, args):
-    """How often BIPEFT keeps each place: layers by places, a panel a kind."""
-    places = next((x["places"] for x in lines if x["stage"] == "places"), [])
-    if not searches or not importlib.util.find_spec("matplotlib"):
-        return
-    import matplotlib.pyplot as plt
-    often = Counter(int(item.split(":")[0]) for x in searches for item in x["structure"].split())
-    panels = defaultdict(dict)                               # kind: {(place, layer): share}
-    for i, place in enumerate(places):
-        name, _, kind = place.rpartition(".")
-        layer, _, short = name.partition("layer.")[2].partition(".") if "layer." in name else ("–", "", name)
-        if kind in bipeft.SPACES["s2"]:
-            panels[kind][short, layer] = often[i] / len(searches)
-    rows = {kind: list(dict.fromkeys(short for short, _ in panel)) for kind, panel in panels.items()}
-    columns = list(dict.fromkeys(layer for panel in panels.values() for _, layer in panel))
-    columns.sort(key=lambda layer: -1 if layer == "–" else int(layer))
-    fig, axes = plt.subplots(len(panels), 1, figsize=(6, 0.9 + 0.36 * sum(map(len, rows.values())) + 0.4 * len(panels)),
-                             gridspec_kw={"height_ratios": [len(r) for r in rows.values()]}, squeeze=False,
-                             layout="constrained")
-    for ax, (kind, panel) in zip(axes[:, 0], panels.items()):
-        grid = [[panel.get((row, layer), np.nan) for layer in columns] for row in rows[kind]]
-        ax.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-        for y, line in enumerate(grid):
-            for x, share in enumerate(line):
-                if share == share:
-                    ax.text(x, y, f"{share:.0%}", ha="center", va="center", fontsize=7,
-                            color="white" if share < 0.5 else "black")
-        ax.set_yticks(range(len(rows[kind])), rows[kind], fontsize=7)
-        ax.set_xticks(range(len(columns)), columns, fontsize=7)
-        ax.set_title(kind, color="#808080", fontsize=9)
-        ax.tick_params(colors="#808080")
-    path = Path(args.figure).with_stem(Path(args.figure).stem + "_places")
-    fig.savefig(path, dpi=110, transparent=True)
-    print(f"{path}: share of {len(searches)} searches that keep a place")
-
-
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26, 12: 2.20}
-
-
 SMALL = {"steps": 12, "evaluations": 3, "search_steps": 12, "warmup": 6, "batch_size": 8, "bo_random": 3, "bo_guided": 2,
          "bo_share": 0.34, "bo_full": 1, "small": True, "device": "cpu"}
 
@@ -1565,12 +1305,10 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--table", nargs="+", choices=TABLES, default=[])
-    add("--report", action="store_true")
     add("--prepare", action="store_true")
     add("--model", help="for --prepare: the encoder's folder")
     add("--data-dir", help="for --prepare: the folder that holds <task>/<split>.parquet")
     add("--out", default=str(HERE / "results" / "compare.jsonl"))
-    add("--figure", default=str(HERE / "compare.png"))
     add("--tasks", nargs="+", default=["qnli", "mnli", "sst2"])
     add("--methods", nargs="+", choices=list(METHODS), help="of --table's, these alone")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
@@ -1595,9 +1333,8 @@ def main(arguments=None):
         values |= SMALL
         args.tasks, args.budget, args.budgets, args.seeds, args.first_seeds = ["toy"], 600, [300], [0, 1], 1
         args.table = args.table or list(TABLES)
-        for key in ("out", "figure"):
-            if getattr(args, key) == parser.get_default(key):
-                setattr(args, key, str(Path("runs") / "compare-small" / Path(getattr(args, key)).name))
+        if args.out == parser.get_default("out"):
+            args.out = str(Path("runs") / "compare-small" / "compare.jsonl")
     settings, args.tune_tasks = Settings(**values), args.tune_tasks or args.tasks
     if set(args.seeds) & set(args.tune_seeds):
         parser.error("--seeds and --tune-seeds must differ: rates are chosen on seeds that are not reported")
@@ -1607,8 +1344,6 @@ def main(arguments=None):
     out.parent.mkdir(parents=True, exist_ok=True)
     if args.table:
         carry_out_all(args, settings, out, args.minutes)
-    if args.report or args.small:
-        report(read(out), args)
 
 
 if __name__ == "__main__":
