@@ -18,7 +18,8 @@ def sign_flip(differences):
             sums = np.concatenate([sums + value, sums - value])
     else:
         rng = np.random.default_rng(0)
-        sums = np.concatenate([[d.sum()], *((rng.integers(0, 2, (2**12, len(d))) * 2 - 1) @ d for _ in range(2**8))])
+        signs = (rng.integers(0, 2, (2**12, len(d))) * 2 - 1 for _ in range(2**8))
+        sums = np.concatenate([[d.sum()], *(s @ d for s in signs)])
     return float((np.abs(sums) >= abs(d.sum()) - 1e-9).mean())
 
 
@@ -32,7 +33,10 @@ def holm(values):
 
 
 def mean_rank(scores):
-    """Mean ranks, 1 is best, ties shared, over the cells that all methods have.   scores: {name: {cell: score}}."""
+    """Mean ranks, 1 is best, ties shared, over the cells that all have, and the number of these.
+
+    scores: {name: {cell: score}}.
+    """
     cells = set.intersection(*(set(found) for found in scores.values()))
     ranks = defaultdict(list)
     for cell in cells:
@@ -45,8 +49,8 @@ def mean_rank(scores):
 
 @functools.cache
 def student(freedom, level=0.95):
-    """t with P(|T| <= t) = level for Student's T. With t = sqrt(v) tan(a), v degrees of freedom, the density of
-    a is cos(a)^(v - 1) up to a constant: its integral by the midpoint rule, inverted.
+    """t with P(|T| <= t) = level for Student's T. With t = sqrt(v) tan(a), v degrees of freedom, the density
+    of a is cos(a)^(v - 1) up to a constant: its integral by the midpoint rule, inverted.
     """
     angle = np.linspace(0, np.pi / 2, 100_001)
     area = np.append(0, np.cumsum(np.cos((angle[1:] + angle[:-1]) / 2) ** (freedom - 1)))
@@ -75,9 +79,9 @@ class Contrast:
 
 
 def contrasts(base, others, sign=1):
-    """{name: Contrast} of sign · (base - other) over shared cells, those of two pairs or more; Holm over these.
+    """{name: Contrast} of sign · (base - other) over shared cells, where these are two or more; and Holm.
 
-    base: {cell: score}.   others: {name: {cell: score}}, a family that is fixed beforehand.
+    base: {cell: score}.   others: {name: {cell: score}}, of a family that is fixed beforehand.
     """
     found = {}
     for name, scores in others.items():
@@ -96,6 +100,18 @@ def jaccard(a, b):
 
 
 def jaccard_by_chance(a, b, pool):
-    """Of two random sets of sizes |a| and |b| out of `pool`:  E|a and b| = |a| |b| / pool, put into the ratio."""
+    """Of two random sets as large, out of `pool`:  E|a and b| = |a| |b| / pool, put into the ratio."""
     both = len(a) * len(b) / pool
-    return both / (len(a) + len(b) - both)
+    return both / (len(a) + len(b) - both) if a or b else 1.0
+
+
+def shown(values, digits=1):
+    """mean ± standard deviation."""
+    values = [v for v in values if v is not None]
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}" if values else "–"
+
+
+def signed(value, digits=2):
+    """+1.00, and a minus sign as in print."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")               # no −0.0
