@@ -21,13 +21,13 @@ BERT = {"attention.output.dense": "o", "intermediate.dense": "wi", "output.dense
         "attention.output.LayerNorm": "n1", "output.LayerNorm": "n2", "attention.self": "attn"}
 BLOCKS = {"attention.output.dense": "attn", "output.dense": "ffn"}        # of kinds that stand after a block
 
-# Colours differ in lightness as well as in hue, markers differ, too: nothing is told apart by red against
-# green alone (after Wong 2011, Nature Methods 8).
+# Any two of a page's colours lie 28 or more apart in CIELAB, with plain sight and as protanopes and deuteranopes
+# see them (matrices of Machado et al. 2009, severity 1), and 2.9 : 1 or more from the page. Markers differ, too.
 PAGES = {
     "light": {"page": "#ffffff", "ink": "#1f2328", "soft": "#6e7781", "deep": "#0050a0", "colours": (
-        "#d55e00", "#8e3a80", "#6e7781", "#2e9fd4", "#0050a0", "#9a7400", "#00856a", "#c0508f")},
+        "#e97214", "#540181", "#616b75", "#0d7bfc", "#001acd", "#753c00", "#00ad6c", "#ae87d3")},
     "dark": {"page": "#0d1117", "ink": "#e6edf3", "soft": "#8b949e", "deep": "#79b8ff", "colours": (
-        "#ff8c42", "#d99be0", "#9da7b3", "#7fd4ff", "#3d8bff", "#e3c34b", "#3cc9a3", "#ff9ecb")}}
+        "#ff8c2e", "#9b95e9", "#848e9a", "#ace5ff", "#636bf9", "#c5ee87", "#589f61", "#d2efcd")}}
 MARKERS = "osDv^PX*"
 
 

@@ -33,7 +33,10 @@ TIMED = 900                                               # the seed of compare.
 
 
 class Data:
-    """The lines of a results file, what is reported of them, and the rate of each method."""
+    """The lines of a results file, what is reported of them, and the rate of each method.
+
+    Where a rate is not chosen yet, the trainings at the most frequent one are reported.
+    """
 
     def __init__(self, lines):
         trained = [x for x in lines if x["stage"] == "train" and x["method"] in METHODS]
@@ -51,7 +54,9 @@ class Data:
         self.searches = once(x for x in found if x["seed"] not in (*seeds, TIMED))
         self.timed = [x for x in trained + found if x["seed"] == TIMED and x["workers"] == 1]
         scored = once(x for x in trained if not x["tuning"] and x["seed"] not in (*seeds, TIMED))
-        self.reported = [x for x in scored if self.rates[x["method"]] in (None, x["lr"])]
+        at = {name: Counter(x["lr"] for x in scored if x["method"] == name) for name in METHODS}
+        at = {name: self.rates[name] or max(count, key=count.get, default=None) for name, count in at.items()}
+        self.reported = [x for x in scored if x["lr"] == at[x["method"]]]
         self.left_out = len(scored) - len(self.reported)
 
     def of(self, name, budget=None, source=None):

@@ -132,7 +132,15 @@ def test_reported_are_the_trainings_at_the_chosen_rate():
     assert data.scores(["LoRA"]) == {"LoRA": {("qnli", 0): 62.0}} and data.left_out == 1
     assert "**0.0025: 75.0**" in report.rates(data) and "highest" not in report.rates(data)
     tuned[2]["validation"] = 80
+    tuned.append(line("LoRA", "qnli", 100, 0.5, None, validation=66))                    # beyond the grid
+    assert "0.5: 66.0" in report.rates(report.Data(tuned))
+    tuned.pop()
     assert "| 0.006 | highest |" in report.rates(report.Data(tuned))
+
+
+def test_without_a_chosen_rate_trainings_at_one_rate_are_reported():
+    lines = [line("LoRA", "qnli", seed, lr, 60 + 100 * lr) for seed, lr in ((0, 0.01), (1, 0.01), (1, 0.02))]
+    assert report.Data(lines).scores(["LoRA"]) == {"LoRA": {("qnli", 0): 61.0, ("qnli", 1): 61.0}}
 
 
 def test_tables_by_hand():
