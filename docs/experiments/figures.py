@@ -21,8 +21,8 @@ BERT = {"attention.output.dense": "o", "intermediate.dense": "wi", "output.dense
         "attention.output.LayerNorm": "n1", "output.LayerNorm": "n2", "attention.self": "attn"}
 BLOCKS = {"attention.output.dense": "attn", "output.dense": "ffn"}        # of kinds that stand after a block
 
-# Any two of a page's colours lie 28 or more apart in CIELAB, with plain sight and as protanopes and deuteranopes
-# see them (matrices of Machado et al. 2009, severity 1), and 2.9 : 1 or more from the page. Markers differ, too.
+# Any two of a page's colours lie 28 or more apart in CIELAB, also as protanopes and deuteranopes see them,
+# and have a contrast of 2.9 : 1 or more with the page (test_report.py). Markers differ, too.
 PAGES = {
     "light": {"page": "#ffffff", "ink": "#1f2328", "soft": "#6e7781", "deep": "#0050a0", "colours": (
         "#e97214", "#540181", "#616b75", "#0d7bfc", "#001acd", "#753c00", "#00ad6c", "#ae87d3")},

@@ -4,9 +4,11 @@
 """
 
 import importlib.util
+import itertools
 import json
 import random
 
+import numpy as np
 import pytest
 
 import compare
@@ -122,6 +124,27 @@ def test_berts_three_dense_layers_are_told_apart():
     assert figures.where("embeddings.LayerNorm.bitfit") == ("emb", "n0", "bitfit")
     labels = [figures.where(place) for place in PLACES]
     assert len(set(labels)) == len(labels)
+
+
+def test_colours_are_told_apart_by_colour_blind_readers():
+    # Machado et al. 2009, severity 1: protanopia, deuteranopia; then plain sight. In linear sRGB.
+    sights = np.array([
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+        np.eye(3)])
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    for page in figures.PAGES.values():
+        colours = page["page"], *page["colours"]
+        srgb = np.array([[int(c[i:i + 2], 16) / 255 for i in (1, 3, 5)] for c in colours])
+        linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+        light = linear @ to_xyz[1]
+        contrast = (np.maximum(light, light[0]) + 0.05) / (np.minimum(light, light[0]) + 0.05)
+        assert contrast[1:].min() >= 2.9
+        for sight in sights:
+            xyz = (linear[1:] @ sight.T).clip(0, 1) @ to_xyz.T / (0.9505, 1, 1.089)
+            f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+            lab = np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
+            assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(lab, 2)) >= 28
 
 
 def test_reported_are_the_trainings_at_the_chosen_rate():
