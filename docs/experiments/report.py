@@ -50,7 +50,7 @@ class Data:
                                budget=self.budget)
         plan = compare.Plan([], lines, None, args)
         budgets = {x["budget"] for x in trained}
-        self.rates = {(name, b): plan.rate(name, b)[0] for name in METHODS for b in budgets}
+        self.rates = {(name, b): plan.rate(name, b)[0] if seeds else None for name in METHODS for b in budgets}
         found = [x for x in lines if x["stage"] == "find" and x["method"] in METHODS]
         self.searches = once(x for x in found if x["seed"] not in (*seeds, TIMED))
         self.timed = [x for x in trained + found if x["seed"] == TIMED and x["workers"] == 1]
@@ -86,9 +86,11 @@ class Data:
         return {pair: count[pair] / len(found) for pair in sorted(count, key=in_order)}
 
     def contrasts(self, names, budget=None, sign=1):
-        """Of BIPEFT against each of a family."""
+        """Of BIPEFT against each of a family; what is not under the budget is a family of its own for Holm."""
         scores = self.scores(["BIPEFT", *names], budget)
-        return contrasts(scores.pop("BIPEFT", {}), scores, sign)
+        base = scores.pop("BIPEFT", {})
+        free = {name: scores.pop(name) for name in list(scores) if METHODS[name].free}
+        return {**contrasts(base, scores, sign), **contrasts(base, free, sign)}
 
 
 def once(lines):
@@ -127,18 +129,26 @@ def rates(data):
 
 
 def score_table(data, names, budget=None, extra=()):
-    """A row a method: scores, sizes, cost.   extra: (heading, function of the method's searches) each."""
-    rows = []
-    for name in names:
-        own, looked = data.of(name, budget), data.found(name, budget)
-        if own:
+    """A row a method: scores, sizes, cost.   extra: (heading, function of the method's searches) each.
+
+    All numbers are of the cells that every row has; a method with less than half of the cells of most is "–".
+    """
+    scores, rows = data.scores(names, budget), []
+    most = Counter(map(len, scores.values())).most_common(1)[0][0] if scores else 0
+    common = set.intersection(*(set(cells) for cells in scores.values() if 2 * len(cells) >= most)) if scores else set()
+    for name in scores:
+        own = [x for x in data.of(name, budget) if (x["task"], x["seed"]) in common]
+        looked = [x for x in data.found(name, budget) if (x["task"], x["seed"]) in common]
+        if len(own) < len(common):
+            rows.append([name] + ["–"] * (len(data.tasks) + 4) + [len(scores[name])] + ["–"] * len(extra))
+        elif own:
             tests = [[x["test"] for x in own if x["task"] == task] for task in data.tasks]
             mean = f"{np.mean([np.mean(t) for t in tests]):.1f}" if all(tests) else "–"
             passes, parameters = (np.mean([x[key] for x in own]) for key in ("passes", "parameters"))
             fte = f"{np.mean([x['passes'] for x in looked]) / passes:.2f}" if looked else "–"
             modules = shown([x["modules"] for x in own]).partition(" ")[0]                # the mean
             rows.append([name, *map(shown, tests), mean, f"{parameters:,.0f}", modules,
-                         "0" if METHODS[name].cheap else fte, len(own), *(of(looked) for _, of in extra)])
+                         "0" if METHODS[name].cheap else fte, len(scores[name]), *(of(looked) for _, of in extra)])
     head = ["method", *data.tasks, "mean", "parameters", "modules", "search, FTE", "trainings"]
     return table(head + [heading for heading, _ in extra], rows)
 
@@ -248,9 +258,10 @@ def kept(data):
 
 def table_1(data, budget):
     """Scores at a budget, pairs, mean ranks."""
-    return [f"## Table 1: test scores at {budget:,} parameters", score_table(data, RIVALS, budget),
+    return [f"## Table 1: test scores at {budget:,} parameters", "Of the cells (task, seed) that all rows have.",
+            score_table(data, RIVALS, budget),
             f"### Pairs at {budget:,} parameters",
-            "95 %: t interval of the mean. p: exact sign-flip test. Holm: over the methods of this table.",
+            "95 %: t interval of the mean. p: exact sign-flip test. Holm: over the methods within the budget.",
             contrast_table(data.contrasts(RIVALS, budget), data.tasks), ranks(data, budget)]
 
 
