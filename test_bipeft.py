@@ -7,6 +7,7 @@ An equation has a test against numbers worked out by hand, with the arithmetic i
 against an oracle: a loop over modules in the paper's notation, on random inputs.
 """
 
+import ast
 import copy
 import dataclasses
 import errno
@@ -23,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+import tokenize
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -2308,17 +2310,47 @@ def test_the_code_of_copying_md_runs(monkeypatch):
     assert "ia3" in {m["kind"] for m in names["structure"].modules} and names["structure"].parameters <= 300
 
 
+def names_of_points():
+    """{number of a point of decisions.md: the names behind its arrow}."""
+    points = (HERE / "docs" / "decisions.md").read_text().partition("## The paper, the authors' code")[0]
+    found = re.findall(r"^(\d+)\. (.*?)(?=\n\d+\. |\n\n|\Z)", points, re.DOTALL | re.MULTILINE)
+    return {int(number): re.findall("`(.+?)`", text.partition("→")[2]) for number, text in found}
+
+
 def test_every_name_that_the_pages_point_to_exists():
     def resolve(name):
         return functools.reduce(getattr, name.split("."), bipeft)             # AttributeError: a name to be mended
-    points = (HERE / "docs" / "decisions.md").read_text().partition("## The paper, the authors' code")[0]
-    named = [name for point in re.split(r"\n(?=\d+\. )", points) if "→" in point
-             for name in re.findall("`(.+?)`", point.rpartition("→")[2].partition("\n\n")[0])]
+    named = sum(names_of_points().values(), [])
+    for line in (HERE / "docs" / "performance.md").read_text().split("\n\n"):
+        named += re.findall("`(.+?)`", line.partition("→")[2])
     table = (HERE / "README.md").read_text().partition("## Beside the paper")[2].partition("\n## ")[0]
     for _, _, code, tests, _ in (row.split("|") for row in table.strip().splitlines()[2:]):
         named += re.findall("`(.+?)`", code)
         assert all(name in globals() for name in re.findall("`(.+?)`", tests)), tests
     assert len([resolve(name) for name in named]) > 100
+
+
+def test_every_reading_in_the_file_is_a_point_that_names_the_place():
+    source, points, seen = Path(bipeft.__file__).read_text(), names_of_points(), []
+    assert list(points) == list(range(1, len(points) + 1))
+
+    def within(body, name=""):
+        """(first line, last line, qualified name) of every class and function."""
+        for node in body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                yield node.lineno, node.end_lineno, name + node.name
+                yield from within(node.body, f"{name}{node.name}.")
+
+    places = list(within(ast.parse(source).body))
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT or token.string.startswith('"""'):
+            for match in re.finditer(r"[Rr]eading (\d+)|(?<!Eq. )(?<!\))(?<!-)\(((?:\d\d|[2-9])(?:, \d+)*)\)", token.string):
+                line = token.start[0] + token.string[:match.start()].count("\n")
+                here = [name for first, last, name in places if first <= line <= last][-1]      # the innermost
+                for number in map(int, (match[1] or match[2]).split(", ")):
+                    assert any(f"{name}.".startswith(f"{here}.") for name in points[number]), (line, here, number)
+                    seen.append(number)
+    assert len(seen) > 40 and set(range(1, 13)) <= set(seen)          # each of the twelve stands beside its code
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
