@@ -772,7 +772,7 @@ class Space(Peft):
     in one product of two vectors, and the modules stay as their papers write them. The network computes
     with u = w · factor. With du, its gradient for u, the chain rule gives the gradient for w as factor ·
     du, and for a row's factor as the sum of w · du over the row; autograd takes it on to gate and ranks
-    (`gradients`). So a shut module, whose last factor is 0, has none for w (9), but one for its gate. A prefix
+    (`gradients`). So a shut module, whose last factor is 0, has none for w (9) but one for its gate. A prefix
     alone has no factors: its g · mask goes into the attention, and back from there.
     """
 
