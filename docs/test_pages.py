@@ -116,7 +116,7 @@ def test_lines_and_paragraphs_are_short(page):
     assert [line for line in text.splitlines() if columns(line) > 120] == []
     long, paragraph = [], []
     for line in [*blocks_of(text)[1].splitlines(), ""]:
-        if not line.strip() or re.match(r"#|\||\s*(\d+\.|[-*]) ", line):        # a point or an item begins anew
+        if not line.strip() or re.match(r"#|\|| *[-*] |\d+\. ", line):             # a point or an item begins anew
             long += [paragraph[0]] if len(paragraph) > 6 else []
             paragraph = []
         if line.strip() and line[0] not in "#|":
