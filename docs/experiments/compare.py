@@ -988,7 +988,9 @@ MORE = {
     "BIPEFT, S1": Method("bipeft-s1"), "BIPEFT, all": Method("bipeft-all"),
     "S3Delta-M, hard": Method("s3delta-hard"), "S3Delta-M, lr 3e-3": Method("s3delta-lr"),
     "S3Delta-M, scale 16": Method("s3delta-16"), "PrunePEFT, 4 rounds": Method("prunepeft-4"),
-    "AdaLoRA": Method("adalora", cheap=True), "random, best of 3": Method("best-random"), "AutoPEFT": Method("autopeft"),
+    "AdaLoRA": Method("adalora", cheap=True),
+    "random, best of 3": Method("best-random", rate_of="random"),
+    "AutoPEFT": Method("autopeft", rate_of="BIPEFT, S1"),                 # the same kinds
 }
 ACROSS = ("BIPEFT", "one look", "random", "matched random", "LoRA", "S3Delta-M", "PrunePEFT")      # other budgets
 ABLATIONS = {name: Method(finder) for name, finder in {
