@@ -77,7 +77,7 @@ class UsageError(ValueError):
 
 
 def derive(seed, *keys):
-    """A seed of its own for each use, from a run's seed: no two draws depend on each other (reading 56)."""
+    """A seed of its own for each use, from a run's seed: no two draws depend on each other (reading 57)."""
     return int(np.random.SeedSequence((seed, *keys)).generate_state(1)[0])
 
 
@@ -107,7 +107,7 @@ def alignment(train_gradients, val_gradients, segments):
     """Eq. (3):  alpha_n = cos(G_n(D_tra), G_n(D_val)), over the module's whole flattened gradients
 
     train_gradients, val_gradients: [P].   segments: as in Eq. (2).
-    Returns alpha, [N], in -1 .. 1, and 0 where either gradient is zero (reading 1).
+    Returns alpha, [N], in -1 .. 1, and 0 where either gradient is zero (reading 13).
     """
     dot = segment_sum(train_gradients * val_gradients, segments)                                       # [N]
     # Two roots, not the root of a product: squares of small gradients multiply to an underflow.
@@ -167,7 +167,7 @@ def stability(indicators, window):
 def expected_reduction(expected, budget, triggers, triggers_done):
     """Eq. (6):  R_z = (E_t - B) / (Z - z), in parameters
 
-    triggers_done: z, those already done, 0 .. Z-1, so that Z - z is never 0 (reading 5); else ValueError.
+    triggers_done: z, those already done, 0 .. Z-1, so that Z - z is never 0 (reading 16); else ValueError.
     """
     if not 0 <= triggers_done < triggers:
         raise ValueError(f"z = {triggers_done} is outside 0..{triggers - 1}: no trigger is left")
@@ -176,11 +176,11 @@ def expected_reduction(expected, budget, triggers, triggers_done):
 
 def expected_parameters(probability, size):
     """Eq. (7):  E_t = sum_n p_n · C_n, in parameters.   probability: p, [N].   size: C in parameters, [N]."""
-    return (probability * size).sum()       # Eq. (8) holds the printed inner sum over k already (reading 4)
+    return (probability * size).sum()       # Eq. (8) holds the printed inner sum over k already (reading 15)
 
 
 def keep_probability(theta, kept, certain):
-    """3.3.1:  p_n = b_n · softmax(Theta_n)[1], or b_n itself once `certain` (reading 7).   Returns p, [N]."""
+    """3.3.1:  p_n = b_n · softmax(Theta_n)[1], or b_n itself once `certain` (reading 4).   Returns p, [N]."""
     probability = torch.ones_like(theta[:, 1]) if certain else theta.softmax(1)[:, 1]              # [N]
     return probability * kept
 
@@ -200,7 +200,7 @@ def modules_to_remove(smoothed, probability, size, kept, reduction):
     """3.3.2:  the least sensitive modules whose expected parameters are R_z together
 
     Removes from the lowest s-bar up, of equals the earlier first, while the removed p_n · C_n add up to
-    at most R_z, and stops at the first that does not fit (reading 6): it stays in the next E_t.   smoothed:
+    at most R_z, and stops at the first that does not fit (reading 2): it stays in the next E_t.   smoothed:
     s-bar.   probability: p.   size: C.   kept: b.   All [N].   reduction: R_z.   Returns [N] bool.
     """
     order = smoothed.masked_fill(~kept, math.inf).argsort(stable=True)                 # removed ones last
@@ -213,7 +213,7 @@ def rank_instability(first, last, total, squares, count):
 
     first, last: softmax(Phi) at the last trigger's step j and now, at t, [N, K] float64.   total, squares:
     sums over the `count` steps j .. t of (softmax(Phi) - first) and of its square, [N, K], which give sigma,
-    the population deviation, without holding the steps (reading 8).   Returns lambda, [N]; low is stable.
+    the population deviation, without holding the steps (reading 5).   Returns lambda, [N]; low is stable.
     """
     sigma = (squares / count - (total / count).square()).clamp(min=0).sqrt()           # [N, K]
     divergence = torch.where(first > 0, first * (first.log() - last.log()), 0.0).sum(1)    # 0 · log 0 is 0
@@ -224,7 +224,7 @@ def potential_ranks(phi, dim, kept, fixed, choice, ranked):
     """3.4.2:  v_n = Dim[argmax Phi_n], Dim[k*_n] if fixed, 0 if removed
 
     phi: [N, K].   dim: Dim, rank values, not indices, [K].   kept, fixed: b, d, [N] bool.   choice: k*, [N].
-    ranked: [N] bool, False for kinds without a rank, which count as 0 (reading 9).   Returns [N] float64.
+    ranked: [N] bool, False for kinds without a rank, which count as 0 (reading 5).   Returns [N] float64.
     """
     index = torch.where(fixed, choice, phi.argmax(1))                                  # [N]
     return dim.double()[index] * (kept & ranked)
@@ -234,9 +234,9 @@ def rank_quota(potential_before, potential_now, fixed, remaining):
     """Eq. (10):  Y_z = floor( sum(1 - d_{z-1}) · cos(v_{z-1}, v_z) / (Z - z) )
 
     potential_before, potential_now: v at the last trigger and now, [N].   fixed: d_{z-1} with this trigger's
-    removals, [N] bool (reading 9).   remaining: Z - z >= 1.   Returns Y_z, an integer scalar.
+    removals, [N] bool (reading 5).   remaining: Z - z >= 1.   Returns Y_z, an integer scalar.
     """
-    still_open = (~fixed).sum()                 # sum(1 - d); at the last trigger every one is due (reading 9)
+    still_open = (~fixed).sum()                 # sum(1 - d); at the last trigger every one is due (reading 5)
     if remaining == 1:
         return still_open
     norms = (potential_before.square().sum() * potential_now.square().sum()).sqrt()
@@ -273,7 +273,7 @@ def gumbel_softmax(logits, noise, temperature, hard=True):
 
 
 def fill_budget(smoothed, sizes, kept, choice, budget):
-    """Reading 10, once after the last trigger:  the budget is a promise, and is used up
+    """Reading 6, once after the last trigger:  the budget is a promise, and is used up
 
     Drops the least sensitive kept module while the total is above B; then offers what is free to the modules
     left out, in descending s-bar, each at the largest candidate rank that fits.   smoothed: s-bar, N numbers.
@@ -306,7 +306,7 @@ class Searchable(nn.Module):
     `factors` says what multiplies the rows of a tensor in a search: the module's "gate", one number; its rank
     "mask", [R], a number a row; or "gate·mask". The gate multiplies what comes last: so a shut gate adds zero
     and has a gradient, what the module would add, by which it can open again. Were an inner factor gated,
-    too, that would be 0 · 0, and shut would stay shut (26).   place: the module of the backbone it is for.
+    too, that would be 0 · 0, and shut would stay shut (10).   place: the module of the backbone it is for.
     rank: r, what it is built with.   generator: the source of its random initial weights.
     """
 
@@ -344,7 +344,7 @@ class Searchable(nn.Module):
 class LoRA(Searchable):
     """Hu et al. 2022:  y + B A x, on a linear layer.   Parameters: r · (in + out).
 
-    No extra scaling (alpha/r = 1, reading 20). A is random, B zero: at first it is the zero function. Gate
+    No extra scaling (alpha/r = 1, reading 11). A is random, B zero: at first it is the zero function. Gate
     and ranks scale B's rows: row i is what component i writes into y.
     """
 
@@ -366,7 +366,7 @@ class LowRankAdapter(Searchable):
 
     d -> m -> d with m = d/32, after a self-attention or feed-forward block; each map is a product of
     factors of rank r.   Parameters: r · (d + m) + m + r · (m + d) + d.   U2, b and c start at zero, D1, D2
-    and U1 do not: it starts as the zero function, and every factor can learn (reading 22). The mask takes
+    and U1 do not: it starts as the zero function, and every factor can learn (reading 28). The mask takes
     components from D by D1's rows and from U by U2's; the gate acts once, at the end, on U2 and c.
     """
 
@@ -397,7 +397,7 @@ class SerialAdapter(Searchable):
     """Houlsby et al. 2019:  y + U gelu(D y + b) + c, on a feed-forward block's output y.
 
     The rank r is the bottleneck: d -> r -> d.   Parameters: r · d + r + r · d + d. D is random; U, b and c
-    start at zero (reading 21). Gate and ranks scale U's rows, the gate c as well.
+    start at zero (reading 27). Gate and ranks scale U's rows, the gate c as well.
     """
 
     roles = ("ffn",)
@@ -429,7 +429,7 @@ class ParallelAdapter(SerialAdapter):
 class BitFit(Searchable):
     """Ben Zaken et al. 2022:  y + b, a bias on a linear layer or a layer norm.   Parameters: d_out.
 
-    It stands beside the backbone's own, if there is one, starts at zero, and the gate scales it (reading 25).
+    It stands beside the backbone's own, if there is one, starts at zero, and the gate scales it (reading 31).
     """
 
     roles = ("linear", "norm")
@@ -449,7 +449,7 @@ class LNFit(Searchable):
     """A trainable delta on a layer norm's weight w.   Parameters: d.
 
     (w + delta) · x/rms(x) = y + delta · x/rms(x), so that w, in Gemma 1 + w, stays untouched; an nn.LayerNorm
-    has its own for x/rms(x). delta starts at zero; the gate scales it (reading 25).
+    has its own for x/rms(x). delta starts at zero; the gate scales it (reading 31).
     """
 
     roles = ("norm",)
@@ -470,7 +470,7 @@ class LNFit(Searchable):
 class Prefix(Searchable):
     """Li & Liang 2021:  r key/value pairs of its own before those of a self-attention.
 
-    Parameters: 2 · r · heads · d_kv, without the paper's reparameterisation (reading 23); no zero function
+    Parameters: 2 · r · heads · d_kv, without the paper's reparameterisation (reading 29); no zero function
     at first. Scaling a key or a value would leave the pair in the softmax's denominator: so no factor scales
     its tensors, and gate·mask goes into `prefix_attention`, as `openness`, [R]; None: every pair counts.
     """
@@ -506,7 +506,7 @@ def prefix_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     """Attention over a prefix i and a sequence j:  (sum_i g_i e^{q·k_i} v_i + sum_j e^{q·k_j} v_j) / (no v)
 
     g is gate·mask. So a shut pair (g = 0) weighs exactly zero and has a finite gradient to its gate. To add
-    log g to the scores is the same for g > 0, and not at 0 (reading 24).   query: [batch, heads, q,
+    log g to the scores is the same for g > 0, and not at 0 (reading 30).   query: [batch, heads, q,
     d_kv].   key, value: [batch, heads, s, d_kv].   attention_mask, position_bias: added to the scores.
     prefix: of `Prefix.forward`, or None: plain attention.   Returns ([batch, q, heads, d_kv], None).
     """
@@ -574,7 +574,7 @@ def places_in(model, layer, outside, rows):
 
 
 def t5_places(model):
-    """T5's, as in S3Delta (18, 19): no cross-attention projection, but its layer norm. T5-large has 122
+    """T5's, as in S3Delta (25, 26): no cross-attention projection, but its layer norm. T5-large has 122
     norms, 48 self-attentions, 48 feed-forward blocks and 288 linear layers: N = 916 in S2, 144 in S1.
     """
     return places_in(model, r"\.layer\.\d+$", "final_layer_norm$", """
@@ -753,7 +753,7 @@ class Space(Peft):
     """All candidate modules of a search space, attached at the largest rank, under an architecture.
 
     space: "s1", "s2", "all" or a comma list of kinds.   ranks: Dim, ascending.   The others: as for `Peft`.
-    `sizes`, q, [N, K], counts real tensors: of the module as built at each rank (reading 17).
+    `sizes`, q, [N, K], counts real tensors: of the module as built at each rank (reading 24).
 
     Weight entanglement (3.5, after AutoFormer): a module holds its weights once, at the largest rank R;
     a smaller rank is their leading slice. So an architecture is not N modules built anew in each step:
@@ -772,7 +772,7 @@ class Space(Peft):
     in one product of two vectors, and the modules stay as their papers write them. The network computes
     with u = w · factor. With du, its gradient for u, the chain rule gives the gradient for w as factor ·
     du, and for a row's factor as the sum of w · du over the row; autograd takes it on to gate and ranks
-    (`gradients`). So a shut module, whose last factor is 0, has none for w, but one for its gate. A prefix
+    (`gradients`). So a shut module, whose last factor is 0, has none for w (9) but one for its gate. A prefix
     alone has no factors: its g · mask goes into the attention, and back from there.
     """
 
@@ -893,7 +893,7 @@ class Structure:
 
 
 def apply(model, structure, seed=0, places=None, also_train=()):
-    """A structure's modules, with fresh weights, on a model (51): a Peft, whose arguments the others are.
+    """A structure's modules, with fresh weights, on a model (12): a Peft, whose arguments the others are.
     Raises UsageError if the model is of other sizes, or a count is not that of the built tensors.
     """
     for key, value in geometry(model, also_train).items():
@@ -919,7 +919,7 @@ class Search:
     """The state of Algorithm 1, and what it does in a step, at a trigger, and in all.
 
     model: its forward takes a batch's entries as keywords and returns a loss.   space: attached to it.
-    budget: B, parameters.   steps: T.   warmup: steps before the first trigger may come (reading 11).
+    budget: B, parameters.   steps: T.   warmup: steps before the first trigger may come (reading 7).
     triggers, tau, gamma, window: Z, tau, gamma, H.   lr: of Delta W, falling linearly to 0 over T.   arch_lr:
     of Theta and Phi.   weight_decay: of all three.   seed: decides every draw.   dropout_seed: those of
     dropout, where they are to differ.   run_pass: how to get a loss and its gradients, if not by the function
@@ -962,7 +962,7 @@ class Search:
     def step(self, train_batch, theta_batch, phi_batch):
         """One step t, the body of Algorithm 1's loop.   Batches: dicts of tensors.   Returns a log line."""
         started = time.perf_counter()
-        noise = self.draw()                                     # of one architecture a step (reading 29)
+        noise = self.draw()                                     # of one architecture a step (reading 8)
 
         # "Update Delta W by gradient descent" on D_tra (3.5, first order), the sample as constants.
         gate, ranks = self.architecture(noise)
@@ -974,7 +974,7 @@ class Search:
         self.weight_optimizer.step()
 
         # "Optimize Theta and Phi iteratively" (3.5): Theta on D_val with Phi held, under the same sample, in
-        # a pass that gives G(D_val) as well (reading 28); then Phi on the next batch, the new Theta held.
+        # a pass that gives G(D_val) as well (reading 8); then Phi on the next batch, the new Theta held.
         theta_loss, gate_gradient, val_gradient = self.run_pass(("gate", "weights"), gate, ranks, theta_batch)
         val_magnitude = self.magnitude(val_gradient)
         descend(self.theta_optimizer, self.theta, gate, gate_gradient, self.kept)
@@ -993,7 +993,7 @@ class Search:
         beta = stability(self.indicators, self.window)
         expected = expected_parameters(probability, size)       # E_t in every step, for the log
 
-        # "if beta_t >= tau": not in the warm-up (reading 11), without H + 1 indicators, or with Z - z = 0.
+        # "if beta_t >= tau": not in the warm-up (reading 7), without H + 1 indicators, or with Z - z = 0.
         self.steps_done += 1
         may = self.steps_done > max(self.warmup, self.window) and self.triggers_done < self.triggers
         reduction = self.select() if may and beta >= self.tau else None
@@ -1010,9 +1010,9 @@ class Search:
         # (3.3.2); "update binary selection indicator b_z". The d of a removed module is 1, too (3.4.2).
         gone = modules_to_remove(self.smoothed, probability, size, self.kept, reduction)
         self.kept, self.fixed = self.kept & ~gone, self.fixed | gone
-        # "Evaluate dimension stability lambda", over the steps since the last trigger (Eq. 9, reading 8).
+        # "Evaluate dimension stability lambda", over the steps since the last trigger (Eq. 9, reading 5).
         instability = rank_instability(*self.history, self.since)                           # lambda, [N]
-        # "Estimate the number of modules Y_z for dimension selection" (Eq. 10, reading 9).
+        # "Estimate the number of modules Y_z for dimension selection" (Eq. 10, reading 5).
         phi, space, before = self.phi.detach(), self.space, self.potential                 # v at the last one
         self.potential = potential_ranks(phi, space.dim, self.kept, self.fixed, self.choice, space.ranked)
         quota = rank_quota(before, self.potential, self.fixed, self.triggers - self.triggers_done)
@@ -1027,12 +1027,12 @@ class Search:
         return reduction
 
     def freeze(self):
-        """Passes b and d on: what is removed is not computed (34); `descend` passes over frozen rows (12)."""
+        """Passes b and d on: what is removed is not computed (36); `descend` passes over frozen rows (18)."""
         self.space.removed = ~self.kept
         self.open_ranks = bool((self.kept & ~self.fixed).any())             # on the host, for every step
 
     def draw(self):
-        """Seeds dropout, globally, and gives Gumbel noise, [N, 2] and [N, K]: of seed and t alone (56)."""
+        """Seeds dropout, globally, and gives Gumbel noise, [N, 2] and [N, K]: of seed and t alone (57)."""
         torch.manual_seed(derive(self.dropout_seed, 4, self.steps_done))
         generator = torch.Generator().manual_seed(derive(self.seed, 3, self.steps_done))
         noise = gumbel_noise((len(self.space), 2 + len(self.space.ranks)), generator)
@@ -1040,7 +1040,7 @@ class Search:
 
     def architecture(self, noise, hard=True):
         """The sample of 3.5: gate, [N], and one-hot ranks, [N, K], with gradients to Theta and Phi."""
-        temperature = 5 - 4 * self.steps_done / max(1, self.steps - 1)      # from 5 to 1 (reading 30)
+        temperature = 5 - 4 * self.steps_done / max(1, self.steps - 1)      # from 5 to 1 (reading 8)
         gate = gumbel_softmax(self.theta, noise[0], temperature, hard)[:, 1] * self.kept    # [N]
         sampled = gumbel_softmax(self.phi, noise[1], temperature, hard)                     # [N, K]
         decided = F.one_hot(self.choice, sampled.shape[1]).to(sampled.dtype)
@@ -1058,19 +1058,19 @@ class Search:
 
     def remember_phi(self, begin=False):
         """Adds the present softmax(Phi) to what Eq. 9 needs of the steps since a trigger, [4, N, K]."""
-        now = self.phi.detach().double().softmax(1)             # almost equal numbers are compared (63)
+        now = self.phi.detach().double().softmax(1)             # almost equal numbers are compared (60)
         first, _, total, squares = (now, now, 0 * now, 0 * now) if begin else self.history
         off = now - first                                       # [N, K]
         self.history = torch.stack([first, now, total + off, squares + off.square()])
         self.since = 1 if begin else self.since + 1
 
     def magnitude(self, gradient):
-        """Eq. (2) for the present weights. |M_n| is q_n at k*, the largest until one is fixed (reading 1)."""
+        """Eq. (2) for the present weights. |M_n| is q_n at k*, the largest until one is fixed (13)."""
         counts, p = self.space.sizes.gather(1, self.choice[:, None]).squeeze(1), self.space.size
         return magnitude(self.space.weights[:p], gradient[:p], self.space.segments, counts)
 
     def expectation(self):
-        """p_n and C_n now, [N] each. In the last tenth of the triggers p_n is certain (reading 7)."""
+        """p_n and C_n now, [N] each. In the last tenth of the triggers p_n is certain (reading 4)."""
         certain = self.triggers_done >= self.triggers - math.ceil(self.triggers / 10)
         return (keep_probability(self.theta.detach(), self.kept, certain),
                 expected_size(self.phi.detach(), self.space.sizes, self.fixed, self.choice))
@@ -1105,7 +1105,7 @@ class Search:
         return self.finish(backbone)
 
     def finish(self, backbone=""):
-        """Makes up the triggers that there were no steps for (11), keeps reading 10's promise: "return A"."""
+        """Makes up the triggers that there were no steps for (7), keeps reading 6's promise: "return A"."""
         self.ended_early = self.triggers - self.triggers_done
         while self.triggers_done < self.triggers:
             self.select()
@@ -1157,7 +1157,7 @@ def run_pass(model, space, wanted, gate, ranks, batch):
 
 
 def descend(optimizer, parameter, sample, gradient, open_rows):
-    """A step of Theta or Phi, of its open rows alone: frozen ones feel neither decay nor momentum (12).
+    """A step of Theta or Phi, of its open rows alone: frozen ones feel neither decay nor momentum (18).
     sample: what was drawn of it, gate or ranks.   gradient: the loss's for that.   open_rows: [N] bool.
     """
     before = parameter.detach().clone()

@@ -7,6 +7,7 @@ An equation has a test against numbers worked out by hand, with the arithmetic i
 against an oracle: a loop over modules in the paper's notation, on random inputs.
 """
 
+import ast
 import copy
 import dataclasses
 import errno
@@ -23,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+import tokenize
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -2300,25 +2302,115 @@ def code_of(page):
 
 def test_the_code_of_copying_md_runs(monkeypatch):
     monkeypatch.setattr(bipeft, "KINDS", dict(bipeft.KINDS))                   # it adds a kind
-    names = {}
+    equations, loop, kind, its_test, *others = code_of("docs/copying.md")
     with torch.random.fork_rng():
-        for block in code_of("docs/copying.md"):
+        exec(equations, names := {})
+        assert (names["smoothed"] != 0).all()
+        exec(loop, names := {})                                                # needs nothing of the block before
+        assert max(line for *_, line in loop.co_lines()) <= 30                 # a gist
+        assert 0 < names["structure"].parameters <= 800 and len(names["trained"]) > 2      # of the head alone: 2
+        for block in (kind, its_test):
             exec(block, names)
-    assert (names["smoothed"] != 0).all() and len(names["trained"]) > 4        # of the head alone: 4
-    assert "ia3" in {m["kind"] for m in names["structure"].modules} and names["structure"].parameters <= 300
+        assert names["structure"].parameters <= 300 and "ia3" in {m["kind"] for m in names["structure"].modules}
+        for block in others:
+            exec(block, names)
+    assert len(names["space"]) == 42 and names["structure"].parameters <= 1500
+
+
+def test_the_kind_of_module_in_copying_md_is_one_like_any_other(monkeypatch):
+    monkeypatch.setattr(bipeft, "KINDS", dict(bipeft.KINDS))
+    exec(code_of("docs/copying.md")[2], {"bipeft": bipeft})                    # the class, and the line
+    model = tiny_t5()
+
+    def logits():
+        with torch.no_grad():
+            return model(**some_batch()).logits
+
+    untouched, space = logits(), bipeft.Space(model, "ia3", ranks=RANKS)
+    # q_n is d_out at every rank: in each of four layers q, k, v, o and wo have 32, wi has 48
+    assert Counter(map(tuple, space.sizes.tolist())) == {(32,) * 3: 20, (48,) * 3: 4}
+    assert not space.ranked.any() and space.sizes[:, 0].sum() == space.size == sum(p.numel() for p in space.parameters())
+    space.weights.normal_(0, 0.5, generator=torch.Generator().manual_seed(0))
+    space.skips_shut = False
+    some, whole = torch.zeros(len(space)), torch.eye(3)[2:].expand(len(space), 3)
+    space.enter(some, whole)
+    assert torch.equal(logits(), untouched)                                   # shut, and computed: exactly y
+    some[3] = 1
+    space.enter(some, whole)
+    assert not torch.equal(logits(), untouched)
+    space.detach()
+    assert torch.equal(logits(), untouched)
+
+
+def test_equations_and_kinds_of_modules_can_be_lifted_out_by_themselves():
+    # what copying.md says that they need: section 1 torch alone; a class its base and two functions
+    source = Path(bipeft.__file__).read_text()
+    equations = source[source.index("# 1. The equations"):source.index("# 2. The searchable modules")]
+    exec(equations, lifted := {"math": math, "torch": torch, "F": F})
+    page = (HERE / "docs" / "copying.md").read_text().partition("```python\n")[2].partition("```")[0]
+    found = {}
+    for name, of in (("bipeft", bipeft), ("lifted", SimpleNamespace(**lifted))):
+        with torch.random.fork_rng():
+            exec(page.replace("import bipeft\n", ""), names := {"bipeft": of})
+        found[name] = names["smoothed"]
+    assert torch.equal(found["bipeft"], found["lifted"])
+    for kind, cls in bipeft.KINDS.items():
+        if kind != "prefix":                                                   # its attention is transformers'
+            parts = [bipeft.Searchable, bipeft.width, bipeft.input_of, *(c for c in reversed(cls.__mro__) if c.__module__ == "bipeft")]
+            names = {"math": math, "torch": torch, "F": F, "nn": nn}
+            exec("\n\n".join(map(inspect.getsource, dict.fromkeys(parts))), names)
+            place = nn.LayerNorm(32) if kind == "lnfit" else nn.Linear(32, 32)
+            module, x = names[cls.__name__](place, 4), torch.randn(5, 32)
+            bare, handles = place(x), module.attach(place)
+            assert torch.equal(place(x), bare)                                 # at first the zero function
+            nn.init.ones_(list(module.parameters())[-1])
+            assert not torch.allclose(place(x), bare)
+            for handle in handles:
+                handle.remove()
+            assert torch.equal(place(x), bare)
+
+
+def names_of_points():
+    """{number of a point of decisions.md: the names behind its arrow}."""
+    points = (HERE / "docs" / "decisions.md").read_text().partition("## The paper, the authors' code")[0]
+    found = re.findall(r"^(\d+)\. (.*?)(?=\n\d+\. |\n\n|\Z)", points, re.DOTALL | re.MULTILINE)
+    return {int(number): re.findall("`(.+?)`", text.partition("→")[2]) for number, text in found}
 
 
 def test_every_name_that_the_pages_point_to_exists():
     def resolve(name):
         return functools.reduce(getattr, name.split("."), bipeft)             # AttributeError: a name to be mended
-    points = (HERE / "docs" / "decisions.md").read_text().partition("## The paper, the authors' code")[0]
-    named = [name for point in re.split(r"\n(?=\d+\. )", points) if "→" in point
-             for name in re.findall("`(.+?)`", point.rpartition("→")[2].partition("\n\n")[0])]
+    named = sum(names_of_points().values(), [])
+    for arrow in re.findall("→((?:[\\s,]*`[^`]+`)+)", (HERE / "docs" / "performance.md").read_text()):
+        named += re.findall("`(.+?)`", arrow)
     table = (HERE / "README.md").read_text().partition("## Beside the paper")[2].partition("\n## ")[0]
     for _, _, code, tests, _ in (row.split("|") for row in table.strip().splitlines()[2:]):
         named += re.findall("`(.+?)`", code)
         assert all(name in globals() for name in re.findall("`(.+?)`", tests)), tests
     assert len([resolve(name) for name in named]) > 100
+
+
+def test_every_reading_in_the_file_is_a_point_that_names_the_place():
+    source, points, seen = Path(bipeft.__file__).read_text(), names_of_points(), []
+    assert list(points) == list(range(1, len(points) + 1))
+
+    def within(body, name=""):
+        """(first line, last line, qualified name) of every class and function."""
+        for node in body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                yield node.lineno, node.end_lineno, name + node.name
+                yield from within(node.body, f"{name}{node.name}.")
+
+    places = list(within(ast.parse(source).body))
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT or token.string.startswith('"""'):
+            for match in re.finditer(r"[Rr]eading (\d+)|(?<!Eq. )(?<!\))(?<!-)\(((?:\d\d|[2-9])(?:, \d+)*)\)", token.string):
+                line = token.start[0] + token.string[:match.start()].count("\n")
+                here = [name for first, last, name in places if first <= line <= last][-1]      # the innermost
+                for number in map(int, (match[1] or match[2]).split(", ")):
+                    assert any(f"{name}.".startswith(f"{here}.") for name in points[number]), (line, here, number)
+                    seen.append(number)
+    assert len(seen) > 40 and set(range(1, 13)) <= set(seen)          # each of the twelve stands beside its code
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -3,19 +3,21 @@
     python docs/experiments/compare.py --small                                        all of it, tiny, on a CPU
     python docs/experiments/compare.py --prepare --model DIR --data-dir DIR           once: runs/compare, 48 MB
     python docs/experiments/compare.py --table main --workers 14 --minutes 9          the comparison, on a GPU
-    python docs/experiments/compare.py --table ablations|budgets|transfer|sensitivity the other tables
+    python docs/experiments/compare.py --table seeds ablations budgets transfer sensitivity      the other tables
     python docs/experiments/compare.py --table cost --workers 1                       Table 3: nothing beside it
-    python docs/experiments/compare.py --report                                       tables, and compare.png
+    python docs/experiments/report.py                                                 tables and figures
 
-Needs the project's packages; AdaLoRA also peft, AutoPEFT botorch (or bayes.py's own surrogate), the figure
-matplotlib. A line of JSON a search and a training goes to --out; what has a line is not run again.
+Needs the project's packages; AdaLoRA also peft, AutoPEFT botorch (or bayes.py's own surrogate). A line of
+JSON a search and a training goes to --out; what has a line is not run again.
 
 The rules. Every method gives a structure of at most B parameters, counted from tensors. Each is re-trained
 from fresh weights for the same steps, batches, optimiser (AdamW, linear decay) and seed: the seed decides
-splits, order, head and weights. The re-training rate is a method's own: of RATES the one with the best mean
-validation score over tasks on --tune-seeds, which are never reported and whose test sets are not read. The
-epoch is the best on validation, the test is read once. The head is outside of B. Searches see two halves
-of the training set, and learn Delta W at one rate, --search-lr. FTE: passes of a search (forward and
+splits, order, head and weights. The re-training rate is a method's own: of a ladder the one with the best mean
+validation score over tasks on --tune-seeds, which are never reported and whose test sets are not read; at
+another budget than --budget it is chosen anew, on the first of them. The epoch is the best on validation, the
+test is read once. The head is outside of B, and learns at the method's rate. Searches see two halves of the
+training set, and learn Delta W at one rate, --search-lr; AutoPEFT and the best of three train on all of it, at
+INNER_RATE. B is of parameters: what a search costs is told, not equal. FTE: passes of a search (forward and
 backward) over those of one re-training; a search's validations are not counted.
 """
 
@@ -46,9 +48,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 import bipeft
 
 HERE = Path(__file__).resolve().parent
-RATES = (1e-3, 2.5e-3, 6e-3)                  # of modules
-FULL_RATES, HEAD_RATES = (3e-5, 1e-4, 3e-4), (2.5e-3, 1e-2, 4e-2)
-HEAD = ("classifier",)
+INNER_RATE = 6e-3                   # of full trainings within a search: random structures' best in an earlier run
+# Ladders of learning rates: the second to the fourth are tried, and more as long as the best is at an edge.
+RATES = (4e-4, 1e-3, 2.5e-3, 6e-3, 1.5e-2, 4e-2)                                     # of modules
+FULL_RATES, HEAD_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), (1e-3, 2.5e-3, 1e-2, 4e-2, 0.15)
 
 
 @dataclass
@@ -56,6 +59,8 @@ class Settings:
     """What is the same for every method."""
 
     folder: str = "runs/compare"     # what --prepare made
+    family: str = "bert"             # an encoder with a head, or "t5", which answers with a token
+    train_rows: int = 8000           # of sst2
     steps: int = 600                 # of re-training
     evaluations: int = 6             # on validation, evenly spaced
     search_steps: int = 600          # T
@@ -86,6 +91,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder, self.classifier = encoder, nn.Linear(encoder.config.hidden_size, labels)
 
+    head = ("classifier",)           # learns beside the modules, outside of the budget
+
     def fresh_head(self, seed):
         """The head's initial weights, of the seed alone."""
         generator = torch.Generator().manual_seed(bipeft.derive(seed, 20))
@@ -105,26 +112,54 @@ class Classifier(nn.Module):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-def prepare(model, data_dir, folder):
-    """Tokens of the tasks, and the encoder in half precision, 45 MB: all that another machine needs."""
+class Reader(nn.Module):
+    """A T5 that answers with one token, of those that the labels' digits begin with. No head."""
+
+    head = ()
+
+    def __init__(self, t5, answers):
+        super().__init__()
+        self.encoder, self.start = t5, t5.config.decoder_start_token_id
+        self.register_buffer("answers", torch.tensor(answers), persistent=False)
+
+    def fresh_head(self, seed):
+        pass
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        """As Classifier's; the loss is over the label's tokens alone, not over the vocabulary."""
+        begun = torch.full_like(input_ids[:, :1], self.start)
+        logits = self.encoder(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=begun).logits
+        logits = logits[:, 0, :].index_select(1, self.answers).float()
+        loss = None if labels is None else F.cross_entropy(logits, labels[:, 0], ignore_index=-100)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def prepare(model, data_dir, settings):
+    """Tokens of the tasks, and the backbone in half precision: all that another machine needs."""
     import pandas
-    from transformers import AutoModel, AutoTokenizer
-    folder, arrays = Path(folder), {}
+    from transformers import AutoModel, AutoTokenizer, T5ForConditionalGeneration
+    folder, arrays, t5 = Path(settings.folder), {}, settings.family == "t5"
     tokenizer = AutoTokenizer.from_pretrained(model)
     for task, files in {"qnli": ("validation",), "mnli": ("validation_matched",), "sst2": ("train", "validation"),
                         "rte": ("train", "validation"), "cola": ("train", "validation")}.items():
         for number, name in enumerate(files):
             rows = pandas.read_parquet(Path(data_dir) / task / f"{name}.parquet")
             if task == "sst2" and number == 0:                      # 8,000 are trained on, 500 validate
-                rows = rows.sample(12000, random_state=0)
+                rows = rows.sample(settings.train_rows + 4000, random_state=0)
             texts = [rows[field].tolist() for field in bipeft.TASKS[task].fields]
+            if t5:
+                texts = [[bipeft.to_examples(task, row, False)[0].source for row in rows.to_dict("records")]]
             ids = tokenizer(*texts, truncation=True, max_length=128).input_ids
             arrays |= {f"{task}.{number}.ids": np.concatenate([np.array(row, np.uint16) for row in ids]),
                        f"{task}.{number}.lengths": np.array([len(row) for row in ids], np.uint8),
                        f"{task}.{number}.labels": rows["label"].to_numpy(np.int8)}
     folder.mkdir(parents=True, exist_ok=True)
+    if t5:
+        arrays["answers"] = np.array([tokenizer(digit).input_ids[0] for digit in "012"])
     np.savez_compressed(folder / "tasks.npz", **arrays)
-    AutoModel.from_pretrained(model, add_pooling_layer=False, dtype=torch.float16).save_pretrained(folder / "model")
+    backbone = T5ForConditionalGeneration.from_pretrained(model, dtype=torch.float16) if t5 else (
+        AutoModel.from_pretrained(model, add_pooling_layer=False, dtype=torch.float16))
+    backbone.save_pretrained(folder / "model")
     for file in sorted(folder.rglob("*.*")):
         print(f"{file}  {file.stat().st_size / 2**20:.1f} MiB")
 
@@ -151,7 +186,7 @@ def splits_of(task, settings, seed):
     random.Random(bipeft.derive(seed, 21)).shuffle(order)
     rows = [pool[i] for i in order]
     if task == "sst2":                                      # the validation file is the test
-        return {"validation": rows[:500], "test": other[0], "train": rows[500:8500]}
+        return {"validation": rows[:500], "test": other[0], "train": rows[500:500 + settings.train_rows]}
     if other:                                               # rte, cola: it is halved
         half = list(other[0])
         random.Random(bipeft.derive(seed, 22)).shuffle(half)
@@ -184,18 +219,33 @@ class Bench:
         self.graphs = self.device.type == "cuda"
         self.encoder = self.load().to(self.device).eval()
         self.models, self.cache, self.costs = {}, {}, {}
-        places = list(bipeft.places_of(Classifier(self.encoder, 2)))
-        self.where = {(name, kind): place for name, role, place, *_ in places
-                      for kind in bipeft.KINDS if role in bipeft.KINDS[kind].roles}
+        self.where = self.find_places()
         self.keys = list(self.where)
 
+    def find_places(self):
+        """{(name, kind): the backbone's module there}"""
+        return {(name, kind): place for name, role, place, *_ in bipeft.places_of(self.around(2))
+                for kind in bipeft.KINDS if role in bipeft.KINDS[kind].roles}
+
+    def around(self, labels):
+        """The backbone as a classifier."""
+        if self.settings.family == "bert":
+            return Classifier(self.encoder, labels)
+        stored = [3, 4, 5] if self.settings.small else np.load(Path(self.settings.folder) / "tasks.npz")["answers"].tolist()
+        return Reader(self.encoder, stored[:labels])
+
     def load(self):
-        """The encoder, of --prepare's folder or, small, random."""
-        from transformers import AutoModel, BertConfig, BertModel, utils
+        """The backbone, of --prepare's folder or, small, random."""
+        from transformers import AutoModel, BertConfig, BertModel, T5Config, T5ForConditionalGeneration, utils
         utils.logging.disable_progress_bar()
+        path, dtype = Path(self.settings.folder) / "model", getattr(torch, self.settings.dtype)
+        if self.settings.family == "t5":
+            torch.manual_seed(0)
+            return T5ForConditionalGeneration(T5Config(
+                vocab_size=100, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0,
+            )) if self.settings.small else T5ForConditionalGeneration.from_pretrained(path, dtype=dtype)
         if not self.settings.small:
-            path = Path(self.settings.folder) / "model"
-            return AutoModel.from_pretrained(path, add_pooling_layer=False, dtype=getattr(torch, self.settings.dtype))
+            return AutoModel.from_pretrained(path, add_pooling_layer=False, dtype=dtype)
         torch.manual_seed(0)
         return BertModel(BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
                                     intermediate_size=64, max_position_embeddings=32), add_pooling_layer=False)
@@ -210,8 +260,9 @@ class Bench:
             self.cache[task, seed] = splits, {}
         self.splits, self.judged = self.cache[task, seed]
         labels = 1 + max(y for _, (y,) in self.splits["train"])
-        self.model = self.models.setdefault(labels, Classifier(self.encoder, labels).to(
-            self.device, getattr(torch, self.settings.dtype)))
+        if labels not in self.models:
+            self.models[labels] = self.around(labels).to(self.device, getattr(torch, self.settings.dtype))
+        self.model = self.models[labels]
         self.model.fresh_head(seed)
 
     def batches(self, rows, seed=None):
@@ -235,12 +286,13 @@ class Bench:
         metric = bipeft.TASKS[self.task].metric if self.task != "toy" else "accuracy"
         return bipeft.METRICS[metric](said, [(y,) for y in gold])
 
-    def structure(self, chosen, budget, space="s2", also=HEAD):
+    def structure(self, chosen, budget, space="s2", also=None):
         """A Structure of (place, kind, rank) each, its parameters counted from tensors without numbers."""
         modules = []
         for name, kind, rank in chosen:
             modules.append({"name": name, "kind": kind, "rank": rank if bipeft.KINDS[kind].ranked else None,
                             "parameters": self.cost((name, kind), rank or 1)})
+        also = self.model.head if also is None else also
         return bipeft.Structure("", bipeft.geometry(self.model, also), space, [], budget, modules)
 
     def cost(self, key, rank):
@@ -260,12 +312,16 @@ class Bench:
         chosen = [(*self.keys[int(i)], int(rank)) for i, rank in (item.split(":") for item in text.split())]
         return self.structure(chosen, budget)
 
-    def train(self, structure, lr, also=HEAD, share=1.0):
-        """Re-trains; returns (best validation score, curve). The model stays as after its best epoch, attached."""
+    def train(self, structure, lr, whole=False):
+        """Re-trains; returns (peft, best validation score, curve). The model stays as after its best epoch, attached.
+
+        whole: with every weight of the backbone.
+        """
+        also = (*["encoder"] * whole, *self.model.head)
         structure.geometry = bipeft.geometry(self.model, also)
         peft = bipeft.apply(self.model, structure, self.seed, also_train=also)
-        evaluations = max(1, round(share * self.settings.evaluations))
-        stretch = Stretch(self.batches(self.splits["train"]), max(1, round(share * self.settings.steps / evaluations)))
+        evaluations = self.settings.evaluations
+        stretch = Stretch(self.batches(self.splits["train"]), max(1, round(self.settings.steps / evaluations)))
         curve = []
         best = bipeft.train(self.model, peft, stretch, lambda: self.score("validation"), evaluations, lr, seed=self.seed,
                             graphs=self.graphs, after_step=lambda _, line: curve.append(line.get("score")))
@@ -278,7 +334,7 @@ class Supernet:
 
     def __init__(self, bench, kinds, ranks=(1, 4, 8), lr=None, search=True, weight_decay=1e-4):
         self.bench, self.lr = bench, lr or bench.settings.search_lr
-        self.space = bipeft.Space(bench.model, kinds, ranks, bench.seed, also_train=HEAD)
+        self.space = bipeft.Space(bench.model, kinds, ranks, bench.seed, also_train=bench.model.head)
         fast = bipeft.fast_pass(bench.model, self.space, bench.graphs)
         self.weight_decay, rows = weight_decay, bench.splits["train"]
         halves = (rows[::2], rows[1::2]) if search else (rows, rows)
@@ -302,10 +358,10 @@ class Supernet:
         self.space.detach()
         self.bench.model.eval()
 
-    def begin(self):
-        """Dropout of a step follows the seed and the step."""
-        torch.manual_seed(bipeft.derive(self.bench.seed, 23, self.steps_done))
-        self.steps_done += 1
+    def begin(self, again=False):
+        """Dropout of a step follows the seed and the step.   again: that of the present step once more."""
+        self.steps_done += not again
+        torch.manual_seed(bipeft.derive(self.bench.seed, 23, self.steps_done - 1))
 
     def descend(self, gradient, left, clip=None):
         """A step of Delta W.   left: the share of the steps still to go, which the rate falls with."""
@@ -424,7 +480,7 @@ def best_of_chance(bench, budget, count=3):
     scored = []
     for draw in range(1, count + 1):
         structure = chance(bench, budget, draw)["random"]
-        peft, best, _ = bench.train(structure, 2.5e-3)
+        peft, best, _ = bench.train(structure, INNER_RATE)
         peft.detach()
         scored.append((best, -draw, structure))
     return {"random, best of 3": max(scored, key=lambda found: found[:2])[2]}
@@ -473,17 +529,17 @@ def bipeft_search(bench, budget, kinds="s2", cls=bipeft.Search, name="BIPEFT", *
                 "matched random": matched(bench, found, budget)}
 
 
-def s3delta(bench, budget, hard=False):
+def s3delta(bench, budget, hard=False, name="S3Delta-M", lr=None):
     """S3Delta-M (Hu et al. 2022b), S2 at rank 1:  p = sigmoid(alpha - zeta), sum p q = B;
     z = sigmoid(logit u + logit p), u ~ U(0, 1), times the module's output. Bilevel, second order:
     grad_alpha = dL_val(w')/dalpha - lr [dL_tra(w+)/dalpha - dL_tra(w-)/dalpha] / (2 eps), w+- = w +- eps d.
 
     Passes are as the re-training's on half of the data: half the steps. hard: gates 1[z >= 0.5], straight
-    through, a shut gate without gradient, and first order (w' = w). Its own lr of w was that of re-training;
-    here all searches have one.
+    through, a shut gate without gradient, and first order (w' = w). The four losses of a step have one u and one
+    dropout. lr: of w; its own was that of re-training.
     """
     steps, best = bench.settings.search_steps // 2, (-1, None)
-    with Supernet(bench, "s2", (1,), weight_decay=0.0) as net:
+    with Supernet(bench, "s2", (1,), lr, weight_decay=0.0) as net:
         n, device = len(net.space), net.space.weights.device
         sizes, ones = net.space.sizes[:, 0].double().cpu(), torch.ones(n, 1, device=device)
         alpha = torch.zeros(n, dtype=torch.float64, requires_grad=True)       # so few stay on the CPU
@@ -496,42 +552,42 @@ def s3delta(bench, budget, hard=False):
                 return p.float()
             return torch.sigmoid(torch.logit(u) + torch.logit(p.clamp(1e-9, 1 - 1e-9))).float()
 
-        def gate_of(u):
-            z = sample(u).detach()
-            return ((z >= 0.5).float() if hard else z).to(device)
+        def gate_of(z):
+            return ((z >= 0.5).float() if hard else z).detach().to(device)
 
-        def of_alpha(u, batch):
+        def of_alpha(z, batch):
             """dL/dalpha, and dL/dw, at the present weights."""
-            z, gate = sample(u), gate_of(u)
+            gate = gate_of(z)
+            net.begin(again=True)
             _, of_gate, of_weights = net.run(("gate", "weights"), gate, ones, batch)
             of_gate = of_gate * gate if hard else of_gate
-            return torch.autograd.grad(z, alpha, of_gate.cpu())[0], of_weights
+            return torch.autograd.grad(z, alpha, of_gate.cpu(), retain_graph=True)[0], of_weights
 
         def draw():
             return torch.rand(n, generator=generator).double().clamp(1e-6, 1 - 1e-6)
         weights = net.space.weights
         for step in range(steps):
             net.begin()
-            left, u, tra, val = 1 - step / steps, draw(), next(net.train), next(net.val)
+            left, z, tra, val = 1 - step / steps, sample(draw()), next(net.train), next(net.val)
             if hard:
-                gradient, _ = of_alpha(u, val)
+                gradient, _ = of_alpha(z, val)
             else:
-                _, of_weights = net.run(("weights",), gate_of(u), ones, tra)
+                _, of_weights = net.run(("weights",), gate_of(z), ones, tra)
                 here, state = weights.clone(), copy.deepcopy(net.optimizer.state_dict())
                 net.descend(of_weights, left)                                           # w', a virtual step
-                gradient, d = of_alpha(u, val)
-                eps = 0.01 / d.norm().clamp(min=1e-12)
+                gradient, d = of_alpha(z, val)
+                eps = 0.01 / max(1e-12, float(d.norm()))
                 sides = []
                 for sign in (1, -1):
                     weights.copy_(here + sign * eps * d)
-                    sides.append(of_alpha(u, tra)[0])
+                    sides.append(of_alpha(z, tra)[0])
                 weights.copy_(here)
                 net.optimizer.load_state_dict(state)
                 gradient = gradient - net.lr * left * (sides[0] - sides[1]) / (2 * eps)
             alpha.grad = gradient * (2 / gradient.norm().clamp(min=2))                  # clipped
             optimizer.param_groups[0]["lr"] = 0.1 * left
             optimizer.step()
-            _, of_weights = net.run(("weights",), gate_of(draw()), ones, tra)
+            _, of_weights = net.run(("weights",), gate_of(sample(draw())), ones, tra)
             net.descend(of_weights, left, clip=2.0)
             if (step + 1) % max(1, steps // bench.settings.evaluations) == 0:           # with z = p
                 net.space.enter(sample(None).detach().to(device), ones, for_gates=True)
@@ -539,7 +595,7 @@ def s3delta(bench, budget, hard=False):
                 best = max(best, (score, alpha.detach().tolist()), key=lambda pair: pair[0])
         order = sorted(range(n), key=lambda i: -best[1][i])
         found = net.chosen(first_fit(order, net.space.sizes[:, 0].tolist(), budget), [0] * n, budget)
-    return {"S3Delta-M, hard" if hard else "S3Delta-M": found}
+    return {"S3Delta-M, hard" if hard else name: found}
 
 
 def shifted(alpha, sizes, budget):
@@ -627,7 +683,7 @@ def autopeft(bench, budget):
     """
     import bayes
     s = bench.settings
-    steps, lr = max(1, round(s.bo_share * s.steps)), 2.5e-3
+    steps, lr = max(1, round(s.bo_share * s.steps)), INNER_RATE
     with Supernet(bench, "s1", lr=lr, search=False) as net:
         space = net.space
         layers = [name.split(".layer.")[1].split(".")[0] for name in space.names]
@@ -650,14 +706,15 @@ def autopeft(bench, budget):
         cheap = {}
 
         def evaluate(config):
-            """The validation score after a short training from fresh weights."""
+            """The validation score after a short training from fresh weights, on the same batches each time."""
             kept, choice = arrange(config)
+            batches, net.steps_done = bipeft.stream(net.batches[0]), 0
             space.weights.copy_(fresh)
             net.optimizer.state.clear()
             gate, ranks = torch.tensor(kept, device=fresh.device).float(), net.one_hot(choice)
             for step in range(steps):
                 net.begin()
-                _, gradient = net.run(("weights",), gate, ranks, next(net.train))
+                _, gradient = net.run(("weights",), gate, ranks, next(batches))
                 net.descend(gradient, 1 - step / steps)
             space.enter(gate, ranks)
             return bench.score("validation")
@@ -689,7 +746,7 @@ def random_configurations(seed, kinds, layers, count=20000):
 
 
 def train_adalora(bench, budget, lr):
-    """AdaLoRA (Zhang et al. 2023), Hugging Face peft: B diag(E) A on q, k, v, o from rank 2, triplets masked by
+    """AdaLoRA (Zhang et al. 2023), Hugging Face peft: B diag(E) A on q, k, v, o from rank 2 (or 1.5 x what B allows), masked by
     smoothed sensitivity · uncertainty down to as many as fit B; t_i = 0.1 T, t_f = 0.3 T, every T/60 steps.
 
     Its training is its search. An epoch counts only once the number of triplets is final; what has E = 0 in the
@@ -699,16 +756,18 @@ def train_adalora(bench, budget, lr):
     T, model = bench.settings.steps, copy.deepcopy(bench.model)
     for p in model.parameters():
         p.requires_grad_(False)
+    d, layers = model.encoder.config.hidden_size, model.encoder.config.num_hidden_layers
+    target = budget // (2 * d + 1)                                     # triplets, of 4 matrices a layer
+    rank = max(2, math.ceil(1.5 * target / (4 * layers)))
     config = peft.AdaLoraConfig(
-        init_r=2, target_r=1, lora_alpha=2, tinit=round(0.1 * T), tfinal=max(1, round(0.3 * T)), deltaT=max(1, T // 60),
+        init_r=rank, target_r=1, lora_alpha=rank, tinit=round(0.1 * T), tfinal=max(1, round(0.3 * T)), deltaT=max(1, T // 60),
         total_step=T, lora_dropout=0.0, target_modules=r".*attention\.(self\.(query|key|value)|output\.dense)")
     torch.manual_seed(bipeft.derive(bench.seed, 30))
     wrapped = peft.get_peft_model(model, config)
     for p in model.classifier.parameters():
         p.requires_grad_(True)
-    d = model.encoder.config.hidden_size
     allocator = wrapped.base_model.rankallocator
-    allocator.target_bgt = budget // (2 * d + 1)
+    allocator.target_bgt = target
     learnt = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(learnt.values(), lr=lr, weight_decay=1e-4)
     batches, every = bipeft.stream(bench.batches(bench.splits["train"])), T // bench.settings.evaluations
@@ -804,7 +863,7 @@ def differential(bench, budget, name, stages):
             kept = (found.argmax(1) > 0).float()
         else:
             keep = theta.detach().softmax(1)[:, 1]
-        return {name: cut(net, keep, choice, budget, kept, among=None if stages == ("entangled",) else kept)}
+        return {name: cut(net, keep, choice, budget, kept, among=kept if stages == ("theta", "phi") else None)}
 
 
 def cut(net, keep, choice, budget, kept, among=None):
@@ -846,6 +905,26 @@ class SummedSensitivity(bipeft.Search):
         return super().magnitude(gradient) * self.space.sizes.gather(1, self.choice[:, None]).squeeze(1)
 
 
+class OpenSensitivity(bipeft.Search):
+    """s from passes with all kept gates open, one more each on D_tra and D_val; all else learns as ever."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.plain, self.run_pass = self.run_pass, self.both
+        self.weight_optimizer.register_step_pre_hook(self.sampled_gradient)
+
+    def both(self, wanted, gate, ranks, batch):
+        found = self.plain(wanted, gate, ranks, batch)
+        if "weights" not in wanted:
+            return found
+        if wanted == ("weights",):
+            self.sampled = found[-1]                        # Delta W descends on this one
+        return [*found[:-1], self.plain(("weights",), self.kept.to(gate.dtype), ranks, batch)[-1]]
+
+    def sampled_gradient(self, *_):
+        self.space.weights.grad = self.sampled
+
+
 class OtherTemperature(bipeft.Search):
     """A temperature that falls from 5 to `end`."""
 
@@ -879,7 +958,7 @@ class Method:
     free: bool = False
     rates: tuple = RATES
     rate_of: str = None
-    also: tuple = HEAD
+    whole: bool = False                        # trains the backbone
     searched: tuple = ()                       # the search's own name, where the finder gives several
 
 
@@ -888,6 +967,8 @@ FINDERS = {
     "lnfit": lnfit, "chance": chance, "bipeft": bipeft_search, "s3delta": s3delta, "prunepeft": prunepeft,
     "autopeft": autopeft, "best-random": best_of_chance, "without": without_selection,
     "s3delta-hard": lambda bench, budget: s3delta(bench, budget, hard=True),
+    "s3delta-lr": lambda bench, budget: s3delta(bench, budget, name="S3Delta-M, lr 3e-3", lr=3e-3),
+    "s3delta-16": lambda bench, budget: s3delta(bench, budget, name="S3Delta-M, scale 16"),
     "prunepeft-4": lambda bench, budget: prunepeft(bench, budget, rounds=4),
     "bipeft-s1": lambda bench, budget: bipeft_search(bench, budget, "s1", name="BIPEFT, S1"),
     "bipeft-all": lambda bench, budget: bipeft_search(bench, budget, "all", name="BIPEFT, all"),
@@ -899,16 +980,20 @@ CORE = {
     "BIPEFT": Method("bipeft"), "one look": Method("bipeft"), "random": Method("chance", cheap=True),
     "matched random": Method("bipeft"), "LoRA": Method("lora", cheap=True),
     "all of S2": Method("whole", cheap=True, free=True), "head alone": Method("head", True, True, HEAD_RATES),
-    "full": Method("full", True, True, FULL_RATES, also=("encoder", *HEAD)),
+    "full": Method("full", True, True, FULL_RATES, whole=True),
 }
 MORE = {
     "S3Delta-M": Method("s3delta"), "PrunePEFT": Method("prunepeft"), "BitFit": Method("bitfit", cheap=True),
     "LNFit": Method("lnfit", cheap=True), "serial adapter": Method("serial", cheap=True),
     "BIPEFT, S1": Method("bipeft-s1"), "BIPEFT, all": Method("bipeft-all"),
-    "S3Delta-M, hard": Method("s3delta-hard"), "PrunePEFT, 4 rounds": Method("prunepeft-4"),
-    "AdaLoRA": Method("adalora", cheap=True), "random, best of 3": Method("best-random"), "AutoPEFT": Method("autopeft"),
+    "S3Delta-M, hard": Method("s3delta-hard"), "S3Delta-M, lr 3e-3": Method("s3delta-lr"),
+    "S3Delta-M, scale 16": Method("s3delta-16"), "PrunePEFT, 4 rounds": Method("prunepeft-4"),
+    "AdaLoRA": Method("adalora", cheap=True),
+    "random, best of 3": Method("best-random", rate_of="random"),
+    "AutoPEFT": Method("autopeft", rate_of="BIPEFT, S1"),                 # the same kinds
 }
-ABLATIONS = {name: Method(finder, rate_of="BIPEFT") for name, finder in {
+ACROSS = ("BIPEFT", "one look", "random", "matched random", "LoRA", "S3Delta-M", "PrunePEFT")      # other budgets
+ABLATIONS = {name: Method(finder) for name, finder in {
     "entangled": "entangled", "b → d": "b-d", "d → b": "d-b", "without selection": "without",
     "s-bar at T": "without"}.items()}
 VARIANTS = {           # Tables 6-10, and readings that are ours; in each one thing differs from BIPEFT
@@ -919,12 +1004,13 @@ VARIANTS = {           # Tables 6-10, and readings that are ours; in each one th
     **{f"warm-up {share:.0%}": {"warmup_share": share} for share in (0.0, 0.17, 0.75)},
     **{f"search lr {lr:g}": {"lr": lr} for lr in (3e-4, 2e-3)},
     "Eq. 2 as a sum": {"cls": SummedSensitivity}, "temperature to 0.1": {"cls": OtherTemperature},
-    "LoRA scale 16": {"lora_scale": 16.0},
+    "gates open for s": {"cls": OpenSensitivity}, "LoRA scale 16": {},
 }
-SENSITIVITY = {name: Method(f"variant:{name}", rate_of="BIPEFT") for name in VARIANTS}
+SENSITIVITY = {name: Method(f"variant:{name}", rate_of=None if "scale" in name else "BIPEFT") for name in VARIANTS}
+SCALES = {"variant:LoRA scale 16": 16.0, "s3delta-16": 16.0}              # of LoRA, 1 elsewhere
 METHODS = {**CORE, **MORE, **ABLATIONS, **SENSITIVITY}
-FTE = {"autopeft": 10, "bipeft": 3, "bipeft-s1": 3, "bipeft-all": 3, "s3delta": 3, "best-random": 3}   # expected, for --minutes
-TABLES = ("main", "ablations", "budgets", "transfer", "sensitivity", "cost")
+FTE = {"autopeft": 10, "prunepeft": 1}       # of a search, as expected for --minutes; 3 for all others
+TABLES = ("main", "seeds", "ablations", "budgets", "transfer", "sensitivity", "cost")
 
 
 def find(bench, finder, budget):
@@ -934,9 +1020,7 @@ def find(bench, finder, budget):
         settings = dict(VARIANTS[name])
         if "warmup_share" in settings:
             settings["warmup"] = round(settings.pop("warmup_share") * bench.settings.search_steps)
-        scale = settings.pop("lora_scale", None)
-        with scaled_lora(scale):
-            found = bipeft_search(bench, budget, name=name, **settings)
+        found = bipeft_search(bench, budget, name=name, **settings)
     else:
         found = FINDERS[finder](bench, budget)
     return {name: value if isinstance(value, tuple) else (value, {}) for name, value in found.items()}
@@ -966,7 +1050,9 @@ def carry_out(bench, job):
         torch.cuda.reset_peak_memory_stats(bench.device)
     if job["stage"] == "find":
         lines = []
-        for method, (structure, told) in find(bench, job["finder"], job["budget"]).items():
+        with scaled_lora(SCALES.get(job["finder"])):
+            found = find(bench, job["finder"], job["budget"])
+        for method, (structure, told) in found.items():
             lines.append({**job, "method": method, "structure": bench.encode(structure), "passes": bench.passes,
                           "parameters": structure.parameters, **told})
     else:
@@ -990,10 +1076,9 @@ def train(bench, job):
     else:
         structure = (find(bench, method.finder, job["budget"])[job["method"]][0] if method.cheap
                      else bench.decode(job.pop("structure"), job["budget"]))
-        scale = VARIANTS.get(job["method"], {}).get("lora_scale")
-        with scaled_lora(scale):
+        with scaled_lora(SCALES.get(method.finder)):
             bench.passes = 0
-            peft, best, curve = bench.train(structure, job["lr"], method.also)
+            peft, best, curve = bench.train(structure, job["lr"], method.whole)
             parameters, modules = peft.size, len(peft)
             held = bench.score("test") if not job["tuning"] else None
             test = lambda: held
@@ -1015,7 +1100,7 @@ class Plan:
     def __init__(self, wanted, lines, settings, args):
         self.args, self.settings, self.dropped = args, settings, 0
         self.structures, self.trained, self.running, self.failed, self.late = {}, {}, set(), set(), set()
-        self.wanted, seen = [], set()
+        self.wanted, seen, self.tuned, self.broken = [], set(), {}, Counter()
         for line in lines:
             self.take(line)
         for wish in wanted:
@@ -1026,35 +1111,57 @@ class Plan:
 
     def take(self, line):
         """A line of results."""
-        if "error" in line:
-            self.failed.add(line["key"])
+        self.tuned = {}
+        if "error" in line:                                     # chance may have had a part in any but a UsageError
+            self.broken[line["key"]] += 1
+            if line["error"].startswith("UsageError"):
+                self.failed.add(line["key"])
+            elif self.broken[line["key"]] > 1:
+                self.late.add(line["key"])                      # given up for this time
         elif line["stage"] == "find":
             self.structures[line["method"], line["task"], line["budget"], line["seed"]] = line["structure"]
         elif line["stage"] == "train":
             key = line["method"], line["task"], line["budget"], line["seed"], line["source"]
             self.trained.setdefault(key, {})[line["lr"]] = line["validation"]
 
-    def rate(self, name):
-        """The chosen rate of a method, or None while its trainings for that are not all there."""
-        name = METHODS[name].rate_of or name
-        means = {}
-        for lr in METHODS[name].rates:
-            found = []
-            for task, seed in itertools.product(self.args.tune_tasks, self.args.tune_seeds):
-                job = {"stage": "train", "method": name, "task": task, "budget": self.args.budget, "seed": seed,
-                       "source": None, "tuning": True, "lr": lr}
-                if key_of(job) in self.failed or self.hopeless(name, task, self.args.budget, seed):
-                    found.append(-100.0)
-                else:
-                    found.append(self.trained.get((name, task, self.args.budget, seed, None), {}).get(lr))
-            if None in found:
-                return None
-            means[lr] = sum(found) / len(found)
-        return max(means, key=means.get)
+    def tuning(self, name, budget, lr):
+        """The trainings that a rate is judged by, as wishes."""
+        seeds = self.args.tune_seeds if budget == self.args.budget else self.args.tune_seeds[:1]
+        for task, seed in itertools.product(self.args.tune_tasks, seeds):
+            yield {"method": name, "task": task, "budget": budget, "seed": seed, "source": None, "tuning": True,
+                   "lr": lr}
 
-    def hopeless(self, name, task, budget, seed):
-        return key_of({"stage": "find", "finder": METHODS[name].finder, "task": task, "budget": budget,
-                       "seed": seed}) in self.failed
+    def judge(self, name, budget, lr):
+        """A rate's mean validation score; None while a training is missing. One without finite numbers: -100."""
+        found = []
+        for wish in self.tuning(name, budget, lr):
+            if key_of({"stage": "train", **wish}) in self.failed or self.hopeless(wish):
+                found.append(-100.0)
+            else:
+                found.append(self.trained.get(cell_of(wish), {}).get(lr))
+        return None if None in found else sum(found) / len(found)
+
+    def rate(self, name, budget):
+        """(chosen rate, {rate: score}) of a method; the rate is None while trainings for it are missing."""
+        name = METHODS[name].rate_of or name
+        if (name, budget) not in self.tuned:
+            ladder, first, last = METHODS[name].rates, 1, 4
+            while True:
+                scores = {lr: self.judge(name, budget, lr) for lr in ladder[first:last]}
+                best = None if None in scores.values() else max(scores, key=scores.get)
+                if best == ladder[first] and first > 0:
+                    first -= 1
+                elif best == ladder[last - 1] and last < len(ladder):
+                    last += 1
+                else:
+                    break
+            self.tuned[name, budget] = best, scores
+        return self.tuned[name, budget]
+
+    def hopeless(self, wish):
+        """Whether the search that a training stands on failed."""
+        return key_of({"stage": "find", "finder": METHODS[wish["method"]].finder, "task": wish["source"] or wish["task"],
+                       "budget": wish["budget"], "seed": wish["seed"]}) in self.failed
 
     def next(self):
         """A job that can be done now; None if all that is left waits for others, False if nothing is left."""
@@ -1063,8 +1170,7 @@ class Plan:
             job = self.job_of(wish)
             if job == "done":
                 self.wanted.remove(wish)
-                self.dropped += not (wish.get("find_only") or self.trained.get(
-                    tuple(wish[key] for key in ("method", "task", "budget", "seed", "source"))))
+                self.dropped += not self.trained.get(cell_of(wish))
             elif job == "wait":
                 waiting = True
             else:
@@ -1077,28 +1183,41 @@ class Plan:
         return sum(self.job_of(wish) != "done" for wish in self.wanted) + self.dropped
 
     def job_of(self, wish):
-        """What is to be done for a wish: a job, "wait" or "done"."""
-        name, task, budget, seed, source = (wish[key] for key in ("method", "task", "budget", "seed", "source"))
-        method, origin = METHODS[name], wish["source"] or wish["task"]
-        if self.hopeless(name, origin, budget, seed):
+        """What is to be done for a wish: a job, "wait" or "done". First comes what its rate is chosen by."""
+        method, budget, waits = METHODS[wish["method"]], wish["budget"], False
+        if self.hopeless(wish):
             return "done"
-        structure = None if method.cheap else self.structures.get((name, origin, budget, seed))
-        if structure is None and not method.cheap:
-            job = {"stage": "find", "finder": method.finder, "task": origin, "budget": budget, "seed": seed}
-            return "done" if key_of(job) in self.late else "wait" if key_of(job) in self.running else job
-        if wish.get("find_only"):
-            return "done"
-        lr = wish.get("lr") or self.args.lr or self.rate(name)
+        lr = wish.get("lr") or self.args.lr
         if lr is None:
+            lr, scores = self.rate(wish["method"], budget)
+            if lr is None:
+                jobs = [self.job_of(other) for tried in scores
+                        for other in self.tuning(method.rate_of or wish["method"], budget, tried)]
+                if job := next((job for job in jobs if isinstance(job, dict)), None):
+                    return job
+                waits = "wait" in jobs                          # else they were given up: no rate, no training
+                if not waits:
+                    return "done"
+        origin = wish["source"] or wish["task"]
+        structure = self.structures.get((wish["method"], origin, budget, wish["seed"]))
+        if structure is None and not method.cheap:
+            job = {"stage": "find", "finder": method.finder, "task": origin, "budget": budget, "seed": wish["seed"]}
+            return "done" if key_of(job) in self.late else "wait" if key_of(job) in self.running else job
+        if waits:
             return "wait"
-        job = {"stage": "train", "method": name, "task": task, "budget": budget, "seed": seed, "source": source,
-               "tuning": wish["tuning"], "lr": lr}
-        key = key_of(job)
-        if lr in self.trained.get((name, task, budget, seed, source), {}) or key in self.failed | self.late:
+        job = {"stage": "train", **{key: wish[key] for key in CELL}, "tuning": wish["tuning"], "lr": lr}
+        if lr in self.trained.get(cell_of(wish), {}) or key_of(job) in self.failed | self.late:
             return "done"
-        if key in self.running:
+        if key_of(job) in self.running:
             return "wait"
         return job if method.cheap else {**job, "structure": structure}
+
+
+CELL = "method", "task", "budget", "seed", "source"
+
+
+def cell_of(wish):
+    return tuple(wish[key] for key in CELL)
 
 
 def key_of(job):
@@ -1107,41 +1226,38 @@ def key_of(job):
 
 
 def wanted_of(args):
-    """All trainings of the tables asked for, the important ones first."""
+    """All trainings of the tables asked for, the important ones first; those for rates follow from them."""
     installed = {name: METHODS[name] for name in args.methods or METHODS
                  if METHODS[name].finder != "adalora" or importlib.util.find_spec("peft")}
 
-    def of(names, seeds, tuning=False, budget=args.budget, tasks=args.tasks, **more):
+    def of(names, seeds, budget=args.budget, tasks=args.tasks, **more):
         for seed, name, task in itertools.product(seeds, [n for n in names if n in installed], tasks):
-            for lr in METHODS[name].rates if tuning else [None]:
-                yield {"method": name, "task": task, "budget": budget, "seed": seed, "source": None,
-                       "tuning": tuning, **({"lr": lr} if lr else {}), **more}
+            yield {"method": name, "task": task, "budget": budget, "seed": seed, "source": None, "tuning": False, **more}
+    if "AdaLoRA" in (args.methods or METHODS) and "AdaLoRA" not in installed:
+        print("AdaLoRA is left out: peft is not installed")
     first, rest = args.seeds[:args.first_seeds], args.seeds[args.first_seeds:]
-    tune = [] if args.lr else args.tune_seeds
     for table in args.table:
         if table == "main":
-            yield from of(CORE, tune, True, tasks=args.tune_tasks)
             yield from of(CORE, first)
             for name in MORE:
-                yield from of([name], tune, True, tasks=args.tune_tasks)
                 yield from of([name], first)
             for seed in rest:
                 yield from of({**CORE, **MORE}, [seed])
+        elif table == "seeds":
+            for seed in args.more_seeds:
+                yield from of([name for name, m in CORE.items() if not m.free], [seed])
         elif table in ("ablations", "sensitivity"):
-            yield from of(["BIPEFT"], tune, True, tasks=args.tune_tasks)
             for seed in args.seeds:
                 yield from of(["BIPEFT", *(ABLATIONS if table == "ablations" else SENSITIVITY)], [seed])
         elif table == "budgets":
-            names = [name for name, m in {**CORE, **MORE}.items() if not m.free]
             for seed, budget in itertools.product(args.seeds, args.budgets):
-                yield from of(names if args.methods else ["BIPEFT", "one look", "random", "LoRA"], [seed], budget=budget)
+                yield from of([name for name in ACROSS if name in installed], [seed], budget=budget)
         elif table == "transfer":
             for seed, source in itertools.product(args.seeds, args.tasks):
                 yield from of(["BIPEFT"], [seed], tasks=[t for t in args.tasks if t != source], **{"source": source})
         elif table == "cost":
             names = [n for n, m in {**CORE, **MORE}.items() if not m.cheap] + ["entangled", "without selection"]
-            yield from of(["random", "LoRA"], [900], tasks=args.tasks[:1])          # the first warms the device up
-            yield from of(names, [900], tasks=args.tasks[:1], find_only=True)
+            yield from of(["random", "LoRA", *names], [900], tasks=args.tasks[:1], lr=2.5e-3)   # the first warms it up
 
 
 # ==================================================================================================
@@ -1155,44 +1271,56 @@ def work(settings, number, pipe):
         settings = dataclasses.replace(settings, device=f"cuda:{number % torch.cuda.device_count()}")
     bench = Bench(settings)
     pipe.send([{"stage": "places", "places": [f"{name}.{kind}" for name, kind in bench.keys]}])
-    while (job := pipe.recv()) is not None:
-        pipe.send(attempt(bench, job))
+    broken = 0
+    while broken < 2 and (job := pipe.recv()) is not None:
+        lines = attempt(bench, job)
+        strange = "error" in lines[0] and not lines[0]["error"].startswith("UsageError")
+        broken = broken + 1 if strange else 0                       # twice in a row: no job is safe here
+        pipe.send(lines)
 
 
 def attempt(bench, job):
     """A job's lines, or that of its error."""
-    key = key_of(job)
     try:
         return carry_out(bench, dict(job))
     except Exception as error:
         if isinstance(error, torch.AcceleratorError if hasattr(torch, "AcceleratorError") else ()):
             raise
-        bench = reset(bench)
-        return [{**{k: v for k, v in job.items() if k != "structure"}, "key": key,
-                 "error": f"{type(error).__name__}: {bipeft.one_line(error)[:300]}"}]
+        told = f"{type(error).__name__}: {bipeft.one_line(error)[:300]}"
+    reset(bench)                                                    # here nothing holds the job's tensors any more
+    return [{**{k: v for k, v in job.items() if k != "structure"}, "key": key_of(job), "error": told}]
 
 
 def reset(bench):
     """A model on which nothing is left of a job that broke off."""
+    bench.models, bench.cache, bench.model = {}, {}, None
+    gc.collect()
+    if bench.graphs:
+        torch.cuda.empty_cache()
     bench.encoder = bench.load().to(bench.device).eval()
-    bench.models, bench.cache = {}, {}
-    bench.where = {(name, kind): place for name, role, place, *_ in bipeft.places_of(Classifier(bench.encoder, 2))
-                   for kind in bipeft.KINDS if role in bipeft.KINDS[kind].roles}
-    return bench
+    bench.where = bench.find_places()
 
 
 def carry_out_all(args, settings, out, minutes):
     """Hands the plan's jobs to the workers; stops in time. Returns all lines."""
     lines = read(out)
     plan, started = Plan(list(wanted_of(args)), lines, settings, args), time.time()
+    if out.exists() and not out.read_text().endswith("\n"):
+        with out.open("a") as file:
+            file.write("\n")                                        # of a run that was killed in a line
     print(f"{len(plan.wanted)} trainings asked for, {sum(line.get('stage') == 'train' for line in lines)} lines there")
     longest, budgeted = defaultdict(float), minutes * 60 if minutes else math.inf
+    for line in lines:
+        if line.get("workers") == max(1, args.workers):
+            kind = line["stage"], line.get("finder") or line.get("method")
+            longest[kind] = max(longest[kind], line.get("seconds", 0))
 
     def expected(job):
         """Seconds: the longest of its kind so far or, of a search not seen yet, its FTE in trainings."""
         kind = job["stage"], job.get("finder") or job.get("method")
         trainings = [seconds for (stage, _), seconds in longest.items() if stage == "train"]
-        return longest.get(kind) or FTE.get(kind[1], 1) * (sum(trainings) / len(trainings) if trainings else 0)
+        share = FTE.get(kind[1], 3 if kind[0] == "find" else 1)
+        return longest.get(kind) or share * (sum(trainings) / len(trainings) if trainings else 0)
 
     def accept(job, found):
         for line in found:
@@ -1287,7 +1415,7 @@ def show(line, seconds):
 
 
 def read(out):
-    """The lines of a results file; a broken last one, of a run that was killed, is dropped."""
+    """The lines of a results file; a broken one, of a run that was killed, is dropped."""
     lines = []
     for text in out.read_text().splitlines() if out.exists() else []:
         try:
@@ -1295,266 +1423,6 @@ def read(out):
         except json.JSONDecodeError:
             pass
     return [line for line in lines if "error" not in line]          # what failed is tried again
-
-
-# ==================================================================================================
-# 5. The report
-# ==================================================================================================
-
-
-def sign_flip(differences):
-    """Exact two-sided p of paired differences: the share of sign vectors s with |mean(s·d)| >= |mean(d)|.
-    Above 20 pairs of 2^20 random ones.
-    """
-    d = np.array(differences)
-    if len(d) <= 20:
-        sums = np.zeros(1)
-        for value in d:
-            sums = np.concatenate([sums + value, sums - value])
-    else:
-        rng = np.random.default_rng(0)
-        sums = np.concatenate([[d.sum()], *((rng.integers(0, 2, (2**12, len(d))) * 2 - 1) @ d for _ in range(2**8))])
-    return float((np.abs(sums) >= abs(d.sum()) - 1e-9).mean())
-
-
-def holm(values):
-    """Holm's adjusted p-values:  max over j <= i of min(1, (m - j + 1) p_(j))"""
-    adjusted, highest = {}, 0.0
-    for i, (name, p) in enumerate(sorted(values.items(), key=lambda item: item[1])):
-        highest = max(highest, min(1.0, (len(values) - i) * p))
-        adjusted[name] = highest
-    return adjusted
-
-
-def mean_rank(scores):
-    """Mean ranks, 1 is best, ties shared, over the cells that all methods have.   scores: {name: {cell: score}}."""
-    cells = set.intersection(*(set(found) for found in scores.values()))
-    ranks = defaultdict(list)
-    for cell in cells:
-        for name, found in scores.items():
-            above = sum(other[cell] > found[cell] for other in scores.values())
-            same = sum(other[cell] == found[cell] for other in scores.values())
-            ranks[name].append(1 + above + (same - 1) / 2)
-    return {name: float(np.mean(found)) for name, found in ranks.items()}, len(cells)
-
-
-def show_mean(values, digits=1):
-    values = [v for v in values if v is not None]
-    if not values:
-        return "–"
-    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
-
-
-def report(lines, args):
-    """Everything that the lines tell, as markdown; and the figure."""
-    plan = Plan([], lines, None, args)
-    trained = [x for x in lines if x.get("stage") == "train"]
-    searches = [x for x in lines if x.get("stage") == "find"]
-    reported = [x for x in trained if not x["tuning"] and x["seed"] not in (*args.tune_seeds, 900)]
-    print("## Rates, chosen on seeds that are not reported\n\n| method | " + "validation at each rate | chosen |\n|---|---|---|")
-    for name, method in METHODS.items():
-        chosen = plan.rate(name) if method.rate_of is None else None
-        if chosen is not None:
-            scores = {lr: np.mean([x["validation"] for x in trained if x["tuning"] and x["method"] == name
-                                   and x["lr"] == lr]) for lr in method.rates}
-            edge = " (edge)" if chosen in (method.rates[0], method.rates[-1]) else ""
-            print(f"| {name} | {', '.join(f'{lr:g}: {s:.1f}' for lr, s in scores.items())} | {chosen:g}{edge} |")
-    for budget in sorted({x["budget"] for x in reported}):
-        table([x for x in reported if x["budget"] == budget and x["source"] is None], searches, budget, args)
-    transfer([x for x in reported if x["budget"] == args.budget], args)
-    found(lines, searches, args)
-    cost(searches, trained)
-    figure([x for x in reported if x["source"] is None], args)
-    heat_map(lines, [x for x in searches if x["method"] == "BIPEFT" and x["budget"] == args.budget
-                     and x["seed"] not in (*args.tune_seeds, 900)], args)
-
-
-def table(lines, searches, budget, args):
-    """Scores, sizes and costs; differences against BIPEFT and their tests; mean ranks."""
-    scores = defaultdict(dict)
-    for x in lines:
-        scores[x["method"]][x["task"], x["seed"]] = x["test"]
-    names = [name for name in METHODS if name in scores]
-    print(f"\n## Test scores at {budget:,} parameters\n\n| method | {' | '.join(args.tasks)} | mean | parameters "
-          f"| modules | search, FTE | search, s | training, s | trainings |\n|{'---|' * (len(args.tasks) + 8)}")
-    for name in names:
-        own = [x for x in lines if x["method"] == name]
-        looked = [x for x in searches if x["method"] == name and x["budget"] == budget and x["seed"] not in args.tune_seeds]
-        fte = np.mean([x["passes"] for x in looked]) / np.mean([x["passes"] for x in own]) if looked else 0
-        cells = [show_mean([s for (task, _), s in scores[name].items() if task == wanted]) for wanted in args.tasks]
-        print(f"| {name} | {' | '.join(cells)} | {np.mean(list(scores[name].values())):.1f} "
-              f"| {np.mean([x['parameters'] for x in own]):,.0f} | {show_mean([x['modules'] for x in own if x['modules']])} "
-              f"| {fte:.2f} | {np.mean([x['seconds'] for x in looked]) if looked else 0:.1f} "
-              f"| {np.mean([x['seconds'] for x in own]):.1f} | {len(own)} |")
-    if "BIPEFT" not in scores:
-        return
-    rivals, values = {}, {}
-    for name in names:
-        pairs = [scores["BIPEFT"][cell] - scores[name][cell] for cell in scores["BIPEFT"] if cell in scores[name]]
-        if name != "BIPEFT" and len(pairs) > 1:
-            rivals[name], values[name] = pairs, sign_flip(pairs)
-    families = {"methods": {**CORE, **MORE}, "ablations": ABLATIONS, "sensitivities": SENSITIVITY}
-    print("\n| BIPEFT − | mean | pairs above | p, exact sign-flip | p, Holm | family |\n|---|---|---|---|---|---|")
-    for family, members in families.items():
-        adjusted = holm({name: p for name, p in values.items() if name in members})
-        for name in adjusted:
-            pairs = rivals[name]
-            print(f"| {name} | {np.mean(pairs):+.2f} | {sum(d > 0 for d in pairs)} of {len(pairs)} | {values[name]:.2g} "
-                  f"| {adjusted[name]:.2g} | {family} |")
-    within = {name: scores[name] for name in names if name in {**CORE, **MORE} and not METHODS[name].free
-              and set(scores["BIPEFT"]) <= set(scores[name])}
-    if len(within) > 1:
-        ranks, cells = mean_rank(within)
-        print(f"\nMean rank over {cells} cells: " + ", ".join(
-            f"{name} {rank:.2f}" for name, rank in sorted(ranks.items(), key=lambda item: item[1])))
-
-
-def transfer(lines, args):
-    """Table 4: structures of one task, trained on another."""
-    moved = [x for x in lines if x["method"] == "BIPEFT" and x["source"]]
-    if moved:
-        print(f"\n## Transfer\n\n| found on | {' | '.join(args.tasks)} |\n|{'---|' * (len(args.tasks) + 1)}")
-        for source in args.tasks:
-            rows = [[x["test"] for x in lines if x["method"] == "BIPEFT" and x["task"] == task
-                     and (x["source"] or x["task"]) == source] for task in args.tasks]
-            print(f"| {source} | {' | '.join(map(show_mean, rows))} |")
-
-
-def found(lines, searches, args):
-    """What BIPEFT keeps: kinds by budget; agreement between seeds, between tasks, and of two random sets."""
-    places = next((x["places"] for x in lines if x["stage"] == "places"), [])
-    rows = []
-    for budget, method in itertools.product(sorted({x["budget"] for x in searches}), METHODS):
-        own = [x for x in searches if x["budget"] == budget and x["method"] == method and x["seed"] not in (
-            *args.tune_seeds, 900)]
-        sets = defaultdict(list)
-        for x in own:
-            sets[x["task"]].append({int(item.split(":")[0]) for item in x["structure"].split()})
-        pairs = [(a, b) for group in sets.values() for a, b in itertools.combinations(group, 2)]
-        if not pairs or not places:
-            continue
-        pool = sum(place.rpartition(".")[2] in bipeft.SPACES["s2"] for place in places)
-        chance = []
-        for a, b in pairs:                                   # E |a and b| = |a| |b| / N for two random sets
-            both = len(a) * len(b) / pool
-            chance.append(both / max(1e-9, len(a) + len(b) - both))
-        across = [len(a & b) / max(1, len(a | b)) for one, other in itertools.combinations(sets.values(), 2)
-                  for a, b in itertools.product(one, other)]
-        kinds = Counter(places[i].rpartition(".")[2] for group in sets.values() for one in group for i in one)
-        ranks = Counter(item.split(":")[1] for x in own for item in x["structure"].split()
-                        if bipeft.KINDS[places[int(item.split(":")[0])].rpartition(".")[2]].ranked)
-        rows.append(f"| {budget:,} | {method} | {np.mean([len(a & b) / max(1, len(a | b)) for a, b in pairs]):.2f} "
-                    f"| {show_mean([np.mean(across)] if across else [], 2)} | {np.mean(chance):.2f} "
-                    f"| {', '.join(f'{k} {n / len(own):.1f}' for k, n in kinds.most_common())} "
-                    f"| {', '.join(f'{k}: {n / len(own):.1f}' for k, n in sorted(ranks.items(), key=lambda kn: int(kn[0])))} |")
-    if rows:
-        print("\n## What is kept\n\n| budget | method | Jaccard between seeds | between tasks | by chance "
-              "| modules of each kind | of each rank |\n|---|---|---|---|---|---|---|")
-        print("\n".join(rows))
-
-
-def cost(searches, trained):
-    """Table 3, of the seed that is timed alone."""
-    alone = {x["task"]: x for x in trained if x["seed"] == 900 and x["method"] == "LoRA" and x["workers"] == 1}
-    rows = [x for x in searches if x["seed"] == 900 and x["workers"] == 1 and x["task"] in alone]
-    rows = [x for x in rows if x["method"] not in ("matched random", "s-bar at T")]
-    if rows:
-        print("\n## Cost, alone on the device\n\n| search | seconds | ÷ one LoRA training | passes | peak MiB |\n|---|---|---|---|---|")
-        for x in rows:
-            base = alone[x["task"]]
-            print(f"| {x['method']} | {x['seconds']:.1f} | {x['seconds'] / base['seconds']:.2f} | {x['passes']} "
-                  f"| {x.get('memory', '–')} |")
-
-
-def figure(lines, args):
-    """Score against budget, a line a method with 95 % intervals of the mean over seeds (Student's t)."""
-    budgets = sorted({x["budget"] for x in lines})
-    try:
-        import matplotlib
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return print("\n(no figure: matplotlib is not installed)")
-    seen = defaultdict(set)
-    for x in lines:
-        seen[x["method"]].add(x["budget"])
-    names = [n for n in METHODS if n in {**CORE, **MORE} and not METHODS[n].free and n in seen]
-    names = [n for n in names if len(seen[n]) > 1] or names              # lines, where there are any
-    flat = [n for n in METHODS if METHODS[n].free and any(x["method"] == n for x in lines)]
-    if not names:
-        return
-    colors = ("#0072b2", "#e69f00", "#56b4e9", "#cc79a7", "#8c8c8c", "#b8860b", "#6a5acd")
-    fig, axes = plt.subplots(1, len(args.tasks), figsize=(4 * len(args.tasks), 4.6), squeeze=False)
-    grey = "#808080"                                            # seen on white and on black
-    for ax, task in zip(axes[0], args.tasks):
-        for i, name in enumerate(names):
-            xs, ys, es = [], [], []
-            for budget in budgets:
-                own = [x["test"] for x in lines if (x["method"], x["task"], x["budget"]) == (name, task, budget)]
-                if own:
-                    xs.append(budget * (1 + 0.012 * (i - len(names) / 2)))
-                    ys.append(np.mean(own))
-                    es.append(STUDENT.get(len(own), 2.0) * np.std(own, ddof=1) / len(own) ** 0.5 if len(own) > 1 else 0)
-            ax.errorbar(xs, ys, es, label=name, color=colors[i % len(colors)], marker="osD^vP*X<>hd"[i % 12], capsize=2,
-                        lw=2.4 if name == "BIPEFT" else 1, ms=5, ls=("-", "--", ":", "-.")[i // len(colors) % 4])
-        for i, name in enumerate(flat):
-            own = [x["test"] for x in lines if (x["method"], x["task"]) == (name, task)]
-            if own and name != "head alone":
-                ax.axhline(np.mean(own), color=grey, lw=1, ls=("--", ":")[i % 2])
-                ax.annotate(name, (0.01, np.mean(own)), xycoords=("axes fraction", "data"), color=grey, fontsize=8, va="bottom")
-        ax.set_xscale("log")
-        ax.set_title(task, color=grey)
-        ax.set_xlabel("parameters", color=grey)
-        ax.tick_params(which="both", colors=grey)
-        for spine in ax.spines.values():
-            spine.set_color(grey)
-        ax.set_xticks(budgets, [f"{b:,}" for b in budgets])
-        ax.minorticks_off()
-    axes[0][0].set_ylabel("test score", color=grey)
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False,
-               labelcolor=grey, fontsize=8)
-    fig.tight_layout(rect=(0, 0.1, 1, 1))
-    fig.savefig(args.figure, dpi=110, transparent=True)
-    print(f"\n{args.figure}")
-
-
-def heat_map(lines, searches, args):
-    """How often BIPEFT keeps each place: layers by places, a panel a kind."""
-    places = next((x["places"] for x in lines if x["stage"] == "places"), [])
-    if not searches or not importlib.util.find_spec("matplotlib"):
-        return
-    import matplotlib.pyplot as plt
-    often = Counter(int(item.split(":")[0]) for x in searches for item in x["structure"].split())
-    panels = defaultdict(dict)                               # kind: {(place, layer): share}
-    for i, place in enumerate(places):
-        name, _, kind = place.rpartition(".")
-        layer, _, short = name.partition("layer.")[2].partition(".") if "layer." in name else ("–", "", name)
-        if kind in bipeft.SPACES["s2"]:
-            panels[kind][short, layer] = often[i] / len(searches)
-    rows = {kind: list(dict.fromkeys(short for short, _ in panel)) for kind, panel in panels.items()}
-    columns = list(dict.fromkeys(layer for panel in panels.values() for _, layer in panel))
-    columns.sort(key=lambda layer: -1 if layer == "–" else int(layer))
-    fig, axes = plt.subplots(len(panels), 1, figsize=(6, 0.9 + 0.36 * sum(map(len, rows.values())) + 0.4 * len(panels)),
-                             gridspec_kw={"height_ratios": [len(r) for r in rows.values()]}, squeeze=False,
-                             layout="constrained")
-    for ax, (kind, panel) in zip(axes[:, 0], panels.items()):
-        grid = [[panel.get((row, layer), np.nan) for layer in columns] for row in rows[kind]]
-        ax.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
-        for y, line in enumerate(grid):
-            for x, share in enumerate(line):
-                if share == share:
-                    ax.text(x, y, f"{share:.0%}", ha="center", va="center", fontsize=7,
-                            color="white" if share < 0.5 else "black")
-        ax.set_yticks(range(len(rows[kind])), rows[kind], fontsize=7)
-        ax.set_xticks(range(len(columns)), columns, fontsize=7)
-        ax.set_title(kind, color="#808080", fontsize=9)
-        ax.tick_params(colors="#808080")
-    path = Path(args.figure).with_stem(Path(args.figure).stem + "_places")
-    fig.savefig(path, dpi=110, transparent=True)
-    print(f"{path}: share of {len(searches)} searches that keep a place")
-
-
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26, 12: 2.20}
 
 
 SMALL = {"steps": 12, "evaluations": 3, "search_steps": 12, "warmup": 6, "batch_size": 8, "bo_random": 3, "bo_guided": 2,
@@ -1565,21 +1433,20 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--table", nargs="+", choices=TABLES, default=[])
-    add("--report", action="store_true")
     add("--prepare", action="store_true")
     add("--model", help="for --prepare: the encoder's folder")
     add("--data-dir", help="for --prepare: the folder that holds <task>/<split>.parquet")
     add("--out", default=str(HERE / "results" / "compare.jsonl"))
-    add("--figure", default=str(HERE / "compare.png"))
     add("--tasks", nargs="+", default=["qnli", "mnli", "sst2"])
     add("--methods", nargs="+", choices=list(METHODS), help="of --table's, these alone")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    add("--more-seeds", nargs="+", type=int, default=[5, 6, 7, 8, 9], help="of --table seeds: the core methods alone")
     add("--first-seeds", type=int, default=3, help="how many seeds of the core methods come before the others")
-    add("--tune-seeds", nargs="+", type=int, default=[100])
+    add("--tune-seeds", nargs="+", type=int, default=[100, 101])
     add("--tune-tasks", nargs="+", help="default: all of --tasks")
     add("--lr", type=float, help="one re-training rate for all, instead of choosing")
     add("--budget", type=int, default=10_000)
-    add("--budgets", nargs="+", type=int, default=[3_000, 45_000], help="of --table budgets")
+    add("--budgets", nargs="+", type=int, default=[3_000, 25_000, 45_000], help="of --table budgets")
     add("--workers", type=int, default=0)
     add("--minutes", type=float, help="hand out no job that would not be done by then")
     for field in dataclasses.fields(Settings):
@@ -1595,20 +1462,17 @@ def main(arguments=None):
         values |= SMALL
         args.tasks, args.budget, args.budgets, args.seeds, args.first_seeds = ["toy"], 600, [300], [0, 1], 1
         args.table = args.table or list(TABLES)
-        for key in ("out", "figure"):
-            if getattr(args, key) == parser.get_default(key):
-                setattr(args, key, str(Path("runs") / "compare-small" / Path(getattr(args, key)).name))
+        if args.out == parser.get_default("out"):
+            args.out = str(Path("runs") / "compare-small" / "compare.jsonl")
     settings, args.tune_tasks = Settings(**values), args.tune_tasks or args.tasks
     if set(args.seeds) & set(args.tune_seeds):
         parser.error("--seeds and --tune-seeds must differ: rates are chosen on seeds that are not reported")
     if args.prepare:
-        prepare(args.model, args.data_dir, args.folder)
+        prepare(args.model, args.data_dir, settings)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     if args.table:
         carry_out_all(args, settings, out, args.minutes)
-    if args.report or args.small:
-        report(read(out), args)
 
 
 if __name__ == "__main__":

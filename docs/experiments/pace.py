@@ -5,7 +5,7 @@
 
 Needs matplotlib. Reads one or more search.jsonl, each with the structure.json of its run beside it,
 and writes one PNG, a column a run. Where the last tenth of the triggers begins, E jumps up: from
-there on a kept module counts whole (reading 7 in docs/decisions.md).
+there on a kept module counts whole (reading 4 in docs/decisions.md).
 """
 
 import argparse

@@ -1,0 +1,310 @@
+"""What compare.py's lines say: tables as markdown on stdout, and four figures for light and dark pages.
+
+    python docs/experiments/report.py [--lines docs/experiments/results/compare.jsonl]
+                                      [--figures docs/figures]
+
+Needs the project's packages; the figures (report_figures.py) matplotlib. The comparison's rules are in compare.py,
+formulas in stats.py. Reported are trainings on seeds that no rate was chosen on, each at its method's chosen
+rate. A cell is a task and a seed; a pair is BIPEFT and another method in one cell; intervals are t intervals
+of the mean over pairs. A part whose lines are not there says so in a line.
+"""
+
+import argparse
+import itertools
+import textwrap
+from collections import Counter, defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+import compare
+from compare import ABLATIONS, METHODS, SENSITIVITY
+from report_figures import KINDS, RIVALS, draw, in_order
+from stats import contrasts, jaccard, jaccard_by_chance, mean_rank, shown, signed
+
+HERE = Path(__file__).resolve().parent
+TIMED = 900                                               # the seed of compare.py --table cost
+
+
+# ==================================================================================================
+# 1. What there is: the lines, sorted out
+# ==================================================================================================
+
+
+class Data:
+    """The lines of a results file, what is reported of them, and the rate of each method.
+
+    Where a rate is not chosen yet, the trainings at the most frequent one are reported.
+    """
+
+    def __init__(self, lines):
+        trained = [x for x in lines if x["stage"] == "train" and x["method"] in METHODS]
+        self.budget = Counter(x["budget"] for x in trained).most_common(1)[0][0] if trained else 0
+        self.tuning = [x for x in trained if x["tuning"] and x["budget"] == self.budget]
+        self.tasks = list(dict.fromkeys(x["task"] for x in trained))
+        self.places = next((x["places"] for x in lines if x["stage"] == "places"), [])
+        seeds = sorted({x["seed"] for x in self.tuning})
+        tuned = list(dict.fromkeys(x["task"] for x in self.tuning))
+        args = SimpleNamespace(tasks=self.tasks, tune_tasks=tuned, tune_seeds=seeds, lr=None,
+                               budget=self.budget)
+        plan = compare.Plan([], lines, None, args)
+        budgets = {x["budget"] for x in trained}
+        self.rates = {(name, b): plan.rate(name, b)[0] if seeds else None for name in METHODS for b in budgets}
+        found = [x for x in lines if x["stage"] == "find" and x["method"] in METHODS]
+        self.searches = once(x for x in found if x["seed"] not in (*seeds, TIMED))
+        self.timed = [x for x in trained + found if x["seed"] == TIMED and x["workers"] == 1]
+        scored = once(x for x in trained if not x["tuning"] and x["seed"] not in (*seeds, TIMED))
+        at = defaultdict(Counter)
+        for x in scored:
+            at[x["method"], x["budget"]][x["lr"]] += 1
+        at = {of: self.rates[of] or max(count, key=count.get) for of, count in at.items()}
+        self.reported = [x for x in scored if x["lr"] == at[x["method"], x["budget"]]]
+        self.left_out = len(scored) - len(self.reported)
+
+    def of(self, name, budget=None, source=None):
+        """A method's reported trainings.   source: the task whose structure it is, if another's."""
+        return [x for x in self.reported if (x["method"], x["budget"], x["source"]) == (
+            name, budget or self.budget, source)]
+
+    def scores(self, names, budget=None):
+        """{name: {(task, seed): test score}} of those that have any."""
+        found = {name: {(x["task"], x["seed"]): x["test"] for x in self.of(name, budget)} for name in names}
+        return {name: cells for name, cells in found.items() if cells}
+
+    def found(self, name, budget=None):
+        """A method's searches."""
+        return [x for x in self.searches if x["method"] == name and x["budget"] == (budget or self.budget)]
+
+    def kinds(self, name, budget=None):
+        """{(kind, rank): mean number of modules in a method's structures}, rank 0 for a kind without."""
+        found, count = self.found(name, budget) if self.places else [], Counter()
+        for item in (item for x in found for item in x["structure"].split()):
+            place, rank = map(int, item.split(":"))
+            kind = self.places[place].rpartition(".")[2]
+            count[kind, rank if compare.bipeft.KINDS[kind].ranked else 0] += 1
+        return {pair: count[pair] / len(found) for pair in sorted(count, key=in_order)}
+
+    def contrasts(self, names, budget=None, sign=1):
+        """Of BIPEFT against each of a family; what is not under the budget is a family of its own for Holm."""
+        scores = self.scores(["BIPEFT", *names], budget)
+        base = scores.pop("BIPEFT", {})
+        free = {name: scores.pop(name) for name in list(scores) if METHODS[name].free}
+        return {**contrasts(base, scores, sign), **contrasts(base, free, sign)}
+
+
+def once(lines):
+    """Of lines of the same job the last."""
+    keys = ("method", "task", "budget", "seed", "source", "lr")
+    return list({tuple(x.get(key) for key in keys): x for x in lines}.values())
+
+
+def table(head, rows):
+    """Markdown."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * len(head), *rows]]
+    return "\n".join(lines) if rows else "no data yet"
+
+
+# ==================================================================================================
+# 2. Tables
+# ==================================================================================================
+
+
+def rates(data):
+    """Mean validation score at each rate tried, the chosen one bold."""
+    rows = []
+    for name in METHODS:
+        tried = defaultdict(list)
+        for x in data.tuning:
+            if x["method"] == name:
+                tried[x["lr"]].append(x["validation"])
+        if tried:
+            chosen, most = data.rates[name, data.budget], max(map(len, tried.values()))
+            cells = [f"{lr:g}: {np.mean(s):.1f}" + (f" ({len(s)} of {most})" if len(s) < most else "")
+                     for lr, s in sorted(tried.items())]
+            cells = [f"**{cell}**" if lr == chosen else cell for lr, cell in zip(sorted(tried), cells)]
+            edge = {min(tried): "lowest", max(tried): "highest"}.get(chosen, "")
+            rows.append([name, ", ".join(cells), "–" if chosen is None else f"{chosen:g}", edge])
+    return table(["method", "rate: mean validation score", "chosen", "edge"], rows)
+
+
+def score_table(data, names, budget=None, extra=()):
+    """A row a method: scores, sizes, cost.   extra: (heading, function of the method's searches) each.
+
+    All numbers are of the cells that every row has; a method with less than half of the cells of most is "–".
+    """
+    scores, rows = data.scores(names, budget), []
+    most = Counter(map(len, scores.values())).most_common(1)[0][0] if scores else 0
+    common = set.intersection(*(set(cells) for cells in scores.values() if 2 * len(cells) >= most)) if scores else set()
+    for name in scores:
+        own = [x for x in data.of(name, budget) if (x["task"], x["seed"]) in common]
+        looked = [x for x in data.found(name, budget) if (x["task"], x["seed"]) in common]
+        if len(own) < len(common):
+            rows.append([name] + ["–"] * (len(data.tasks) + 4) + [len(scores[name])] + ["–"] * len(extra))
+        elif own:
+            tests = [[x["test"] for x in own if x["task"] == task] for task in data.tasks]
+            mean = f"{np.mean([np.mean(t) for t in tests]):.1f}" if all(tests) else "–"
+            passes, parameters = (np.mean([x[key] for x in own]) for key in ("passes", "parameters"))
+            fte = f"{np.mean([x['passes'] for x in looked]) / passes:.2f}" if looked else "–"
+            modules = shown([x["modules"] for x in own]).partition(" ")[0]                # the mean
+            rows.append([name, *map(shown, tests), mean, f"{parameters:,.0f}", modules,
+                         "0" if METHODS[name].cheap else fte, len(scores[name]), *(of(looked) for _, of in extra)])
+    head = ["method", *data.tasks, "mean", "parameters", "modules", "search, FTE", "trainings"]
+    return table(head + [heading for heading, _ in extra], rows)
+
+
+def contrast_table(found, tasks, head="BIPEFT −"):
+    """A row a Contrast: means by task, over all pairs, its interval, and tests."""
+    rows = []
+    for name, c in found.items():
+        by_task = [[d for (of, _), d in c.pairs.items() if of == task] for task in tasks]
+        low, high = signed(c.mean - c.half), signed(c.mean + c.half)
+        rows.append([name, *(signed(np.mean(d)) if d else "–" for d in by_task), signed(c.mean),
+                     f"{low} to {high}", f"{c.above} of {len(c.pairs)}", f"{c.p:.2g}", f"{c.holm:.2g}"])
+    return table([head, *tasks, "mean", "95 %", "above", "p", "Holm"], rows)
+
+
+def ranks(data, budget):
+    """Mean ranks of those within the budget that have all of BIPEFT's cells."""
+    scores = data.scores([name for name in RIVALS if not METHODS[name].free], budget)
+    needed = set(scores.get("BIPEFT", {}))
+    within = {name: found for name, found in scores.items() if needed <= set(found)}
+    if "BIPEFT" not in within or len(within) < 2:
+        return "Mean ranks: no data yet"
+    found, cells = mean_rank(within)
+    order = "; ".join(f"{name} {rank:.2f}" for name, rank in sorted(found.items(), key=lambda item: item[1]))
+    less = [name for name in scores if name not in within]
+    missing = f" (cells missing: {'; '.join(less)})" if less else ""
+    return textwrap.fill(f"Mean rank over {cells} cells: {order}{missing}", 110)
+
+
+def cost(data):
+    """Table 3: seconds and memory of what ran alone on the device."""
+    training, rows = defaultdict(list), []
+    for x in data.timed:
+        if x["stage"] == "train":
+            training[x["method"], x["task"]].append(x["seconds"])
+
+    def ratio(x, name):
+        base = training.get((name, x["task"]))
+        return x["seconds"] / np.mean(base) if base else None
+    for stage, name in itertools.product(("find", "train"), METHODS):
+        own = [x for x in data.timed if (x["stage"], x["method"]) == (stage, name)]
+        if own and (stage == "train" or name not in ("matched random", "s-bar at T")):      # another's search
+            seconds = [x["seconds"] for x in own], *([ratio(x, of) for x in own] for of in (name, "LoRA"))
+            memory = [x["memory"] for x in own if x.get("memory")]
+            rows.append([name, "search" if stage == "find" else "training", *(shown(s, 2) for s in seconds),
+                         f"{np.mean([x['passes'] for x in own]):,.0f}", max(memory, default="–")])
+    head = ["method", "of", "seconds", "÷ its re-training", "÷ LoRA's training", "passes", "peak MiB"]
+    return table(head, rows)
+
+
+def transfer(data):
+    """Table 4: structures found on one task, trained on another, and paired with the task's own. In the last
+    row each of these stands in as many pairs as there are other tasks, so that its interval is too narrow.
+    """
+    own = data.scores(["BIPEFT"]).get("BIPEFT", {})
+    moved = {source: {(x["task"], x["seed"]): x["test"] for x in data.of("BIPEFT", source=source)}
+             for source in data.tasks}
+    if not own or not any(moved.values()):
+        return "no data yet"
+    rows = []
+    for source in data.tasks:
+        cells = {**{cell: score for cell, score in own.items() if cell[0] == source}, **moved[source]}
+        by_task = [[s for (on, _), s in cells.items() if on == task] for task in data.tasks]
+        rows.append([source, *map(shown, by_task)])
+    every = {(task, (seed, source)): s for source in data.tasks for (task, seed), s in moved[source].items()}
+    itself = {cell: own[cell[0], cell[1][0]] for cell in every if (cell[0], cell[1][0]) in own}
+    found = {**contrasts(own, moved, -1), **contrasts(itself, {"any other": every}, -1)}
+    return (table(["found on", *data.tasks], rows) + "\n\n"
+            + contrast_table(found, data.tasks, "found on, − the task's own"))
+
+
+def agreement(data):
+    """Jaccard of two structures' places, mean ± sd over pairs: of two seeds, of two tasks, and by chance."""
+    rows = []
+    for budget, name in itertools.product(sorted({x["budget"] for x in data.searches}), RIVALS):
+        own, sets = data.found(name, budget), defaultdict(list)
+        for x in own:
+            sets[x["task"]].append({int(item.split(":")[0]) for item in x["structure"].split()})
+        seen = {kind for kind, _ in data.kinds(name, budget)}
+        if not seen:
+            continue
+        space = next(kinds for kinds in compare.bipeft.SPACES.values() if seen <= set(kinds))
+        pool = sum(place.rpartition(".")[2] in space for place in data.places)
+        within = [pair for group in sets.values() for pair in itertools.combinations(group, 2)]
+        across = [pair for one, other in itertools.combinations(sets.values(), 2)
+                  for pair in itertools.product(one, other)]
+        by_chance = [jaccard_by_chance(a, b, pool) for a, b in within + across]
+        shares = [shown([jaccard(a, b) for a, b in pairs], 2) for pairs in (within, across)]
+        shares.append(f"{np.mean(by_chance):.2f}" if by_chance else "–")
+        rows.append([f"{budget:,}", name, len(own), *shares])
+    return table(["budget", "method", "searches", "between seeds", "between tasks", "by chance"], rows)
+
+
+def kept(data):
+    """How many modules of each kind, by rank, a method's searches keep on average."""
+    counts = {(budget, name): data.kinds(name, budget) for budget, name in itertools.product(
+        sorted({x["budget"] for x in data.searches}), RIVALS) if data.found(name, budget)}
+    seen = sorted({pair for count in counts.values() for pair in count}, key=in_order)
+    columns = {kind: [rank for of, rank in seen if of == kind] for kind, _ in seen}
+    rows = []
+    for (budget, name), count in counts.items():
+        cells = [[f"{count.get((kind, rank), 0):.1f}" for rank in of] for kind, of in columns.items()]
+        rows.append([f"{budget:,}", name, *map("/".join, cells)])
+    heads = [f"{KINDS[kind]} {'/'.join(map(str, of))}".removesuffix(" 0") for kind, of in columns.items()]
+    return table(["budget", "method", *heads], rows if columns else [])
+
+
+def table_1(data, budget):
+    """Scores at a budget, pairs, mean ranks."""
+    return [f"## Table 1: test scores at {budget:,} parameters", "Of the cells (task, seed) that all rows have.",
+            score_table(data, RIVALS, budget),
+            f"### Pairs at {budget:,} parameters",
+            "95 %: t interval of the mean. p: exact sign-flip test. Holm: over the methods within the budget.",
+            contrast_table(data.contrasts(RIVALS, budget), data.tasks), ranks(data, budget)]
+
+
+def family(data, heading, names, extra, sign):
+    """Scores of ablations or variants beside BIPEFT's, and pairs."""
+    if not data.scores(names):
+        return [f"## {heading}", "no data yet"]
+    found = data.contrasts(names, sign=sign)
+    return [f"## {heading}", score_table(data, ["BIPEFT", *names], extra=extra),
+            contrast_table(found, data.tasks, "BIPEFT −" if sign > 0 else "− BIPEFT")]
+
+
+def report(lines, folder):
+    """All of it, as one text."""
+    data = Data(lines)
+
+    def column(key, digits):
+        return key.replace("_", " "), lambda searches: shown([x.get(key) for x in searches], digits)
+    parts = ["## Rates, chosen on seeds that are not reported", rates(data)]
+    if data.left_out:
+        parts.append(f"Left out: {data.left_out} trainings at another rate than the chosen one.")
+    for budget in sorted({x["budget"] for x in data.reported}, key=lambda b: (b != data.budget, b)) or [0]:
+        parts += table_1(data, budget)
+    parts += family(data, "Table 2: ablations", ABLATIONS, [column("uncut", 0)], 1)
+    parts += ["## Table 3: cost, alone on the device", cost(data), "## Table 4: transfer", transfer(data)]
+    used = [column("steps", 0), column("made_up", 1)]               # of the search; triggers
+    parts += family(data, "Tables 6–10, and own readings", SENSITIVITY, used, -1)
+    parts += ["## What is kept", "Jaccard: places that two structures share, over the places of either.",
+              agreement(data), "Modules by kind, and by rank where it has one: means over searches.",
+              kept(data), "## Figures", "\n".join(draw(data, folder))]
+    return "\n\n".join(parts)
+
+
+def main(arguments=None):
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--lines", type=Path, default=HERE / "results" / "compare.jsonl")
+    parser.add_argument("--figures", type=Path, default=HERE.parent / "figures", help="the figures' folder")
+    args = parser.parse_args(arguments)
+    if not args.lines.exists():
+        parser.error(f"{args.lines} does not exist: run compare.py first, or name its --out with --lines")
+    print(report(compare.read(args.lines), args.figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""The figures of report.py, each for a light and a dark page. Needs matplotlib.
+
+A figure is a function of the data (report.Data), a page of PAGES and pyplot. It returns None where the lines
+that it needs are not there.
+"""
+
+import itertools
+from collections import Counter, defaultdict
+
+import numpy as np
+
+import compare
+from compare import ABLATIONS, CORE, METHODS, MORE
+from stats import half_width, signed
+
+RIVALS = {**CORE, **MORE}
+KINDS = {"bitfit": "BitFit", "lnfit": "LNFit", "lora": "LoRA", "adapter_lr": "Adapter-LR",
+         "serial": "serial", "parallel": "parallel", "prefix": "prefix"}
+BERT = {"attention.output.dense": "o", "intermediate.dense": "wi", "output.dense": "wo", "embeddings": "n0",
+        "attention.self.query": "q", "attention.self.key": "k", "attention.self.value": "v",
+        "attention.output.LayerNorm": "n1", "output.LayerNorm": "n2", "attention.self": "attn"}
+BLOCKS = {"attention.output.dense": "attn", "output.dense": "ffn"}        # of kinds that stand after a block
+
+# Any two of a page's colours lie 28 or more apart in CIELAB, also as protanopes and deuteranopes see them,
+# and have a contrast of 2.9 : 1 or more with the page (test_report.py). Markers differ, too.
+PAGES = {
+    "light": {"page": "#ffffff", "ink": "#1f2328", "soft": "#6e7781", "deep": "#0050a0", "colours": (
+        "#e97214", "#540181", "#616b75", "#0d7bfc", "#001acd", "#753c00", "#00ad6c", "#ae87d3")},
+    "dark": {"page": "#0d1117", "ink": "#e6edf3", "soft": "#8b949e", "deep": "#79b8ff", "colours": (
+        "#ff8c2e", "#9b95e9", "#848e9a", "#ace5ff", "#636bf9", "#c5ee87", "#589f61", "#d2efcd")}}
+MARKERS = "osDv^PX*"
+
+
+def in_order(pair):
+    """A key to sort (kind, rank) by."""
+    return list(KINDS).index(pair[0]), pair[1]
+
+
+def draw_budgets(data, page, plt):
+    """Figure 3: score against budget, a panel a task, with 95 % t intervals over seeds, of three or more."""
+    seen = {name: {x["budget"] for x in data.reported if x["method"] == name and x["source"] is None}
+            for name in RIVALS if not METHODS[name].free}
+    first = [name for name in ("BIPEFT", "one look", "random", "matched random", "LoRA") if seen[name]]
+    names = (first + [name for name in seen if name not in first and len(seen[name]) > 1])[:len(MARKERS)]
+    if not names:
+        return None
+    fig, axes = plt.subplots(1, len(data.tasks), figsize=(8.3, 3.9), squeeze=False, layout="constrained")
+    for ax, task in zip(axes[0], data.tasks):
+        for i, name in enumerate(names):
+            cells = defaultdict(list)
+            for x in itertools.chain(*(data.of(name, b) for b in sorted(seen[name]))):
+                if x["task"] == task:
+                    cells[x["budget"]].append(x["test"])
+            ax.errorbar([b * (1 + 0.022 * (i - (len(names) - 1) / 2)) for b in cells],
+                        [np.mean(tests) for tests in cells.values()],
+                        [half_width(tests) if len(tests) > 2 else 0 for tests in cells.values()],
+                        label=name, color=page["colours"][i], marker=MARKERS[i], ms=4.5, elinewidth=0.8,
+                        lw=2.4 if name == "BIPEFT" else 1.2, zorder=3 if name == "BIPEFT" else 2)
+        for name, style in (("full", ":"), ("all of S2", "--")):
+            if tests := [x["test"] for x in data.of(name) if x["task"] == task]:
+                ax.axhline(np.mean(tests), color=page["soft"], lw=1.2, ls=style, label=name)
+        budgets = sorted(set().union(*seen.values()))
+        ax.set_xscale("log")
+        ax.set_xticks(budgets, [f"{b / 1000:g}k" for b in budgets])
+        ax.minorticks_off()
+        ax.set(title=task, xlabel="budget, parameters", ylabel="test score" if ax is axes[0][0] else "")
+        ax.grid(axis="y", color=page["soft"], alpha=0.25, lw=0.6)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: labels[i] in ("full", "all of S2"))         # these last
+    fig.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside lower center", ncols=5)
+    return fig
+
+
+def forest_rows(data):
+    """(label, Contrast) each, top down, and (heading, None) before each group; Holm's as in the tables."""
+    of_rivals, rows = data.contrasts(RIVALS), []
+    for heading, group in (
+            ("within the budget", {name: c for name, c in of_rivals.items() if not METHODS[name].free}),
+            ("outside of the budget", {name: c for name, c in of_rivals.items() if METHODS[name].free}),
+            ("ablations of BIPEFT", data.contrasts(ABLATIONS))):
+        rows += [(heading, None), *sorted(group.items(), key=lambda row: -row[1].mean)] * bool(group)
+    return rows
+
+
+def draw_pairs(data, page, plt):
+    """The forest plot: BIPEFT − method at the main budget, mean and 95 % t interval over pairs, a dot a pair.
+    The axis is cut at what the head alone would need.
+    """
+    rows = forest_rows(data)
+    reach = max([1.04 * max(abs(c.mean) + c.half, *map(abs, c.pairs.values()))
+                 for name, c in rows if c and name != "head alone"], default=0)
+    if not reach:
+        return None
+    fig, (ax, told) = plt.subplots(1, 2, figsize=(8.3, 1 + 0.31 * len(rows)), width_ratios=[3, 1.15],
+                                   sharey=True, layout="constrained")
+    told.axis("off")
+    told.set_xlim(0, 1)
+    for i, task in enumerate(data.tasks):
+        dots = [(d, y + 0.3) for y, (_, c) in enumerate(rows) if c
+                for (of, _), d in c.pairs.items() if of == task]
+        ax.plot([d for d, _ in dots], [y for _, y in dots], ls="", marker="ovs^P"[i % 5], ms=3.6, mew=0,
+                color=page["colours"][(3, 5, 1, 0, 4)[i % 5]], alpha=0.8, label=f"a pair on {task}")
+    for fill, label in (("ink", "mean, Holm's p < 0.05"), ("page", "mean, not so")):
+        ax.plot([], [], ls="", marker="D", color=page["ink"], mfc=page[fill], label=label)
+    for y, (label, c) in enumerate(rows):
+        if c is None:
+            ax.text(-0.02, y + 0.1, label, transform=ax.get_yaxis_transform(), ha="right", va="center",
+                    color=page["soft"], style="italic")
+            continue
+        at, out = (c.mean, False) if abs(c.mean) < reach else (np.sign(c.mean) * reach * 0.98, True)
+        ax.errorbar(at, y, xerr=0 if out else c.half, marker="><"[c.mean < 0] if out else "D", ms=6, zorder=4,
+                    elinewidth=1.5, color=page["ink"], mfc=page["ink" if c.holm < 0.05 else "page"])
+        low, high = signed(c.mean - c.half, 1), signed(c.mean + c.half, 1)
+        told.text(0, y, f"{signed(c.mean)}  [{low}, {high}]", va="center")
+        told.text(1, y, f"{c.above} of {len(c.pairs)}", va="center", ha="right")
+    told.text(0, -0.9, "mean, 95 % interval", color=page["soft"])
+    told.text(1, -0.9, "above", color=page["soft"], ha="right")
+    ax.axvline(0, color=page["soft"], lw=1)
+    ax.set_yticks([y for y, (_, c) in enumerate(rows) if c], [label for label, c in rows if c])
+    ax.set(xlim=(-reach, reach), ylim=(len(rows) - 0.4, -0.6),
+           xlabel="← method better     points of test score     BIPEFT better →")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5, columnspacing=1.2)
+    return fig
+
+
+def where(place):
+    """(layer, short name, kind) of a place, "encoder.layer.3.output.dense.lora": ("3", "wo", "lora")."""
+    name, _, kind = place.rpartition(".")
+    layer, _, path = name.partition("layer.")[2].partition(".")
+    path = path or name.removesuffix(".LayerNorm")
+    block = BLOCKS.get(path) if kind in ("adapter_lr", "serial", "parallel") else None
+    return layer or "emb", block or BERT.get(path, path.rpartition(".")[2]), kind
+
+
+def draw_places(data, page, plt):
+    """How often BIPEFT keeps each place at the main budget: layers by places, a panel a kind."""
+    searches, panels = data.found("BIPEFT"), defaultdict(dict)
+    often = Counter(int(item.split(":")[0]) for x in searches for item in x["structure"].split())
+    for i, place in enumerate(data.places):
+        layer, short, kind = where(place)
+        if kind in compare.bipeft.SPACES["s2"]:
+            panels[kind][layer, short] = often[i] / max(1, len(searches))
+    if not searches or not panels:
+        return None
+    layers = list(dict.fromkeys(layer for panel in panels.values() for layer, _ in panel))
+    columns = {kind: list(dict.fromkeys(short for _, short in panel)) for kind, panel in panels.items()}
+    order = sorted(panels, key=list(KINDS).index)
+    fig, axes = plt.subplots(1, len(order), figsize=(8.3, 0.9 + 0.3 * len(layers)), squeeze=False,
+                             sharey=True, width_ratios=[len(columns[kind]) for kind in order],
+                             layout="constrained")
+    shade = plt.matplotlib.colors.LinearSegmentedColormap.from_list("", [page["page"], page["deep"]])
+    for ax, kind in zip(axes[0], order):
+        grid = np.array([[panels[kind].get((layer, short), np.nan) for short in columns[kind]]
+                         for layer in layers])
+        ax.imshow(grid, vmin=0, vmax=1, cmap=shade, aspect="auto")
+        for (y, x), share in np.ndenumerate(grid):
+            if share == share:
+                ax.text(x, y, f"{100 * share:.0f}" if share else "·", ha="center", va="center", fontsize=8,
+                        color=page["page" if share > 0.6 else "ink"])
+        ax.set_xticks(range(len(columns[kind])), columns[kind])
+        ax.set_yticks(range(len(layers)), layers)
+        ax.set_title(KINDS[kind])
+        ax.tick_params(length=0)
+        ax.spines[:].set(visible=True, alpha=0.5)
+    axes[0][0].set_ylabel("layer")
+    return fig
+
+
+def draw_kinds(data, page, plt):
+    """Modules of each kind and rank by budget, stacked: means over searches of BIPEFT and of one look."""
+    bars = {(name, budget): data.kinds(name, budget)
+            for budget in sorted({x["budget"] for x in data.searches}) for name in ("BIPEFT", "one look")
+            if data.places and data.found(name, budget)}
+    if not bars:
+        return None
+    fig, ax = plt.subplots(figsize=(8.3, 1.3 + 0.33 * len(bars)), layout="constrained")
+    left = np.zeros(len(bars))
+    for kind, rank in sorted({pair for bar in bars.values() for pair in bar}, key=in_order):
+        widths = np.array([bar.get((kind, rank), 0) for bar in bars.values()])
+        colour = page["colours"][dict(zip(KINDS, (5, 1, 4, 0, 6, 7, 3)))[kind]]
+        ax.barh(range(len(bars)), widths, left=left, color=(colour, {1: 0.4, 4: 0.7}.get(rank, 1)),
+                label=f"{KINDS[kind]} {rank or ''}".strip())              # the larger the rank, the stronger
+        left += widths
+    ax.set_yticks(range(len(bars)), [f"{budget:,}: {name}" for name, budget in bars])
+    ax.invert_yaxis()
+    ax.set_xlabel("modules kept, mean over searches; a number after a kind is the rank")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=8, columnspacing=1.2,
+               handlelength=1)
+    return fig
+
+
+FIGURES = {"budgets": draw_budgets, "pairs": draw_pairs, "places": draw_places, "kinds": draw_kinds}
+
+
+def draw(data, folder):
+    """Every figure on every page, as folder/compare-NAME-PAGE.png; transparent."""
+    try:
+        import matplotlib
+        matplotlib.use("agg")
+        from matplotlib import pyplot as plt
+    except ImportError:
+        return ["no figures: matplotlib is not installed"]
+    folder.mkdir(parents=True, exist_ok=True)
+    told = []
+    for name, make in FIGURES.items():
+        for key, page in PAGES.items():
+            ink = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), page["ink"])
+            with plt.rc_context({**ink, "axes.edgecolor": page["soft"], "axes.spines.top": False,
+                                 "axes.spines.right": False, "legend.frameon": False, "font.size": 9,
+                                 "axes.titlesize": 10}):
+                fig = make(data, page, plt)
+                if fig is not None:
+                    path = folder / f"compare-{name}-{key}.png"
+                    fig.savefig(path, dpi=200, transparent=True, metadata={"Software": None})
+                    plt.close(fig)
+                told.append(str(path) if fig is not None else f"{name}: no data yet")
+    return list(dict.fromkeys(told))

@@ -1,0 +1,117 @@
+"""The statistics of report.py: pure functions of numbers, with the formula and its source."""
+
+import functools
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def sign_flip(differences):
+    """Exact two-sided p of paired differences (Fisher 1935): the share of sign vectors s with
+    |sum(s d)| >= |sum(d)|. Above 20 pairs of 2^20 random ones.
+    """
+    d = np.array(differences)
+    if len(d) <= 20:
+        sums = np.zeros(1)
+        for value in d:
+            sums = np.concatenate([sums + value, sums - value])
+    else:
+        rng = np.random.default_rng(0)
+        signs = (rng.integers(0, 2, (2**12, len(d))) * 2 - 1 for _ in range(2**8))
+        sums = np.concatenate([[d.sum()], *(s @ d for s in signs)])
+    return float((np.abs(sums) >= abs(d.sum()) - 1e-9).mean())
+
+
+def holm(values):
+    """Holm's (1979) adjusted p-values:  max over j <= i of min(1, (m - j + 1) p_(j)).   values: {name: p}."""
+    adjusted, highest = {}, 0.0
+    for i, (name, p) in enumerate(sorted(values.items(), key=lambda item: item[1])):
+        highest = max(highest, min(1.0, (len(values) - i) * p))
+        adjusted[name] = highest
+    return adjusted
+
+
+def mean_rank(scores):
+    """Mean ranks, 1 is best, ties shared, over the cells that all have, and the number of these.
+
+    scores: {name: {cell: score}}.
+    """
+    cells = set.intersection(*(set(found) for found in scores.values()))
+    ranks = defaultdict(list)
+    for cell in cells:
+        for name, found in scores.items():
+            above = sum(other[cell] > found[cell] for other in scores.values())
+            same = sum(other[cell] == found[cell] for other in scores.values())
+            ranks[name].append(1 + above + (same - 1) / 2)
+    return {name: float(np.mean(found)) for name, found in ranks.items()}, len(cells)
+
+
+@functools.cache
+def student(freedom, level=0.95):
+    """t with P(|T| <= t) = level for Student's T. With t = sqrt(v) tan(a), v degrees of freedom, the density
+    of a is cos(a)^(v - 1) up to a constant: its integral by the midpoint rule, inverted.
+    """
+    angle = np.linspace(0, np.pi / 2, 100_001)
+    area = np.append(0, np.cumsum(np.cos((angle[1:] + angle[:-1]) / 2) ** (freedom - 1)))
+    return float(np.sqrt(freedom) * np.tan(np.interp(level, area / area[-1], angle)))
+
+
+def half_width(values):
+    """Half of the 95 % t interval of a mean:  t(n - 1) sd / sqrt(n), sd with n - 1; NaN of a single value."""
+    n = len(values)
+    return student(n - 1) * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else float("nan")
+
+
+@dataclass
+class Contrast:
+    """Paired differences of one method, {(task, seed): d}, and what they say."""
+
+    pairs: dict
+    mean: float
+    half: float             # of the t interval of the mean over pairs
+    p: float                # of the exact sign-flip test
+    holm: float = 1.0       # the same after Holm
+
+    @property
+    def above(self):
+        return sum(d > 0 for d in self.pairs.values())
+
+
+def contrasts(base, others, sign=1):
+    """{name: Contrast} of sign · (base - other) over shared cells, where these are two or more; and Holm.
+
+    base: {cell: score}.   others: {name: {cell: score}}, of a family that is fixed beforehand.
+    """
+    found = {}
+    for name, scores in others.items():
+        pairs = {cell: sign * (base[cell] - scores[cell]) for cell in base if cell in scores}
+        if len(pairs) > 1:
+            d = list(pairs.values())
+            found[name] = Contrast(pairs, float(np.mean(d)), half_width(d), sign_flip(d))
+    for name, p in holm({name: c.p for name, c in found.items()}).items():
+        found[name].holm = p
+    return found
+
+
+def jaccard(a, b):
+    """|a and b| / |a or b|, of two empty sets 1."""
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+def jaccard_by_chance(a, b, pool):
+    """Of two random sets as large, out of `pool`:  E|a and b| = |a| |b| / pool, put into the ratio."""
+    both = len(a) * len(b) / pool
+    return both / (len(a) + len(b) - both) if a or b else 1.0
+
+
+def shown(values, digits=1):
+    """mean ± standard deviation."""
+    values = [v for v in values if v is not None]
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}" if values else "–"
+
+
+def signed(value, digits=2):
+    """+1.00, and a minus sign as in print."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")               # no −0.0

@@ -1,0 +1,215 @@
+"""The report's statistics by hand, and the report of lines made up here.
+
+    python -m pytest docs/experiments/test_report.py
+"""
+
+import importlib.util
+import itertools
+import json
+import random
+
+import numpy as np
+import pytest
+
+import compare
+import report_figures as figures
+import report
+import stats
+
+TASKS, SEEDS, BUDGETS = ("qnli", "mnli", "sst2"), range(5), (3000, 10_000, 25_000, 45_000)
+LAYER = ("attention.self.query.lora attention.self.query.bitfit attention.output.dense.lora "
+         "attention.output.dense.bitfit attention.output.dense.adapter_lr "
+         "attention.output.LayerNorm.bitfit attention.output.LayerNorm.lnfit intermediate.dense.lora "
+         "intermediate.dense.bitfit output.dense.lora output.dense.bitfit "
+         "output.dense.adapter_lr output.LayerNorm.bitfit output.LayerNorm.lnfit")
+PLACES = ["embeddings.LayerNorm.bitfit", "embeddings.LayerNorm.lnfit"] + [
+    f"encoder.layer.{i}.{place}" for i in range(6) for place in LAYER.split()]
+
+
+def line(method, task, seed, lr, test, budget=10_000, source=None, **more):
+    """A training's."""
+    return {"stage": "train", "method": method, "task": task, "budget": budget, "seed": seed,
+            "source": source, "lr": lr, "tuning": test is None, "test": test, "validation": 70.0,
+            "passes": 600, "parameters": budget - 9, "modules": 12, "seconds": 10.0, "workers": 13, **more}
+
+
+def find(method, task, seed, budget=10_000, structure="0:1 3:1", **more):
+    """A search's."""
+    return {"stage": "find", "finder": compare.METHODS[method].finder, "method": method, "task": task,
+            "budget": budget, "seed": seed, "structure": structure, "passes": 1200, "parameters": budget - 9,
+            "seconds": 20.0, "workers": 13, **more}
+
+
+def made_up(seed=0):
+    """Lines of everything that compare.py can be asked for; scores are drawn, methods differ."""
+    rng, lines = random.Random(seed), [{"stage": "places", "places": PLACES}]
+    better = {name: rng.gauss(0, 1.5) for name in compare.METHODS}
+
+    def score(name, task, budget):
+        return round(70 + 5 * TASKS.index(task) + better[name] + budget / 9000 + rng.gauss(0, 1), 2)
+    for name, method in compare.METHODS.items():
+        rates = compare.METHODS[method.rate_of or name].rates
+        for task in TASKS:
+            lines += [line(name, task, 100, lr, None, budget, validation=72 - abs(i - 1)) for budget in BUDGETS
+                      for i, lr in enumerate(rates[1:4] if not method.rate_of else ())]
+            for seed in SEEDS:
+                for budget in BUDGETS if name in figures.RIVALS and not method.free else [10_000]:
+                    lines.append(line(name, task, seed, rates[2], score(name, task, budget), budget))
+                    if not method.cheap:
+                        kept = sorted(rng.sample(range(len(PLACES)), max(1, budget // 900)))
+                        structure = " ".join(f"{i}:{rng.choice((1, 4, 8))}" for i in kept)
+                        lines.append(find(name, task, seed, budget, structure, steps=rng.randrange(300, 600),
+                                          made_up=rng.randrange(9), uncut=budget * 2))
+    for seed, source, task in ((s, a, b) for s in SEEDS for a in TASKS for b in TASKS if a != b):
+        lines.append(line("BIPEFT", task, seed, compare.RATES[2], score("BIPEFT", task, 9000), source=source))
+    lines += [line(name, "qnli", 900, 1e-3, 70.0, workers=1, memory=700) for name in ("LoRA", "BIPEFT")]
+    return lines + [find(name, "qnli", 900, workers=1, memory=800) for name in ("BIPEFT", "S3Delta-M")]
+
+
+def test_sign_flip_and_holm_by_hand():
+    # Of the 8 sign vectors only +++ and --- reach |1 + 2 + 3|.
+    assert stats.sign_flip([1, 2, 3]) == 2 / 8
+    # Sums of (1, 1, -1): +-3 twice, +-1 six times, and all reach |1|.
+    assert stats.sign_flip([1, 1, -1]) == 1
+    # 3 · 0.01, then 2 · 0.03, then 0.04 is not below the one before.
+    adjusted = stats.holm({"a": 0.04, "b": 0.01, "c": 0.03})
+    assert adjusted == pytest.approx({"b": 0.03, "c": 0.06, "a": 0.06})
+    ranks, cells = stats.mean_rank({"a": {0: 2, 1: 5}, "b": {0: 1, 1: 5}, "c": {0: 0, 1: 1}})
+    assert ranks == {"a": 1.25, "b": 1.75, "c": 3} and cells == 2
+
+
+def test_sign_flip_of_many_pairs_is_near_the_exact_one():
+    # Of 21 equal differences: |sum| >= 21 in 2 of 2^21. Of 21 ones, 10 negative: each sum is odd, >= 1.
+    assert stats.sign_flip([1.0] * 21) < 1e-5
+    assert stats.sign_flip([1.0] * 11 + [-1.0] * 10) == 1
+
+
+def test_students_quantiles_are_those_of_a_table():
+    # Two-sided 95 %: tables give 12.706, 4.303, 2.776, 2.145, 1.984. One degree is Cauchy's: tan(0.475 pi).
+    for freedom, t in {1: 12.706, 2: 4.303, 4: 2.776, 14: 2.145, 100: 1.984}.items():
+        assert stats.student(freedom) == pytest.approx(t, abs=5e-4)
+    assert stats.student(2, 0.99) == pytest.approx(9.925, abs=5e-4)
+
+
+def test_half_width_by_hand():
+    # Of 1, 2, 3: sd 1, n 3, so 4.303 / sqrt(3).
+    assert stats.half_width([1, 2, 3]) == pytest.approx(2.484, abs=1e-3)
+    assert stats.half_width([4, 4, 4]) == 0 and stats.half_width([1]) != stats.half_width([1])      # NaN
+
+
+def test_contrasts_by_hand():
+    base = {"x": 5.0, "y": 7.0, "z": 9.0}
+    found = stats.contrasts(base, {"a": {"x": 4.0, "y": 5.0, "z": 6.0, "w": 0.0}, "b": {"x": 6.0, "y": 6.0},
+                                   "c": {"x": 1.0}})
+    # a: 1, 2, 3; b: -1, 1, whose 4 sign vectors all reach |0|; c has one pair: none.
+    assert list(found) == ["a", "b"] and found["a"].pairs == {"x": 1, "y": 2, "z": 3}
+    assert (found["a"].mean, found["a"].p, found["a"].holm, found["a"].above) == (2, 0.25, 0.5, 3)
+    assert (found["b"].mean, found["b"].p, found["b"].holm, found["b"].above) == (0, 1, 1, 1)
+    assert stats.contrasts(base, {"a": {"x": 4.0, "y": 5.0}}, -1)["a"].mean == -1.5
+
+
+def test_jaccard_by_hand():
+    assert stats.jaccard({1, 2, 3}, {2, 3, 4, 5}) == 2 / 5 and stats.jaccard(set(), set()) == 1
+    # 4 of 20 and 5 of 20: one shared is expected, 1 / (4 + 5 - 1).
+    assert stats.jaccard_by_chance({1, 2, 3, 4}, {1, 2, 3, 4, 5}, 20) == 1 / 8
+
+
+def test_berts_three_dense_layers_are_told_apart():
+    at = "encoder.layer.3."
+    assert figures.where(at + "attention.output.dense.lora") == ("3", "o", "lora")
+    assert figures.where(at + "intermediate.dense.bitfit") == ("3", "wi", "bitfit")
+    assert figures.where(at + "output.dense.lora") == ("3", "wo", "lora")
+    assert figures.where(at + "output.dense.adapter_lr") == ("3", "ffn", "adapter_lr")
+    assert figures.where(at + "output.LayerNorm.lnfit") == ("3", "n2", "lnfit")
+    assert figures.where("embeddings.LayerNorm.bitfit") == ("emb", "n0", "bitfit")
+    labels = [figures.where(place) for place in PLACES]
+    assert len(set(labels)) == len(labels)
+
+
+def test_colours_are_told_apart_by_colour_blind_readers():
+    # Machado et al. 2009, severity 1: protanopia, deuteranopia; then plain sight. In linear sRGB.
+    sights = np.array([
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+        np.eye(3)])
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    for page in figures.PAGES.values():
+        colours = page["page"], *page["colours"]
+        srgb = np.array([[int(c[i:i + 2], 16) / 255 for i in (1, 3, 5)] for c in colours])
+        linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+        light = linear @ to_xyz[1]
+        contrast = (np.maximum(light, light[0]) + 0.05) / (np.minimum(light, light[0]) + 0.05)
+        assert contrast[1:].min() >= 2.9
+        for sight in sights:
+            xyz = (linear[1:] @ sight.T).clip(0, 1) @ to_xyz.T / (0.9505, 1, 1.089)
+            f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+            lab = np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
+            assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(lab, 2)) >= 28
+
+
+def test_reported_are_the_trainings_at_the_chosen_rate():
+    tuned = [line("LoRA", "qnli", 100, lr, None, validation=v) for lr, v in zip(compare.RATES[1:], (70, 75, 71))]
+    scores = (0, compare.RATES[1], 60.0), (0, compare.RATES[2], 62.0), (900, compare.RATES[2], 99.0)
+    lines = tuned + [line("LoRA", "qnli", *score) for score in scores]
+    data = report.Data(lines)
+    assert data.scores(["LoRA"]) == {"LoRA": {("qnli", 0): 62.0}} and data.left_out == 1
+    assert "**0.0025: 75.0**" in report.rates(data) and "highest" not in report.rates(data)
+    tuned[2]["validation"] = 80                                          # at the edge: a further one is needed
+    assert "| – |" in report.rates(report.Data(tuned))
+    more = [line("LoRA", "qnli", 100, lr, None, validation=v) for lr, v in zip(compare.RATES[4:], (81, 82))]
+    assert "| 0.04 | highest |" in report.rates(report.Data(tuned + more))               # the ladder's end
+
+
+def test_without_a_chosen_rate_trainings_at_one_rate_are_reported():
+    lines = [line("LoRA", "qnli", seed, lr, 60 + 100 * lr) for seed, lr in ((0, 0.01), (1, 0.01), (1, 0.02))]
+    assert report.Data(lines).scores(["LoRA"]) == {"LoRA": {("qnli", 0): 61.0, ("qnli", 1): 61.0}}
+
+
+def test_tables_by_hand():
+    lines = [{"stage": "places", "places": PLACES}]
+    for seed, ours, theirs, moved in ((0, 80.0, 79.0, 78.0), (1, 84.0, 81.0, 82.0)):
+        lines += [line("BIPEFT", "qnli", seed, 1e-3, ours), line("LoRA", "qnli", seed, 1e-3, theirs),
+                  line("BIPEFT", "qnli", seed, 1e-3, moved, source="sst2"), find("BIPEFT", "qnli", seed)]
+    lines += [line("BIPEFT", "sst2", 0, 1e-3, 90.0)]
+    data = report.Data(lines)
+    # sd of 80 and 84 is 2.83; 1,200 passes of a search over 600.
+    assert "| BIPEFT | 82.0 ± 2.8 | 90.0 | 86.0 | 9,991 | 12.0 | 2.00 | 3 |" in report.score_table(data, ["BIPEFT"])
+    # LoRA has no training on sst2: that cell is left out of BIPEFT's row, too.
+    assert "| BIPEFT | 82.0 ± 2.8 | – | – | 9,991 | 12.0 | 2.00 | 3 |" in report.score_table(data, ["BIPEFT", "LoRA"])
+    # 1 and 3: mean 2, 12.706 · 1.414 / 1.414 to each side; 2 of 4 sign vectors.
+    assert "| LoRA | +2.00 | – | +2.00 | −10.71 to +14.71 | 2 of 2 | 0.5 | 0.5 |" in report.contrast_table(
+        data.contrasts(["LoRA"]), data.tasks)
+    # 78 - 80 and 82 - 84.
+    assert "| sst2 | −2.00 | – | −2.00 | −2.00 to −2.00 | 0 of 2 | 0.5 | 0.5 |" in report.transfer(data)
+
+
+def test_cost_is_of_what_ran_alone():
+    timed = [find("BIPEFT", "qnli", 900, workers=1, seconds=30.0), find("BIPEFT", "qnli", 900, seconds=99.0),
+             line("BIPEFT", "qnli", 900, 1e-3, 70.0, workers=1, seconds=20.0, memory=650),
+             line("LoRA", "qnli", 900, 1e-3, 70.0, workers=1, seconds=12.0)]
+    told = report.cost(report.Data(timed))
+    assert "| BIPEFT | search | 30.00 | 1.50 | 2.50 | 1,200 | – |" in told
+    assert "| BIPEFT | training | 20.00 | 1.00 | 1.67 | 600 | 650 |" in told
+
+
+@pytest.mark.parametrize("lines", [[], made_up()[:40], made_up()], ids=["none", "few", "all"])
+def test_a_whole_report(lines, tmp_path, capsys):
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    report.main(["--lines", str(path), "--figures", str(tmp_path)])
+    told = capsys.readouterr().out
+    assert ("no data yet" in told) == (len(lines) < 100) and "nan" not in told
+    if len(lines) > 100 and importlib.util.find_spec("matplotlib"):
+        drawn = {path.name for path in tmp_path.glob("*.png")}
+        assert drawn == {f"compare-{name}-{page}.png" for name in figures.FIGURES for page in figures.PAGES}
+    assert max(len(row) for row in told.splitlines() if not row.startswith(str(tmp_path))) <= 120
+
+
+def test_the_report_of_a_small_comparison(tmp_path, capsys):
+    out = tmp_path / "lines.jsonl"
+    compare.main(["--small", "--out", str(out), "--table", "main", "--methods", "BIPEFT", "LoRA", "full"])
+    capsys.readouterr()
+    report.main(["--lines", str(out), "--figures", str(tmp_path)])
+    told = capsys.readouterr().out
+    assert "## Table 1: test scores at 600 parameters" in told
+    assert "| LoRA | " in told.partition("### Pairs")[2]
