@@ -1,12 +1,11 @@
 """The eight pictures of docs/walkthrough.md, from one search of the toy, and the numbers that the page quotes.
 
     python docs/experiments/figures.py                        docs/figures: 7 PNGs, 1 GIF, walkthrough.json
-    python docs/experiments/figures.py --out DIR --seed 1     another seed, or bipeft.py's other flags for S2
+    python docs/experiments/figures.py --out DIR --seed 0     another seed, or bipeft.py's other flags for S2
 
-Needs matplotlib. Takes 46 s on one thread of an AMD EPYC with little else to do: the search that `python bipeft.py
---task toy` does, with the same data, seeds and settings and so with the same structure (test_figures.py compares
-them), then the drawing. What is drawn is noted during the search: after each step (`after_step`), in each pass
-(`run_pass`). The numbers are of one CPU and one torch: another one rounds otherwise, and finds another structure.
+Needs matplotlib. Takes 49 s on one thread of an AMD EPYC with little else to do: the search of `python bipeft.py --task
+toy --seed 1`, by the program's own classes, which note what is drawn after each step and in each pass (test_figures.py
+compares the structures), then the drawing. Another CPU or torch rounds otherwise, and finds another structure.
 """
 
 import argparse
@@ -14,7 +13,9 @@ import io
 import json
 import platform
 import sys
+import tempfile
 from pathlib import Path
+from unittest import mock
 
 import matplotlib
 import numpy as np
@@ -36,14 +37,51 @@ STYLE = {"font.size": 9, "figure.titlesize": 9, "axes.titlesize": 9, "legend.fon
          "ytick.labelsize": 8, "axes.spines.top": False, "axes.spines.right": False, "figure.facecolor": "white"}
 
 
-class Noted(bipeft.Batches):
-    """Batches that note which of them were taken: (epoch, number)."""
+class NotedBatches(bipeft.Batches):
+    """The program's batches, which note which of them were taken: (epoch, number)."""
 
     def __iter__(self):
         self.taken = getattr(self, "taken", [])
         for number, batch in enumerate(super().__iter__()):
             self.taken.append((self.epoch, number))
             yield batch
+
+
+class NotedSearch(bipeft.Search):
+    """The program's search, which notes what each pass had and felt, and what it holds after each step."""
+
+    def __init__(self, model, space, *rest, run_pass, **named):
+        counts, lora = [sum(p.numel() for p in m.parameters()) for m in space.modules_], space.kinds.index("lora")
+        self.owner = torch.arange(len(space)).repeat_interleave(torch.tensor(counts))         # of a number of ΔW
+        self.lora, self.compute, self.passes, self.seen = self.owner == lora, run_pass, [], {}
+        super().__init__(model, space, *rest, run_pass=self.noted_pass, **named)
+        self.note(kept=self.kept, phi=self.phi.double().softmax(1))
+
+    def noted_pass(self, wanted, gate, ranks, batch):
+        stored = self.space.weights[self.lora].view(2, self.space.ranks[-1], -1).numpy().copy()   # A and B: d -> d
+        loss, *found = self.compute(wanted, gate, ranks, batch)
+        rows = found[0].view(len(found[0]), -1).any(1)                  # of ΔW a row is a number, of Θ and Φ a module
+        if "weights" == wanted[0]:
+            rows = torch.zeros(len(self.space), dtype=torch.bool).index_add(0, self.owner, rows)
+        self.passes.append({"gate": gate.detach().numpy() > 0, "rank": ranks.detach().argmax(1).numpy(),
+                            "felt": rows.numpy(), "stored": stored,
+                            "used": self.space.working[self.lora].view(stored.shape).numpy().copy()})
+        return [loss, *found]
+
+    def note(self, **values):
+        for key, value in values.items():
+            value = value.detach().numpy().copy() if torch.is_tensor(value) else value
+            self.seen.setdefault(key, []).append(value)
+
+    def step(self, *batches):
+        line = super().step(*batches)
+        self.note(beta=line["beta"], loss=line["loss_train"], expected=line["expected"], passes=self.passes,
+                  reduction=np.nan if line["reduction"] is None else line["reduction"], smoothed=self.smoothed,
+                  kept=self.kept, fixed=self.fixed, indicator=self.indicators[-1], choice=self.choice,
+                  theta=self.theta.softmax(1)[:, 1], phi=self.phi.double().softmax(1),
+                  after=bipeft.expected_parameters(*self.expectation()))
+        self.passes = []
+        return line
 
 
 class Record:
@@ -75,7 +113,7 @@ class Record:
         flips = [t for t in range(self.first - 1) if len(self.passes[t]) == 3
                  and (self.passes[t][0]["gate"] != self.passes[t][2]["gate"]).any()]
         self.told = 1 + min(flips or range(self.first - 1), key=lambda t: abs(t - self.first / 2))   # a step, 1 .. T
-        z = settings.triggers - -(-settings.triggers // 10)                     # triggers before p = 1 (reading 7)
+        z = settings.triggers - -(-settings.triggers // 10)                     # triggers before p = 1 (reading 4)
         self.certain = int(self.fired[z]) if len(self.fired) > z else self.T + 1
 
     def instability(self):
@@ -99,51 +137,20 @@ def place_of(name):
 
 
 def record(settings):
-    """Runs the search of bipeft.py's Run.search with these settings, noting what it does.   Returns a Record."""
-    seed, device = settings.seed[0], torch.device("cpu")
-    model, tokenizer = bipeft.load_backbone(settings.model, settings.dtype, device, seed)
-    rows = bipeft.load_splits(settings.task, settings.data_dir, seed)["train"]
-    tokens = bipeft.tokenize(tokenizer, rows, settings.max_length)
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(bipeft.derive(seed, 11)))
-    halves = [Noted([tokens[i] for i in order[half::2]], settings.batch_size, device,
-                    bipeft.derive(seed, 12 + half)) for half in (0, 1)]
-    space, size = bipeft.Space(model, settings.space, settings.ranks, seed), bipeft.geometry(model)["parameters"]
-    budget = int(settings.budget if settings.budget >= 1 else settings.budget * size)
-    steps, warmup = (n * len(halves[0]) for n in (settings.search_epochs, settings.warmup_epochs))
-    counts = [sum(p.numel() for p in m.parameters()) for m in space.modules_]
-    owner, first = torch.arange(len(space)).repeat_interleave(torch.tensor(counts)), space.kinds.index("lora")
-    history, passes, lora = {}, [], owner == first
+    """Runs the program's own search (bipeft.py's Run) with these settings, noting what it does.   Returns a Record."""
+    made = []
 
-    def run_pass(wanted, gate, ranks, batch):
-        stored = space.weights[lora].view(2, space.ranks[-1], -1).numpy().copy()            # A and B: d -> d
-        loss, *found = bipeft.run_pass(model, space, wanted, gate, ranks, batch)
-        rows = found[0].view(len(found[0]), -1).any(1)                  # of ΔW a row is a number, of Θ and Φ a module
-        if "weights" == wanted[0]:
-            rows = torch.zeros(len(space), dtype=torch.bool).index_add(0, owner, rows)
-        passes.append({"gate": gate.detach().numpy() > 0, "rank": ranks.detach().argmax(1).numpy(),
-                       "felt": rows.numpy(), "stored": stored,
-                       "used": space.working[lora].view(stored.shape).numpy().copy()})
-        return [loss, *found]
+    def noted(kind):
+        return lambda *args, **named: made.append(kind(*args, **named)) or made[-1]
 
-    def note(**values):
-        for key, value in values.items():
-            history.setdefault(key, []).append(value.detach().numpy().copy() if torch.is_tensor(value) else value)
-
-    def after_step(search, line):
-        note(beta=line["beta"], loss=line["loss_train"], expected=line["expected"], passes=list(passes),
-             reduction=np.nan if line["reduction"] is None else line["reduction"], smoothed=search.smoothed,
-             taken=[halves[0].taken[-1], *halves[1].taken[-2:]], kept=search.kept, fixed=search.fixed,
-             indicator=search.indicators[-1], choice=search.choice, theta=search.theta.softmax(1)[:, 1],
-             phi=search.phi.double().softmax(1), after=bipeft.expected_parameters(*search.expectation()))
-        passes.clear()
-
-    search = bipeft.Search(model, space, budget, steps, warmup, settings.triggers, settings.tau, settings.gamma,
-                           settings.window, settings.lr, settings.arch_lr, settings.weight_decay, seed,
-                           run_pass=run_pass)
-    note(kept=search.kept, phi=search.phi.double().softmax(1))
-    structure = search.run(*halves, settings.model, after_step)
-    space.detach()
-    return Record(settings, structure, bipeft.picture(structure, model), space, budget, steps, len(halves[0]), history)
+    with (mock.patch.multiple(bipeft, Batches=noted(NotedBatches), Search=noted(NotedSearch)),
+          tempfile.TemporaryDirectory() as folder, bipeft.Run(settings, settings.seed[0], folder) as run):
+        run.load()
+        structure = run.search()
+    training, other, search = made
+    taken = [(training.taken[t], *other.taken[2 * t:2 * t + 2]) for t in range(search.steps_done)]
+    return Record(settings, structure, bipeft.picture(structure, run.model), search.space, search.budget, search.steps,
+                  len(training), {**search.seen, "taken": taken})
 
 
 # The figures: each takes a Record and returns a matplotlib Figure.
@@ -156,13 +163,13 @@ def short(r, n):
 
 
 def two_spans(r, heights, height):
-    """Axes [rows, 2]: the steps before the first trigger at the left, those from there on, wider, at the right."""
+    """Axes [rows, 2]: the steps before the first trigger at the left, those with triggers, wider, at the right."""
     figure, axes = plt.subplots(len(heights), 2, figsize=(WIDTH, height), squeeze=False, sharex="col", sharey="row",
                                 height_ratios=heights, width_ratios=[1, 1.5], layout="constrained")
     for left, right in axes:
-        left.set_xlim(0.5, r.first + 0.5)
+        left.set_xlim(0.5, r.first - 2.5)
         right.set_xlim(r.first - 2.5, r.T + 1)
-    for ax, text in zip(axes[-1], ("step, up to the first trigger", "step, from the first trigger on")):
+    for ax, text in zip(axes[-1], ("step, before the triggers", "step, with the triggers")):
         ax.set_xlabel(text)
     return figure, axes
 
@@ -229,8 +236,8 @@ def sensitivities(r):
             one.plot(steps[:gone], r.smoothed[:gone, n], color=BLUE if stays else ORANGE, lw=1.1)
             one.plot(steps[gone - 1:], r.smoothed[gone - 1:, n], color=ORANGE, lw=0.9, ls=":")
             one.set_yscale("symlog", linthresh=1e-8)
-            if not stays:
-                one.plot(gone, r.smoothed[gone - 1, n], "X", color=ORANGE, ms=7, mec="white")
+        if not stays:
+            ax.plot(gone, r.smoothed[gone - 1, n], "X", color=ORANGE, ms=7, mec="white")
     for i, n in enumerate(sorted(chosen, key=lambda n: r.smoothed[-1, n])):     # labels apart from each other
         ax.annotate(short(r, n), (r.T, r.smoothed[-1, n]), (1.06, 0.02 + 0.96 * i / 11), textcoords="axes fraction",
                     va="center", fontsize=8, color=BLUE if r.gone[n] > r.T else ORANGE,
@@ -300,7 +307,7 @@ def ranks(r):
         for ax in (above, below):
             ax.axvline(fixed, color=GREY, lw=1, ls=":")
         above.set(title=f"{short(r, n)}: rank {r.ranks[r.choice[-1, n]]} fixed at step {fixed}", xlabel="step",
-                  xlim=(0, r.T))
+                  xlim=(0, r.T + 3))
         for m in np.flatnonzero(r.ranked):
             until = r.fired <= min(r.settled[m], r.T)
             below.plot(r.fired[until], unstable[until, m], ".", color="#cccccc", ms=3)
@@ -372,12 +379,16 @@ def animation(r, path):
 
 def facts(r):
     """What the page says of this run, in the words in which it says it."""
+    def named(modules):
+        return ", ".join(short(r, n) for n in modules) or "none"
+
     told, pair, t = r.passes[r.told - 1], r.pair, r.certain
     gone, size = [list(np.flatnonzero(r.gone == t)) for t in r.fired], r.sizes[np.arange(r.N), r.choice[-1]]
     ends = {n: r.found.get(r.names[n]) for n in range(r.N)}
     lower = [f"{short(r, n)} from rank {r.ranks[r.choice[-1, n]]} to {ends[n] or 'none'}" for n in range(r.N)
              if r.kept[-1, n] and r.ranked[n] and ends[n] != r.ranks[r.choice[-1, n]]]
-    back = [short(r, n) for n in range(r.N) if not r.kept[-1, n] and ends[n]]
+    back = [n for n in range(r.N) if not r.kept[-1, n] and ends[n]]
+    negative = np.flatnonzero((r.smoothed < 0).any(1)) + 1
     crossed = int(np.flatnonzero(r.beta >= r.settings.tau)[0]) + 1
     low = crossed + int(r.beta[crossed - 1:r.first].argmin())
     return [
@@ -388,26 +399,28 @@ def facts(r):
         f"{told[-1]['felt'].sum()} for Φ",
         f"{r.indicator[r.first - 1].sum()} modules have I = 1 at step {r.first}",
         f"β is at least τ for the first time at step {crossed}",
-        f"lowest at step {low}, {r.beta[low - 1]:.3f}, where {(r.smoothed[low - 1] < 0).sum()} modules have a negative "
-        "s̄",
+        f"lowest at step {low}, {r.beta[low - 1]:.3f}", f"temperature {5 - 4 * (r.T - 1) / (r.most - 1):.2f}",
         f"from step {r.first} on β is never below {np.floor(1000 * r.beta[r.first - 1:].min()) / 1000:.3f}",
         f"the {len(r.fired)} triggers are the steps {r.first} to {r.fired[-1]}",
         f"E is {r.expected[0]:,.0f} after step 1 and {r.expected[r.first - 1]:,.0f} at step {r.first}",
-        f"R is {r.reduction[r.first - 1]:,.0f} at the first trigger and {r.reduction[r.fired[-1] - 1]:,.0f} at the "
-        "last",
-        f"The first trigger removes {', '.join(short(r, n) for n in gone[0])}",
+        "R is {:,.0f} at the first trigger and {:,.0f} at the last".format(*r.reduction[r.fired[[0, -1]] - 1]),
+        f"The first trigger removes {named(gone[0])}; the next three remove {named(sum(gone[1:4], []))}",
         f"{sum(not one for one in gone)} of the {len(gone)} triggers remove nothing",
         f"from {r.expected[min(t, r.T) - 2]:,.0f} at step {t - 1} to {r.expected[min(t, r.T) - 1]:,.0f} at step {t}",
         f"the last {(r.fired >= t).sum()} triggers remove {sum(map(len, gone[-(r.fired >= t).sum():]))} of the "
-        f"{(~r.kept[-1]).sum()} modules that go", f"temperature {5 - 4 * (r.T - 1) / (r.most - 1):.2f}",
-        f"{(r.smoothed[-1][~r.kept[-1]] < 0).sum()} modules go with a negative s̄",
+        f"{(~r.kept[-1]).sum()} modules that go",
+        f"some s̄ is negative after {len(negative)} of the {r.T} steps, the last time after step {negative[-1]}",
         f"softmax(Θ) lies between {r.theta[-1].min():.2f} and {r.theta[-1].max():.2f} at the end",
         f"the mean training loss of the {min(25, r.first)} steps up to {r.first} is "
         f"{r.loss[max(0, r.first - 25):r.first].mean():.3f}",
-        f"no entry of softmax(Φ) leaves {r.phi[:, r.ranked].min():.2f} … {r.phi[:, r.ranked].max():.2f}",
+        f"the mean of softmax(Θ) is {r.theta[0].mean():.2f} after step 1 and {r.theta[r.first - 1].mean():.2f} at step "
+        f"{r.first}",
+        f"The entries of softmax(Φ) range from {r.phi[:, r.ranked].min():.2f} to {r.phi[:, r.ranked].max():.2f}",
         f"{short(r, pair[0])} is fixed at step {r.settled[pair[0]]}, {short(r, pair[1])} at step {r.settled[pair[1]]}",
         f"the last trigger leaves {r.kept[-1].sum()} modules with {size[r.kept[-1]].sum():,} parameters",
-        f"lowers {', '.join(lower) or 'none'}", f"takes back {', '.join(back) or 'none'}",
+        f"lowers {', '.join(lower) or 'none'}",
+        f"takes back {named(back)}: {sum(n in gone[-1] for n in back)} of the {len(gone[-1])} that the last trigger "
+        "removed",
         f"{len(r.found)} modules with {r.structure.parameters:,} parameters"]
 
 
@@ -420,10 +433,9 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="further flags: bipeft.py's")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "figures")
     args, rest = parser.parse_known_args(arguments)
-    torch.set_num_threads(1)                                    # as the program's toy
     plt.rcParams.update(STYLE)
     with bipeft.deterministic():
-        r = record(bipeft.parse(["--task", "toy", *rest]))
+        r = record(bipeft.parse(["--task", "toy", "--seed", "1", "--device", "cpu", *rest]))
     args.out.mkdir(parents=True, exist_ok=True)
     numbers = {"facts": facts(r), "picture": r.picture.splitlines()}
     bipeft.write_atomically(args.out / "walkthrough.json", json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
