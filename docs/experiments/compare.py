@@ -1062,6 +1062,7 @@ def carry_out(bench, job):
         memory = torch.cuda.max_memory_allocated(bench.device) / 2**20
         lines = [{**line, "memory": round(memory)} for line in lines]
         gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()              # 32 MiB for each stream that a job had
         torch.cuda.empty_cache()
     told = {"seconds": round(time.perf_counter() - started, 2), "workers": max(1, bench.settings.workers)}
     return [{**told, **line} for line in lines]                     # a look knows its own seconds
