@@ -131,19 +131,20 @@ def rates(data):
 def score_table(data, names, budget=None, extra=()):
     """A row a method: scores, sizes, cost.   extra: (heading, function of the method's searches) each.
 
-    All numbers are of the cells that every row has; a method with less than half of the cells of most is "–".
+    Numbers are of the cells that all full rows have: those of methods with as many cells as most. A method with
+    fewer is shown by what it has, without a mean.
     """
     scores, rows = data.scores(names, budget), []
     most = Counter(map(len, scores.values())).most_common(1)[0][0] if scores else 0
-    common = set.intersection(*(set(cells) for cells in scores.values() if 2 * len(cells) >= most)) if scores else set()
+    full = [set(cells) for cells in scores.values() if len(cells) >= most]
+    common = set.intersection(*full) if full else set()
     for name in scores:
-        own = [x for x in data.of(name, budget) if (x["task"], x["seed"]) in common]
+        whole = common <= set(scores[name])
+        own = [x for x in data.of(name, budget) if (x["task"], x["seed"]) in common or not whole]
         looked = [x for x in data.found(name, budget) if (x["task"], x["seed"]) in common]
-        if len(own) < len(common):
-            rows.append([name] + ["–"] * (len(data.tasks) + 4) + [len(scores[name])] + ["–"] * len(extra))
-        elif own:
+        if own:
             tests = [[x["test"] for x in own if x["task"] == task] for task in data.tasks]
-            mean = f"{np.mean([np.mean(t) for t in tests]):.1f}" if all(tests) else "–"
+            mean = f"{np.mean([np.mean(t) for t in tests]):.1f}" if all(tests) and whole else "–"
             passes, parameters = (np.mean([x[key] for x in own]) for key in ("passes", "parameters"))
             fte = f"{np.mean([x['passes'] for x in looked]) / passes:.2f}" if looked else "–"
             modules = shown([x["modules"] for x in own]).partition(" ")[0]                # the mean
@@ -258,7 +259,7 @@ def kept(data):
 
 def table_1(data, budget):
     """Scores at a budget, pairs, mean ranks."""
-    return [f"## Table 1: test scores at {budget:,} parameters", "Of the cells (task, seed) that all rows have.",
+    return [f"## Table 1: test scores at {budget:,} parameters", "Of the cells (task, seed) that all rows with a mean have.",
             score_table(data, RIVALS, budget),
             f"### Pairs at {budget:,} parameters",
             "95 %: t interval of the mean. p: exact sign-flip test. Holm: over the methods within the budget.",
@@ -283,7 +284,8 @@ def report(lines, folder):
     parts = ["## Rates, chosen on seeds that are not reported", rates(data)]
     if data.left_out:
         parts.append(f"Left out: {data.left_out} trainings at another rate than the chosen one.")
-    for budget in sorted({x["budget"] for x in data.reported}, key=lambda b: (b != data.budget, b)) or [0]:
+    budgets = {x["budget"] for x in data.reported if x["method"] == "BIPEFT"}
+    for budget in sorted(budgets, key=lambda b: (b != data.budget, b)) or [0]:
         parts += table_1(data, budget)
     parts += family(data, "Table 2: ablations", ABLATIONS, [column("uncut", 0)], 1)
     parts += ["## Table 3: cost, alone on the device", cost(data), "## Table 4: transfer", transfer(data)]

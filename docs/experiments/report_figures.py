@@ -29,6 +29,7 @@ PAGES = {
     "dark": {"page": "#0d1117", "ink": "#e6edf3", "soft": "#8b949e", "deep": "#79b8ff", "colours": (
         "#ff8c2e", "#9b95e9", "#848e9a", "#ace5ff", "#636bf9", "#c5ee87", "#589f61", "#d2efcd")}}
 MARKERS = "osDv^PX*"
+FEWEST = 6          # pairs that a row of the forest plot has: with fewer its interval is all that is seen
 
 
 def in_order(pair):
@@ -42,7 +43,7 @@ def draw_budgets(data, page, plt):
             for name in RIVALS if not METHODS[name].free}
     first = [name for name in ("BIPEFT", "one look", "random", "matched random", "LoRA") if seen[name]]
     names = (first + [name for name in seen if name not in first and len(seen[name]) > 1])[:len(MARKERS)]
-    if not names:
+    if len(seen["BIPEFT"]) < 2:
         return None
     fig, axes = plt.subplots(1, len(data.tasks), figsize=(8.3, 3.9), squeeze=False, layout="constrained")
     for ax, task in zip(axes[0], data.tasks):
@@ -78,6 +79,7 @@ def forest_rows(data):
             ("within the budget", {name: c for name, c in of_rivals.items() if not METHODS[name].free}),
             ("outside of the budget", {name: c for name, c in of_rivals.items() if METHODS[name].free}),
             ("ablations of BIPEFT", data.contrasts(ABLATIONS))):
+        group = {name: c for name, c in group.items() if len(c.pairs) >= FEWEST}
         rows += [(heading, None), *sorted(group.items(), key=lambda row: -row[1].mean)] * bool(group)
     return rows
 
@@ -91,7 +93,7 @@ def draw_pairs(data, page, plt):
                  for name, c in rows if c and name != "head alone"], default=0)
     if not reach:
         return None
-    fig, (ax, told) = plt.subplots(1, 2, figsize=(8.3, 1 + 0.31 * len(rows)), width_ratios=[3, 1.15],
+    fig, (ax, told) = plt.subplots(1, 2, figsize=(8.3, 1 + 0.31 * len(rows)), width_ratios=[3, 1.3],
                                    sharey=True, layout="constrained")
     told.axis("off")
     told.set_xlim(0, 1)
@@ -111,7 +113,7 @@ def draw_pairs(data, page, plt):
         ax.errorbar(at, y, xerr=0 if out else c.half, marker="><"[c.mean < 0] if out else "D", ms=6, zorder=4,
                     elinewidth=1.5, color=page["ink"], mfc=page["ink" if c.holm < 0.05 else "page"])
         low, high = signed(c.mean - c.half, 1), signed(c.mean + c.half, 1)
-        told.text(0, y, f"{signed(c.mean)}  [{low}, {high}]", va="center")
+        told.text(0, y, f"{signed(c.mean)} [{low}, {high}]", va="center")
         told.text(1, y, f"{c.above} of {len(c.pairs)}", va="center", ha="right")
     told.text(0, -0.9, "mean, 95 % interval", color=page["soft"])
     told.text(1, -0.9, "above", color=page["soft"], ha="right")
@@ -167,10 +169,13 @@ def draw_places(data, page, plt):
 
 
 def draw_kinds(data, page, plt):
-    """Modules of each kind and rank by budget, stacked: means over searches of BIPEFT and of one look."""
+    """Modules of each kind and rank, stacked: means over searches, of all that search at the main budget, and
+    of BIPEFT and one look at the others.
+    """
     bars = {(name, budget): data.kinds(name, budget)
-            for budget in sorted({x["budget"] for x in data.searches}) for name in ("BIPEFT", "one look")
-            if data.places and data.found(name, budget)}
+            for budget in sorted({x["budget"] for x in data.searches}, key=lambda b: (b != data.budget, b))
+            for name in RIVALS if data.places and data.found(name, budget)
+            and (name in ("BIPEFT", "one look") or budget == data.budget and name != "matched random")}
     if not bars:
         return None
     fig, ax = plt.subplots(figsize=(8.3, 1.3 + 0.33 * len(bars)), layout="constrained")
