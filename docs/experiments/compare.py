@@ -231,8 +231,10 @@ class Bench:
         """The backbone as a classifier."""
         if self.settings.family == "bert":
             return Classifier(self.encoder, labels)
-        stored = [3, 4, 5] if self.settings.small else np.load(Path(self.settings.folder) / "tasks.npz")["answers"].tolist()
-        return Reader(self.encoder, stored[:labels])
+        answers = [3, 4, 5]
+        if not self.settings.small:
+            answers = np.load(Path(self.settings.folder) / "tasks.npz")["answers"].tolist()
+        return Reader(self.encoder, answers[:labels])
 
     def load(self):
         """The backbone, of --prepare's folder or, small, random."""
@@ -323,8 +325,8 @@ class Bench:
         evaluations = self.settings.evaluations
         stretch = Stretch(self.batches(self.splits["train"]), max(1, round(self.settings.steps / evaluations)))
         curve = []
-        best = bipeft.train(self.model, peft, stretch, lambda: self.score("validation"), evaluations, lr, seed=self.seed,
-                            graphs=self.graphs, after_step=lambda _, line: curve.append(line.get("score")))
+        best = bipeft.train(self.model, peft, stretch, lambda: self.score("validation"), evaluations, lr,
+                            seed=self.seed, graphs=self.graphs, after_step=lambda _, line: curve.append(line.get("score")))
         self.passes += evaluations * len(stretch)
         return peft, best, [round(score, 2) for score in curve if score is not None]
 
@@ -746,11 +748,12 @@ def random_configurations(seed, kinds, layers, count=20000):
 
 
 def train_adalora(bench, budget, lr):
-    """AdaLoRA (Zhang et al. 2023), Hugging Face peft: B diag(E) A on q, k, v, o from rank 2 (or 1.5 x what B allows), masked by
-    smoothed sensitivity · uncertainty down to as many as fit B; t_i = 0.1 T, t_f = 0.3 T, every T/60 steps.
+    """AdaLoRA (Zhang et al. 2023), Hugging Face peft: B diag(E) A on q, k, v, o from rank 2 (or 1.5 times what
+    B allows), masked by smoothed sensitivity · uncertainty down to as many as fit B; t_i = 0.1 T, t_f = 0.3 T,
+    every T/60 steps.
 
-    Its training is its search. An epoch counts only once the number of triplets is final; what has E = 0 in the
-    best one is not counted. Returns (best, curve, parameters, test or None).
+    Its training is its search, and until t_f holds more than B. An epoch counts only once the number of triplets
+    is final, the last 2 of 6; what has E = 0 in the best one is not counted. Returns (best, curve, parameters, test or None).
     """
     import peft
     T, model = bench.settings.steps, copy.deepcopy(bench.model)
@@ -760,8 +763,9 @@ def train_adalora(bench, budget, lr):
     target = budget // (2 * d + 1)                                     # triplets, of 4 matrices a layer
     rank = max(2, math.ceil(1.5 * target / (4 * layers)))
     config = peft.AdaLoraConfig(
-        init_r=rank, target_r=1, lora_alpha=rank, tinit=round(0.1 * T), tfinal=max(1, round(0.3 * T)), deltaT=max(1, T // 60),
-        total_step=T, lora_dropout=0.0, target_modules=r".*attention\.(self\.(query|key|value)|output\.dense)")
+        init_r=rank, target_r=1, lora_alpha=rank, tinit=round(0.1 * T),
+        tfinal=max(1, round(0.3 * T)), deltaT=max(1, T // 60), total_step=T, lora_dropout=0.0,
+        target_modules=r".*attention\.(self\.(query|key|value)|output\.dense)")
     torch.manual_seed(bipeft.derive(bench.seed, 30))
     wrapped = peft.get_peft_model(model, config)
     for p in model.classifier.parameters():
@@ -992,7 +996,7 @@ MORE = {
     "random, best of 3": Method("best-random", rate_of="random"),
     "AutoPEFT": Method("autopeft", rate_of="BIPEFT, S1"),                 # the same kinds
 }
-ACROSS = ("BIPEFT", "one look", "random", "matched random", "LoRA", "S3Delta-M", "PrunePEFT")      # other budgets
+ACROSS = "BIPEFT", "one look", "random", "LoRA", "S3Delta-M, hard"                         # of --table budgets
 ABLATIONS = {name: Method(finder) for name, finder in {
     "entangled": "entangled", "b → d": "b-d", "d → b": "d-b", "without selection": "without",
     "s-bar at T": "without"}.items()}
@@ -1161,8 +1165,8 @@ class Plan:
 
     def hopeless(self, wish):
         """Whether the search that a training stands on failed."""
-        return key_of({"stage": "find", "finder": METHODS[wish["method"]].finder, "task": wish["source"] or wish["task"],
-                       "budget": wish["budget"], "seed": wish["seed"]}) in self.failed
+        return key_of({"stage": "find", "finder": METHODS[wish["method"]].finder, "budget": wish["budget"],
+                       "task": wish["source"] or wish["task"], "seed": wish["seed"]}) in self.failed
 
     def next(self):
         """A job that can be done now; None if all that is left waits for others, False if nothing is left."""
@@ -1233,7 +1237,8 @@ def wanted_of(args):
 
     def of(names, seeds, budget=args.budget, tasks=args.tasks, **more):
         for seed, name, task in itertools.product(seeds, [n for n in names if n in installed], tasks):
-            yield {"method": name, "task": task, "budget": budget, "seed": seed, "source": None, "tuning": False, **more}
+            yield {"method": name, "task": task, "budget": budget, "seed": seed, "source": None, "tuning": False,
+                   **more}
     if "AdaLoRA" in (args.methods or METHODS) and "AdaLoRA" not in installed:
         print("AdaLoRA is left out: peft is not installed")
     first, rest = args.seeds[:args.first_seeds], args.seeds[args.first_seeds:]
@@ -1426,8 +1431,8 @@ def read(out):
     return [line for line in lines if "error" not in line]          # what failed is tried again
 
 
-SMALL = {"steps": 12, "evaluations": 3, "search_steps": 12, "warmup": 6, "batch_size": 8, "bo_random": 3, "bo_guided": 2,
-         "bo_share": 0.34, "bo_full": 1, "small": True, "device": "cpu"}
+SMALL = {"steps": 12, "evaluations": 3, "search_steps": 12, "warmup": 6, "batch_size": 8, "bo_random": 3,
+         "bo_guided": 2, "bo_share": 0.34, "bo_full": 1, "small": True, "device": "cpu"}
 
 
 def main(arguments=None):
