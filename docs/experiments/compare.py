@@ -1013,7 +1013,7 @@ VARIANTS = {           # Tables 6-10, and readings that are ours; in each one th
 SENSITIVITY = {name: Method(f"variant:{name}", rate_of=None if "scale" in name else "BIPEFT") for name in VARIANTS}
 SCALES = {"variant:LoRA scale 16": 16.0, "s3delta-16": 16.0}              # of LoRA, 1 elsewhere
 METHODS = {**CORE, **MORE, **ABLATIONS, **SENSITIVITY}
-FTE = {"autopeft": 10, "prunepeft": 1}       # of a search, as expected for --minutes; 3 for all others
+FTE = {"autopeft": 9, "prunepeft": 1}        # of a search, as expected for --minutes; 3 for all others
 TABLES = ("main", "seeds", "ablations", "budgets", "transfer", "sensitivity", "cost")
 
 
@@ -1276,13 +1276,20 @@ def work(settings, number, pipe):
     if settings.device == "auto" and torch.cuda.is_available():
         settings = dataclasses.replace(settings, device=f"cuda:{number % torch.cuda.device_count()}")
     bench = Bench(settings)
-    pipe.send([{"stage": "places", "places": [f"{name}.{kind}" for name, kind in bench.keys]}])
+    pipe.send([first_line(bench)])
     broken = 0
     while broken < 2 and (job := pipe.recv()) is not None:
         lines = attempt(bench, job)
         strange = "error" in lines[0] and not lines[0]["error"].startswith("UsageError")
         broken = broken + 1 if strange else 0                       # twice in a row: no job is safe here
         pipe.send(lines)
+
+
+def first_line(bench):
+    """What a file's lines have in common: the places that a structure's numbers stand for, and the settings."""
+    own = ("device", "workers", "folder", "surrogate")                      # they may differ between two calls
+    settings = {key: value for key, value in dataclasses.asdict(bench.settings).items() if key not in own}
+    return {"stage": "places", "places": [f"{name}.{kind}" for name, kind in bench.keys], "settings": settings}
 
 
 def attempt(bench, job):
@@ -1330,7 +1337,9 @@ def carry_out_all(args, settings, out, minutes):
 
     def accept(job, found):
         for line in found:
-            if line["stage"] == "places" and any(x["stage"] == "places" for x in lines):
+            if line["stage"] == "places" and (there := [x for x in lines if x["stage"] == "places"]):
+                if there[0].get("settings", line["settings"]) != line["settings"]:
+                    raise SystemExit(f"{out} is of other settings, {there[0]['settings']}: give another --out")
                 continue
             lines.append(line)
             with out.open("a") as file:
@@ -1354,7 +1363,7 @@ def carry_out_all(args, settings, out, minutes):
 
     if args.workers == 0:
         bench = Bench(settings)
-        accept(None, [{"stage": "places", "places": [f"{name}.{kind}" for name, kind in bench.keys]}])
+        accept(None, [first_line(bench)])
         while job := next_job():
             accept(job, attempt(bench, job))
         print(f"{time.time() - started:.0f} s; not done: {plan.missing()} trainings")
@@ -1393,8 +1402,11 @@ def carry_out_all(args, settings, out, minutes):
                     break
                 idle.append(pipe)
                 break
-            pipe.send(job)
-            waiting[pipe] = job
+            try:
+                pipe.send(job)
+                waiting[pipe] = job
+            except (BrokenPipeError, ConnectionResetError):         # it left after two strange errors
+                plan.running.discard(key_of(job))
         if not waiting:
             break
     for pipe, worker in pipes.items():
@@ -1428,7 +1440,7 @@ def read(out):
             lines.append(json.loads(text))
         except json.JSONDecodeError:
             pass
-    return [line for line in lines if "error" not in line]          # what failed is tried again
+    return [x for x in lines if x.get("error", "UsageError").startswith("UsageError")]    # others are tried again
 
 
 SMALL = {"steps": 12, "evaluations": 3, "search_steps": 12, "warmup": 6, "batch_size": 8, "bo_random": 3,
@@ -1471,7 +1483,7 @@ def main(arguments=None):
         if args.out == parser.get_default("out"):
             args.out = str(Path("runs") / "compare-small" / "compare.jsonl")
     settings, args.tune_tasks = Settings(**values), args.tune_tasks or args.tasks
-    if set(args.seeds) & set(args.tune_seeds):
+    if set(args.seeds + args.more_seeds) & set(args.tune_seeds):
         parser.error("--seeds and --tune-seeds must differ: rates are chosen on seeds that are not reported")
     if args.prepare:
         prepare(args.model, args.data_dir, settings)

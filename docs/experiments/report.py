@@ -39,7 +39,7 @@ class Data:
     """
 
     def __init__(self, lines):
-        trained = [x for x in lines if x["stage"] == "train" and x["method"] in METHODS]
+        trained = [x for x in lines if x["stage"] == "train" and x["method"] in METHODS and "error" not in x]
         self.budget = Counter(x["budget"] for x in trained).most_common(1)[0][0] if trained else 0
         self.tuning = [x for x in trained if x["tuning"] and x["budget"] == self.budget]
         self.tasks = list(dict.fromkeys(x["task"] for x in trained))
@@ -51,7 +51,7 @@ class Data:
         plan = compare.Plan([], lines, None, args)
         budgets = {x["budget"] for x in trained}
         self.rates = {(name, b): plan.rate(name, b)[0] if seeds else None for name in METHODS for b in budgets}
-        found = [x for x in lines if x["stage"] == "find" and x["method"] in METHODS]
+        found = [x for x in lines if x["stage"] == "find" and x.get("method") in METHODS]
         self.searches = once(x for x in found if x["seed"] not in (*seeds, TIMED))
         self.timed = [x for x in trained + found if x["seed"] == TIMED and x["workers"] == 1]
         scored = once(x for x in trained if not x["tuning"] and x["seed"] not in (*seeds, TIMED))
@@ -149,7 +149,7 @@ def score_table(data, names, budget=None, extra=()):
             fte = f"{np.mean([x['passes'] for x in looked]) / passes:.2f}" if looked else "–"
             modules = shown([x["modules"] for x in own]).partition(" ")[0]                # the mean
             rows.append([name, *map(shown, tests), mean, f"{parameters:,.0f}", modules,
-                         "0" if METHODS[name].cheap else fte, len(scores[name]), *(of(looked) for _, of in extra)])
+                         "0" if METHODS[name].cheap else fte, len(own), *(of(looked) for _, of in extra)])
     head = ["method", *data.tasks, "mean", "parameters", "modules", "search, FTE", "trainings"]
     return table(head + [heading for heading, _ in extra], rows)
 
@@ -159,10 +159,11 @@ def contrast_table(found, tasks, head="BIPEFT −"):
     rows = []
     for name, c in found.items():
         by_task = [[d for (of, _), d in c.pairs.items() if of == task] for task in tasks]
-        low, high = signed(c.mean - c.half), signed(c.mean + c.half)
-        rows.append([name, *(signed(np.mean(d)) if d else "–" for d in by_task), signed(c.mean),
-                     f"{low} to {high}", f"{c.above} of {len(c.pairs)}", f"{c.p:.2g}", f"{c.holm:.2g}"])
-    return table([head, *tasks, "mean", "95 %", "above", "p", "Holm"], rows)
+        spans = [f"{signed(c.mean - half)} to {signed(c.mean + half)}" if half == half else "–"
+                 for half in (c.half, c.half_of_seeds)]
+        rows.append([name, *(signed(np.mean(d)) if d else "–" for d in by_task), signed(c.mean), *spans,
+                     f"{c.above} of {len(c.pairs)}", f"{c.p:.2g}", f"{c.holm:.2g}"])
+    return table([head, *tasks, "mean", "95 %", "over seeds", "above", "p", "Holm"], rows)
 
 
 def ranks(data, budget):
@@ -262,7 +263,7 @@ def table_1(data, budget):
     return [f"## Table 1: test scores at {budget:,} parameters", "Of the cells (task, seed) that all rows with a mean have.",
             score_table(data, RIVALS, budget),
             f"### Pairs at {budget:,} parameters",
-            "95 %: t interval of the mean. p: exact sign-flip test. Holm: over the methods within the budget.",
+            "95 %: t interval of the mean over pairs; over seeds: of the seeds' means.\np: exact sign-flip test over pairs. Holm: over the methods within the budget.",
             contrast_table(data.contrasts(RIVALS, budget), data.tasks), ranks(data, budget)]
 
 

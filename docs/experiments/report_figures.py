@@ -85,8 +85,8 @@ def forest_rows(data):
 
 
 def draw_pairs(data, page, plt):
-    """The forest plot: BIPEFT − method at the main budget, mean and 95 % t interval over pairs, a dot a pair.
-    The axis is cut at what the head alone would need.
+    """The forest plot: BIPEFT − method at the main budget, mean and 95 % t interval over pairs (thick) and over
+    seeds (thin), a dot a pair. The axis is cut at what the head alone would need.
     """
     rows = forest_rows(data)
     reach = max([1.04 * max(abs(c.mean) + c.half, *map(abs, c.pairs.values()))
@@ -112,6 +112,8 @@ def draw_pairs(data, page, plt):
         at, out = (c.mean, False) if abs(c.mean) < reach else (np.sign(c.mean) * reach * 0.98, True)
         ax.errorbar(at, y, xerr=0 if out else c.half, marker="><"[c.mean < 0] if out else "D", ms=6, zorder=4,
                     elinewidth=1.5, color=page["ink"], mfc=page["ink" if c.holm < 0.05 else "page"])
+        if not out and c.half_of_seeds == c.half_of_seeds:
+            ax.errorbar(at, y, xerr=c.half_of_seeds, elinewidth=0.6, capsize=2, color=page["ink"])
         low, high = signed(c.mean - c.half, 1), signed(c.mean + c.half, 1)
         told.text(0, y, f"{signed(c.mean)} [{low}, {high}]", va="center")
         told.text(1, y, f"{c.above} of {len(c.pairs)}", va="center", ha="right")

@@ -70,6 +70,7 @@ class Contrast:
     pairs: dict
     mean: float
     half: float             # of the t interval of the mean over pairs
+    half_of_seeds: float    # of the t interval over the means of each seed: pairs of a seed share data and structure
     p: float                # of the exact sign-flip test
     holm: float = 1.0       # the same after Holm
 
@@ -88,7 +89,11 @@ def contrasts(base, others, sign=1):
         pairs = {cell: sign * (base[cell] - scores[cell]) for cell in base if cell in scores}
         if len(pairs) > 1:
             d = list(pairs.values())
-            found[name] = Contrast(pairs, float(np.mean(d)), half_width(d), sign_flip(d))
+            by_seed = defaultdict(list)
+            for (_, seed), value in pairs.items():
+                by_seed[seed].append(value)
+            means = [np.mean(values) for values in by_seed.values()]
+            found[name] = Contrast(pairs, float(np.mean(d)), half_width(d), half_width(means), sign_flip(d))
     for name, p in holm({name: c.p for name, c in found.items()}).items():
         found[name].holm = p
     return found

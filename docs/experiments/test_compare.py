@@ -6,6 +6,7 @@
 import argparse
 import collections
 import importlib.util
+import itertools
 import json
 
 import pytest
@@ -98,6 +99,49 @@ def test_a_ladder_of_rates_goes_on_while_the_best_is_at_an_edge():
     assert downwards.rate("LoRA", 600)[0] == 4e-4                          # the ladder's end
     job = downwards.next()
     assert (job["lr"], job["seed"], job["tuning"]) == (4e-4, 0, False) and downwards.next() is None
+
+
+def test_splits_share_no_row_and_searches_see_two_halves(bench):
+    bench.open("toy", 0)
+    parts = [[tuple(ids) for ids, _ in rows] for rows in bench.splits.values()]
+    assert all(not set(a) & set(b) for a, b in itertools.combinations(parts, 2))
+    assert sum(map(len, parts)) == 400
+    with compare.Supernet(bench, "s2") as net:
+        seen = [{tuple(row[mask.bool()].tolist()) for batch in half for row, mask in zip(
+            batch["input_ids"], batch["attention_mask"])} for half in net.batches]
+    assert not seen[0] & seen[1] and seen[0] | seen[1] == set(parts[list(bench.splits).index("train")])
+
+
+def test_lora_at_scale_16_adds_sixteen_times_as_much():
+    module = compare.bipeft.LoRA(torch.nn.Linear(4, 3), 2)
+    torch.nn.init.ones_(module.B)
+    x, y = torch.randn(5, 4), torch.randn(5, 3)
+    plain = module(x, y) - y
+    with compare.scaled_lora(compare.SCALES["variant:LoRA scale 16"]):
+        torch.testing.assert_close(module(x, y) - y, 16 * plain)
+    torch.testing.assert_close(module(x, y) - y, plain)
+
+
+def test_a_rate_without_finite_numbers_is_not_chosen_and_chance_does_not_choose():
+    scores = {1e-3: 1.0, 2.5e-3: 3.0, 6e-3: 2.0}
+    key = compare.key_of({"stage": "train", "method": "LoRA", "task": "toy", "budget": 600, "seed": 100,
+                          "source": None, "lr": 6e-3})
+    plan = plan_of({lr: s for lr, s in scores.items() if lr != 6e-3})
+    plan.take({"stage": "train", "key": key, "error": "OutOfMemoryError: no room"})
+    assert plan.rate("LoRA", 600)[0] is None and plan.next()["lr"] == 6e-3                  # it is tried again
+    plan.running.clear()
+    plan.take({"stage": "train", "key": key, "error": "UsageError: the loss is not finite"})
+    assert plan.judge("LoRA", 600, 6e-3) is None                                            # the other seed's is missing
+    for seed in (101,):
+        plan.take({"stage": "train", "key": key.replace("100", str(seed)), "error": "UsageError: not finite"})
+    assert plan.rate("LoRA", 600)[0] == 2.5e-3 and plan.judge("LoRA", 600, 6e-3) == -100
+    assert plan.rate("random, best of 3", 600) == plan.rate("random", 600)
+
+
+def test_a_file_of_other_settings_is_refused(tmp_path):
+    run(tmp_path, "--table", "main", "--methods", "LoRA", "--lr", "1e-3")
+    with pytest.raises(SystemExit, match="other settings"):
+        run(tmp_path, "--table", "main", "--methods", "LoRA", "--lr", "1e-3", "--family", "t5")
 
 
 def run(tmp_path, *more):

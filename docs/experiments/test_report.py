@@ -98,14 +98,17 @@ def test_half_width_by_hand():
 
 
 def test_contrasts_by_hand():
-    base = {"x": 5.0, "y": 7.0, "z": 9.0}
-    found = stats.contrasts(base, {"a": {"x": 4.0, "y": 5.0, "z": 6.0, "w": 0.0}, "b": {"x": 6.0, "y": 6.0},
-                                   "c": {"x": 1.0}})
+    x, y, z, w = ("qnli", 0), ("mnli", 0), ("qnli", 1), ("mnli", 1)
+    base = {x: 5.0, y: 7.0, z: 9.0}
+    found = stats.contrasts(base, {"a": {x: 4.0, y: 5.0, z: 6.0, w: 0.0}, "b": {x: 6.0, y: 6.0}, "c": {x: 1.0}})
     # a: 1, 2, 3; b: -1, 1, whose 4 sign vectors all reach |0|; c has one pair: none.
-    assert list(found) == ["a", "b"] and found["a"].pairs == {"x": 1, "y": 2, "z": 3}
+    assert list(found) == ["a", "b"] and found["a"].pairs == {x: 1, y: 2, z: 3}
+    # The seeds' means are 1.5 and 3, of standard deviation 1.06, over the root of 2: 0.75, times 12.706.
+    assert found["a"].half_of_seeds == pytest.approx(12.706 * 0.75, rel=1e-4)
+    assert np.isnan(found["b"].half_of_seeds)                                               # one seed
     assert (found["a"].mean, found["a"].p, found["a"].holm, found["a"].above) == (2, 0.25, 0.5, 3)
     assert (found["b"].mean, found["b"].p, found["b"].holm, found["b"].above) == (0, 1, 1, 1)
-    assert stats.contrasts(base, {"a": {"x": 4.0, "y": 5.0}}, -1)["a"].mean == -1.5
+    assert stats.contrasts(base, {"a": {x: 4.0, y: 5.0}}, -1)["a"].mean == -1.5
 
 
 def test_jaccard_by_hand():
@@ -179,10 +182,10 @@ def test_tables_by_hand():
     told = report.score_table(data, ["BIPEFT", "LoRA", "random"])
     assert "| BIPEFT | 82.0 ± 2.8 | 90.0 | 86.0 |" in told and "| LoRA | 80.0 ± 1.4 | – | – |" in told
     # 1 and 3: mean 2, 12.706 · 1.414 / 1.414 to each side; 2 of 4 sign vectors.
-    assert "| LoRA | +2.00 | – | +2.00 | −10.71 to +14.71 | 2 of 2 | 0.5 | 0.5 |" in report.contrast_table(
+    assert "| LoRA | +2.00 | – | +2.00 | −10.71 to +14.71 | −10.71 to +14.71 | 2 of 2 | 0.5 | 0.5 |" in report.contrast_table(
         data.contrasts(["LoRA"]), data.tasks)
     # 78 - 80 and 82 - 84.
-    assert "| sst2 | −2.00 | – | −2.00 | −2.00 to −2.00 | 0 of 2 | 0.5 | 0.5 |" in report.transfer(data)
+    assert "| sst2 | −2.00 | – | −2.00 | −2.00 to −2.00 | −2.00 to −2.00 | 0 of 2 | 0.5 | 0.5 |" in report.transfer(data)
 
 
 def test_cost_is_of_what_ran_alone():
@@ -215,3 +218,11 @@ def test_the_report_of_a_small_comparison(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "## Table 1: test scores at 600 parameters" in told
     assert "| LoRA | " in told.partition("### Pairs")[2]
+
+
+def test_what_is_not_under_the_budget_is_a_family_of_its_own():
+    lines = [line(name, "qnli", seed, 1e-3, score + seed * add) for name, score, add in (
+        ("BIPEFT", 80.0, 1.0), ("LoRA", 79.0, 0.9), ("random", 78.0, 0.8), ("full", 70.0, 0.7)) for seed in range(6)]
+    found = report.Data(lines).contrasts(["LoRA", "random", "full"])
+    # Each has p = 2/64. Two are corrected for each other, the third for nothing.
+    assert {name: c.holm for name, c in found.items()} == {"LoRA": 4 / 64, "random": 4 / 64, "full": 2 / 64}
