@@ -114,10 +114,11 @@ def draw_pairs(data, page, plt):
                     elinewidth=1.5, color=page["ink"], mfc=page["ink" if c.holm < 0.05 else "page"])
         if not out and c.half_of_seeds == c.half_of_seeds:
             ax.errorbar(at, y, xerr=c.half_of_seeds, elinewidth=0.6, capsize=2, color=page["ink"])
-        low, high = signed(c.mean - c.half, 1), signed(c.mean + c.half, 1)
-        told.text(0, y, f"{signed(c.mean)} [{low}, {high}]", va="center")
+        half = c.half_of_seeds
+        span = f" [{signed(c.mean - half, 1)}, {signed(c.mean + half, 1)}]" if half == half else ""
+        told.text(0, y, signed(c.mean) + span, va="center")
         told.text(1, y, f"{c.above} of {len(c.pairs)}", va="center", ha="right")
-    told.text(0, -0.9, "mean, 95 % interval", color=page["soft"])
+    told.text(0, -0.9, "mean, 95 % over seeds", color=page["soft"])
     told.text(1, -0.9, "above", color=page["soft"], ha="right")
     ax.axvline(0, color=page["soft"], lw=1)
     ax.set_yticks([y for y, (_, c) in enumerate(rows) if c], [label for label, c in rows if c])
