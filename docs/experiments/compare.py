@@ -585,7 +585,7 @@ def s3delta(bench, budget, hard=False, name="S3Delta-M", lr=None):
                     sides.append(of_alpha(z, tra)[0])
                 weights.copy_(here)
                 net.optimizer.load_state_dict(state)
-                gradient = gradient - net.lr * left * (sides[0] - sides[1]) / (2 * eps)
+                gradient = through_the_step(gradient, *sides, net.lr * left, eps)
             alpha.grad = gradient * (2 / gradient.norm().clamp(min=2))                  # clipped
             optimizer.param_groups[0]["lr"] = 0.1 * left
             optimizer.step()
@@ -598,6 +598,14 @@ def s3delta(bench, budget, hard=False, name="S3Delta-M", lr=None):
         order = sorted(range(n), key=lambda i: -best[1][i])
         found = net.chosen(first_fit(order, net.space.sizes[:, 0].tolist(), budget), [0] * n, budget)
     return {"S3Delta-M, hard" if hard else name: found}
+
+
+def through_the_step(direct, plus, minus, lr, eps):
+    """grad_alpha L_val(w'), w' = w - lr dL_tra/dw, by a finite difference (DARTS, Liu et al. 2019, Eq. 7 and 8).
+
+    direct: dL_val(w')/dalpha at a fixed w'.   plus, minus: dL_tra/dalpha at w +- eps d, d = dL_val(w')/dw'.
+    """
+    return direct - lr * (plus - minus) / (2 * eps)
 
 
 def shifted(alpha, sizes, budget):

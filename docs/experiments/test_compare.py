@@ -193,6 +193,14 @@ def test_shifted_gates_expect_the_budget_and_have_the_stated_gradient():
     torch.testing.assert_close(jacobian, stated)
 
 
+def test_the_gradient_through_a_step_by_hand():
+    # L_tra = a w^2 / 2 and L_val = w^2 / 2, at w = 3, a = 0.5, lr = 0.2: w' = 3 - 0.2 · 1.5 = 2.7 = d, and
+    # dL_val(w')/da = w' · dw'/da = 2.7 · (-0.2 · 3) = -1.62. dL_tra/da is w^2 / 2.
+    w, d, lr, eps = 3.0, 2.7, 0.2, 1e-3
+    plus, minus = (w + eps * d) ** 2 / 2, (w - eps * d) ** 2 / 2
+    assert compare.through_the_step(0.0, plus, minus, lr, eps) == pytest.approx(-1.62)
+
+
 def test_matched_structures_have_the_same_kinds_ranks_and_sizes(bench):
     bench.open("toy", 3)
     found = compare.find(bench, "bipeft", 600)
