@@ -449,6 +449,8 @@ def facts(r):
         f"In step {r.told} of this run {told[0]['gate'].sum()} of {r.N} gates are open",
         f"{told[0]['felt'].sum()} modules get a gradient for ΔW, {told[1]['felt'].sum()} for Θ and "
         f"{told[-1]['felt'].sum()} for Φ",
+        f"the new Θ has shut {(told[0]['gate'] & ~told[-1]['gate']).sum()} and opened "
+        f"{(~told[0]['gate'] & told[-1]['gate']).sum()} gates",
         f"{r.indicator[r.first - 1].sum()} modules have I = 1 at step {r.first}",
         f"β is at least τ for the first time at step {crossed}",
         f"lowest at step {low}, {r.beta[low - 1]:.3f}", f"temperature {5 - 4 * (r.T - 1) / (r.most - 1):.2f}",
