@@ -421,20 +421,38 @@ def animation(r, path):
     plt.close(figure)
 
 
+def facts_of_size(r):
+    """Those of E, of Y and of what the last trigger leaves above B."""
+    later = r.pair[1]                                           # of the two that are drawn, the one fixed later
+    open_ranks, last = r.open_ranks(), int(r.fired[-1])
+    before = {t: r.before(t) for t in (1, r.first, last)}
+    grown = [b / a for a, b in zip(*[(r.expected[t - 1], r.theta[t - 1].mean(), before[t][2].sum())
+                                     for t in (1, r.first)])]
+    grown.append(grown[0] / grown[1] / grown[2])                # as p was larger where C is
+    calm = int(r.instability()[r.fired <= r.settled[later], later].argmin())
+    certain, real = before[last][2], r.sizes[np.arange(r.N), r.choice[-1]]
+    late = r.kept[last] & ~before[last][0]
+    return [
+        "E grows {:.2f}-fold: {:.2f}-fold by the mean of p, {:.2f}-fold by ΣC, since Φ leans to larger ranks, and "
+        "{:.2f}-fold because p rose more for large modules than for small ones".format(*grown),
+        f"{open_ranks[0][0]} ranks are open at the first trigger",
+        f"Y is 0 at {sum(y == 0 for _, y in open_ranks)} of the {len(r.fired)} triggers and at most "
+        f"{max([y for _, y in open_ranks[:-1]], default=0)} before the last, which fixes {open_ranks[-1][1]}",
+        f"its lowest λ at step {r.fired[calm]}: {open_ranks[calm][0]} ranks are open, "
+        f"{r.settings.triggers - calm} triggers left, and Y is {open_ranks[calm][1]}",
+        f"the last trigger leaves {r.kept[-1].sum()} modules with {real[r.kept[-1]].sum():,} parameters, "
+        f"{real[r.kept[-1]].sum() - r.budget:,} more than B",
+        f"{r.reduction[last - 1] - certain[r.gone == last].sum():,.0f} of R were left over",
+        f"made {real[late].sum():,} real parameters out of {certain[late].sum():,.0f} expected ones, "
+        f"{real[late].sum() - certain[late].sum():,.0f} more"]
+
+
 def facts(r):
     """What the page says of this run, in the words in which it says it."""
     def named(modules):
         return ", ".join(short(r, n) for n in modules) or "none"
 
     told, pair, t = r.passes[r.told - 1], r.pair, r.certain
-    open_ranks, last = r.open_ranks(), int(r.fired[-1])
-    before = {t: r.before(t) for t in (1, r.first, last)}
-    grown = [b / a for a, b in zip(*[(r.expected[t - 1], r.theta[t - 1].mean(), before[t][2].sum())
-                                     for t in (1, r.first)])]
-    grown.append(grown[0] / grown[1] / grown[2])                # as p was larger where C is
-    calm = int(r.instability()[r.fired <= r.settled[pair[1]], pair[1]].argmin())       # a trigger of the later one
-    certain, real = before[last][2], r.sizes[np.arange(r.N), r.choice[-1]]
-    late = r.kept[last] & ~before[last][0]
     gone = [list(np.flatnonzero(r.gone == t)) for t in r.fired]
     ends = {n: r.found.get(r.names[n]) for n in range(r.N)}
     lower = [f"{short(r, n)} from rank {r.ranks[r.choice[-1, n]]} to {ends[n] or 'none'}" for n in range(r.N)
@@ -463,13 +481,6 @@ def facts(r):
         f"from {r.expected[min(t, r.T) - 2]:,.0f} before the trigger of step {t - 1} to "
         f"{r.expected[min(t, r.T) - 1]:,.0f} before that of step {t}",
         f"{r.after[min(t, r.T) - 2]:,.0f} after the trigger of step {t - 1}",
-        "E grows {:.2f}-fold: {:.2f}-fold by the mean of p, {:.2f}-fold by ΣC, since Φ leans to larger ranks, and "
-        "{:.2f}-fold because p rose more for large modules than for small ones".format(*grown),
-        f"{open_ranks[0][0]} ranks are open at the first trigger",
-        f"Y is 0 at {sum(y == 0 for _, y in open_ranks)} of the {len(r.fired)} triggers and at most "
-        f"{max([y for _, y in open_ranks[:-1]], default=0)} before the last, which fixes {open_ranks[-1][1]}",
-        f"its lowest λ at step {r.fired[calm]}: {open_ranks[calm][0]} ranks are open, "
-        f"{r.settings.triggers - calm} triggers left, and Y is {open_ranks[calm][1]}",
         f"the last {(r.fired >= t).sum()} triggers remove {sum(map(len, gone[-(r.fired >= t).sum():]))} of the "
         f"{(~r.kept[-1]).sum()} modules that go",
         f"some s̄ is negative after {len(negative)} of the {r.T} steps, the last time after step {negative[-1]}",
@@ -480,15 +491,11 @@ def facts(r):
         f"{r.first}",
         f"The entries of softmax(Φ) range from {r.phi[:, r.ranked].min():.2f} to {r.phi[:, r.ranked].max():.2f}",
         f"{short(r, pair[0])} is fixed at step {r.settled[pair[0]]}, {short(r, pair[1])} at step {r.settled[pair[1]]}",
-        f"the last trigger leaves {r.kept[-1].sum()} modules with {real[r.kept[-1]].sum():,} parameters, "
-        f"{real[r.kept[-1]].sum() - r.budget:,} more than B",
-        f"{r.reduction[last - 1] - certain[gone[-1]].sum():,.0f} of R were left over",
-        f"made {real[late].sum():,} real parameters out of {certain[late].sum():,.0f} expected ones, "
-        f"{real[late].sum() - certain[late].sum():,.0f} more",
         f"lowers {', '.join(lower) or 'none'}",
         f"takes back {named(back)}: {sum(n in gone[-1] for n in back)} of the {len(gone[-1])} that the last trigger "
         "removed",
-        f"{len(r.found)} modules with {r.structure.parameters:,} parameters"]
+        f"{len(r.found)} modules with {r.structure.parameters:,} parameters",
+        *facts_of_size(r)]
 
 
 FIGURES = {"weights": weights, "passes": three_passes, "sensitivity": sensitivities, "indicator": indicators,
