@@ -113,8 +113,24 @@ class Record:
         flips = [t for t in range(self.first - 1) if len(self.passes[t]) == 3
                  and (self.passes[t][0]["gate"] != self.passes[t][2]["gate"]).any()]
         self.told = 1 + min(flips or range(self.first - 1), key=lambda t: abs(t - self.first / 2))   # a step, 1 .. T
+        self.changed = [n for n in range(self.N) if self.names[n] in self.found and not (       # by the repair
+            self.kept[-1, n] and self.found[self.names[n]] in ("x", self.ranks[self.choice[-1, n]]))]
         z = settings.triggers - -(-settings.triggers // 10)                     # triggers before p = 1 (reading 4)
         self.certain = int(self.fired[z]) if len(self.fired) > z else self.T + 1
+
+    def before(self, t):
+        """d, k* and C of Eq. 8 in step t, before its trigger, [N] each."""
+        fixed, choice = (self.fixed[t - 2], self.choice[t - 2]) if t > 1 else (~self.ranked, self.choice[0])
+        return fixed, choice, bipeft.expected_size(*map(torch.tensor, (
+            np.log(self.phi[t]), self.sizes, fixed, choice))).numpy()
+
+    def open_ranks(self):
+        """At each trigger: how many ranks are open once its modules have gone, and Y, how many of them it fixes."""
+        counts = []
+        for t in self.fired:
+            was_open = ~self.before(t)[0] & self.kept[t]
+            counts.append((int(was_open.sum()), int((was_open & self.fixed[t - 1]).sum())))
+        return counts
 
     def instability(self):
         """λ of Eq. 9 at each trigger, [triggers, N], from the recorded steps since the one before."""
@@ -197,14 +213,15 @@ def weights(r):
         left.set_ylabel(text)
     axes[0][0].set_title(f"A: {R} rows of {pair.shape[-1]}, factor 1 in all of them")
     axes[0][2].set_title(f"B: {R} rows of {pair.shape[-1]}")
-    figure.suptitle(f"{r.names[n]}: below, B in use is a row times its g · mask (blue: 1, white: 0)")
+    figure.suptitle(f"{r.names[n]}: its weights, and its own last draws up to step {r.first}\n"
+                    "below, a row of B in use is the stored one times its g · mask (blue: 1, white: 0)")
     return figure
 
 
 def three_passes(r):
     """b) A step in which a gate opened or shut between the passes: which batch each pass saw, what it moved."""
     t = r.told - 1
-    figure, axes = plt.subplots(3, 1, figsize=(WIDTH, 4.6), layout="constrained")
+    figure, axes = plt.subplots(3, 1, figsize=(WIDTH, 4.9), layout="constrained")
     for i, (ax, one, (epoch, number), what) in enumerate(zip(axes, r.passes[t], r.taken[t], "ΔW Θ Φ".split())):
         half, colour = ("the other half", ORANGE) if i else ("ΔW's half", BLUE)
         ax.bar(np.arange(r.batches) * r.N / r.batches, 0.7, 0.8, 2.3, align="edge",
@@ -220,32 +237,48 @@ def three_passes(r):
         ax.spines[:].set_visible(False)
         ax.set_title(f"pass {i + 1}, for {what}: batch {number + 1} of {r.batches} in epoch {epoch + 1}, "
                      f"{one['gate'].sum()} gates open, {one['felt'].sum()} modules with a gradient", loc="left")
-    figure.suptitle(f"step {r.told}: a box a batch, below it a box a module (framed: Θ's step moved its gate)")
+    figure.suptitle(f"step {r.told}: a box a batch, below it a box a module, in the same order in all rows")
+    figure.legend(handles=[Patch(facecolor=GREY, edgecolor=GREY, label="gate open"),
+                           Patch(facecolor=BLUE, edgecolor=GREY, label="the batch; with a gradient, pass 1"),
+                           Patch(facecolor=ORANGE, edgecolor=GREY, label="passes 2, 3"),
+                           Patch(facecolor="white", edgecolor=GREY, label="shut, or no gradient"),
+                           Patch(facecolor="none", edgecolor=ORANGE, lw=1.8, label="Θ's step moved this gate")],
+                  loc="outside lower center", ncols=5, frameon=False, handlelength=1.2, columnspacing=1.4)
     return figure
 
 
 def sensitivities(r):
-    """c) s̄ of a dozen modules, from the first to go to the last that stay."""
+    """c) s̄ of six modules: three that go early, one that the repair takes back, two that stay."""
     order = sorted(range(r.N), key=lambda n: (r.gone[n], r.smoothed[-1, n]))
-    chosen = [order[round(i * (r.N - 1) / 11)] for i in range(12)]
-    figure, axes = two_spans(r, [1], 4.6)
-    steps, ax = np.arange(1, r.T + 1), axes[0][1]
-    for n in chosen:
-        stays, gone = r.gone[n] > r.T, min(r.gone[n], r.T)
+    leave, stay = ([n for n in order if (r.gone[n] > r.T) == kept] for kept in (False, True))
+    back = [n for n in leave if n in r.changed] or leave[-1:]
+    chosen = dict.fromkeys([*stay[-1:], *stay[len(stay) // 2:][:1], back[0], leave[2 * len(leave) // 3],
+                            leave[len(leave) // 3], leave[0]])
+    figure, axes = two_spans(r, [1], 4.4)
+    steps, ax, labels = np.arange(1, r.T + 1), axes[0][1], []
+    for n, colour in zip(chosen, (BLUE, GREEN, ORANGE, PURPLE, "#8a6d00", "#333333")):
+        gone = min(r.gone[n], r.T)
         for one in axes[0]:
-            one.plot(steps[:gone], r.smoothed[:gone, n], color=BLUE if stays else ORANGE, lw=1.1)
-            one.plot(steps[gone - 1:], r.smoothed[gone - 1:, n], color=ORANGE, lw=0.9, ls=":")
-            one.set_yscale("symlog", linthresh=1e-8)
-        if not stays:
-            ax.plot(gone, r.smoothed[gone - 1, n], "X", color=ORANGE, ms=7, mec="white")
-    for i, n in enumerate(sorted(chosen, key=lambda n: r.smoothed[-1, n])):     # labels apart from each other
-        ax.annotate(short(r, n), (r.T, r.smoothed[-1, n]), (1.06, 0.02 + 0.96 * i / 11), textcoords="axes fraction",
-                    va="center", fontsize=8, color=BLUE if r.gone[n] > r.T else ORANGE,
-                    arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.5, "relpos": (0, 0.5)})
-    axes[0][0].set_ylabel("s̄, logarithmic but for −1e-8 … 1e-8")
-    figure.legend(handles=[plt.Line2D([], [], color=BLUE, label="kept after the last trigger"),
-                           plt.Line2D([], [], color=ORANGE, marker="X", label="removed at ×; its s̄ stays")],
-                  loc="outside upper center", ncols=2, frameon=False)
+            one.plot(steps[:gone], r.smoothed[:gone, n], color=colour, lw=1.1)
+            one.plot(steps[gone - 1:], r.smoothed[gone - 1:, n], color=colour, lw=1, ls=":")
+            one.set_yscale("symlog", linthresh=1e-7, linscale=0.5)
+        if r.gone[n] <= r.T:
+            ax.plot(gone, r.smoothed[gone - 1, n], "X", color=colour, ms=7, mec="white", clip_on=False, zorder=4)
+        if r.gone[n] <= r.T and n in r.changed:
+            ax.plot(r.T + 1.3, r.smoothed[-1, n], "D", color=colour, ms=5, clip_on=False, zorder=4)
+        labels.append((n, colour))
+    axes[0][0].set_ylabel("s̄, logarithmic but for −1e-7 … 1e-7")
+    figure.legend(handles=[plt.Line2D([], [], color=GREY, label="s̄ of a kept module"),
+                           plt.Line2D([], [], color=GREY, ls="", marker="X", label="removed here"),
+                           plt.Line2D([], [], color=GREY, ls=":", label="the s̄ it had then"),
+                           plt.Line2D([], [], color=GREY, ls="", marker="D", label="taken back by the repair")],
+                  loc="outside upper center", ncols=4, frameon=False)
+    figure.canvas.draw()
+    top = np.inf
+    for n, colour in sorted(labels, key=lambda label: -r.smoothed[-1, label[0]]):   # a name beside its line's end
+        y = (ax.transData + ax.transAxes.inverted()).transform((r.T, r.smoothed[-1, n]))[1]
+        top = min(y, top - 0.05)
+        ax.text(1.04, top, short(r, n), transform=ax.transAxes, va="center", fontsize=8, color=colour)
     return figure
 
 
@@ -256,7 +289,7 @@ def indicators(r):
     shade = np.where(r.kept[1:], r.indicator, 2)[:, order].T                    # [N, T]
     steps = np.arange(1, r.T + 1)
     for raster, beta in axes.T:
-        raster.axhline((r.gone > r.T).sum(), color=GREY, lw=0.8, ls=":")
+        raster.axhline((r.gone > r.T).sum(), color="black", lw=1.2, ls=":")
         raster.imshow(shade, cmap=ListedColormap(["white", BLUE, "#c8c8c8"]), vmin=0, vmax=2, aspect="auto",
                       interpolation="nearest", extent=(0.5, r.T + 0.5, r.N, 0))
         beta.plot(steps, r.beta, color=BLUE, lw=1)
@@ -269,6 +302,8 @@ def indicators(r):
                            Patch(facecolor="white", edgecolor=GREY, label="I = 0"),
                            Patch(color="#c8c8c8", label="removed")],
                   loc="outside upper center", ncols=3, frameon=False)
+    axes[0][1].text(1.01, 1 - (r.gone > r.T).sum() / r.N, "above:\nkept after\nthe last\ntrigger", va="center",
+                    transform=axes[0][1].transAxes)
     axes[1][0].text(r.first * 0.98, r.settings.tau - 0.03, f"τ = {r.settings.tau}", ha="right", va="top", color=ORANGE)
     axes[1][1].text(r.first, 0.3, f"dots: the {len(r.fired)} triggers", color=ORANGE)
     return figure
@@ -280,7 +315,8 @@ def staircase(r):
     steps, final = np.arange(1, r.T + 1), r.structure.parameters
     for size, portion in axes.T:
         path = np.stack([r.expected, r.after], 1).flatten()                     # before and after a trigger of a step
-        size.plot(np.repeat(steps, 2), path, color=BLUE, lw=1.2, label="E, before and after each trigger")
+        size.plot(np.repeat(steps, 2), path, color=BLUE, lw=1.2,
+                  label="E, before and after each trigger\n(after: with the next trigger's p)")
         size.axhline(r.budget, color=ORANGE, ls="--", lw=1, label=f"B = {r.budget:,}")
         size.plot(r.T, final, "D", color=PURPLE, ms=6, zorder=5, label=f"the structure found: {final:,}")
         portion.bar(r.fired, r.reduction[r.fired - 1], 0.6, color=GREY)
@@ -291,6 +327,7 @@ def staircase(r):
     axes[0][0].set_ylabel("parameters")
     axes[1][0].set_ylabel("R at a trigger")
     axes[0][1].text(r.certain - 1.5, axes[0][1].get_ylim()[1] * 0.97, "p = 1 from here on", ha="right", va="top")
+    axes[1][0].text(r.first / 2, r.reduction[r.fired - 1].max() / 2, "no trigger yet", ha="center", color=GREY)
     for ax in axes[:, 0]:
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     return figure
@@ -306,14 +343,15 @@ def ranks(r):
             above.plot(range(r.T + 1), r.phi[:, n, k], color=colour, ls=style, lw=1.2, label=f"rank {rank}")
         for ax in (above, below):
             ax.axvline(fixed, color=GREY, lw=1, ls=":")
-        above.set(title=f"{short(r, n)}: rank {r.ranks[r.choice[-1, n]]} fixed at step {fixed}", xlabel="step",
-                  xlim=(0, r.T + 3))
+        held = f" ({r.found.get(r.names[n], 'left out')} after the repair)" if n in r.changed else ""
+        above.set(title=f"{short(r, n)}: rank {r.ranks[r.choice[-1, n]]} fixed at step {fixed}{held}", xlabel="step",
+                  xlim=(0, 1.05 * r.T))
         for m in np.flatnonzero(r.ranked):
             until = r.fired <= min(r.settled[m], r.T)
             below.plot(r.fired[until], unstable[until, m], ".", color="#cccccc", ms=3)
         until = r.fired <= fixed
         below.plot(r.fired[until], unstable[until, n], "o-", color=BLUE, ms=4, lw=1)
-        below.set(yscale="log", xlabel="step, from the first trigger on", xlim=(r.first - 1, r.T + 1))
+        below.set(yscale="log", xlabel="step, from the first trigger on", xlim=(r.first - 1, r.T + 3))
     axes[0][0].set_ylabel("softmax(Φ)")
     axes[1][0].set_ylabel("λ, grey: other modules")
     axes[0][1].legend(frameon=False, loc="lower left")
@@ -331,8 +369,9 @@ def draw_grid(ax, r, t):
             rank = r.found.get(r.names[n]) if last else r.ranks[r.choice[t - 1, n]] if fixed else "?"
             left, top = x + columns.index(r.cells[n][1]), rows.index(r.cells[n][0])
             fill = (colour, 1 if fixed else 0.5) if kept else "#555555" if going else "white"
-            ax.add_patch(Rectangle((left + 0.06, top + 0.06), 0.88, 0.88, facecolor=fill,
-                                   edgecolor=colour if kept else "#cccccc"))
+            mended = last and n in r.changed
+            ax.add_patch(Rectangle((left + 0.06, top + 0.06), 0.88, 0.88, facecolor=fill, lw=2.5 if mended else 1,
+                                   edgecolor="black" if mended else colour if kept else "#cccccc"))
             ax.text(left + 0.5, top + 0.54, "×" if going else rank if kept and r.ranked[n] else "", ha="center",
                     va="center", color="white", weight="bold", fontsize=8)
         for i, column in enumerate(columns):
@@ -346,11 +385,12 @@ def draw_grid(ax, r, t):
 
 def structure(r):
     """g) The structure found."""
-    figure, ax = plt.subplots(figsize=(WIDTH, 2.9), layout="constrained")
+    figure, ax = plt.subplots(figsize=(WIDTH, 3.1), layout="constrained")
     draw_grid(ax, r, r.T + 1)
     parts = [f"{kind} {sum(m['kind'] == kind for m in r.structure.modules)} of {r.kinds.count(kind)}"
              for kind in COLOUR]
-    ax.set_xlabel(f"kept: {', '.join(parts)}; {r.structure.parameters:,} parameters of {r.budget:,}")
+    ax.set_xlabel(f"kept: {', '.join(parts)}; {r.structure.parameters:,} parameters of {r.budget:,}\n"
+                  "white: left out; no box: no such module; black frame: taken back or made smaller by the repair")
     return figure
 
 
@@ -361,9 +401,13 @@ def animation(r, path):
     for t in [*np.linspace(1, r.first - 1, 4).astype(int), *r.fired, r.T + 1]:
         grid.clear(), bar.clear()
         draw_grid(grid, r, t)
-        size, count = (r.structure.parameters, len(r.found)) if t > r.T else (r.after[t - 1], r.kept[t].sum())
-        grid.set_title(f"{'the end' if t > r.T else f'step {t}'}: trigger {(r.fired <= t).sum()} of "
-                       f"{r.settings.triggers}, {count} modules, {many(size)} parameters", loc="left")
+        size, count, z = r.after[min(t, r.T) - 1], r.kept[min(t, r.T)].sum(), (r.fired <= t).sum()
+        title = (f"step {t}, " + (f"after trigger {z} of {r.settings.triggers}" if z else "no trigger yet")
+                 + f": {count} modules, E = {many(size)}{' with the p of the next' if t in r.fired[:-1] else ''}")
+        if t > r.T:
+            size = r.structure.parameters
+            title = f"after the repair (black frames: what it changed): {len(r.found)} modules, {many(size)} parameters"
+        grid.set_title(title, loc="left")
         bar.barh(0, size, color=GREY)
         bar.axvline(r.budget, color=ORANGE, lw=2)
         bar.set(xlim=(0, max(r.after.max(), r.expected.max())), yticks=[], xlabel="E, parameters expected; the line: B")
@@ -377,13 +421,39 @@ def animation(r, path):
     plt.close(figure)
 
 
+def facts_of_size(r):
+    """Those of E, of Y and of what the last trigger leaves above B."""
+    later = r.pair[1]                                           # of the two that are drawn, the one fixed later
+    open_ranks, last = r.open_ranks(), int(r.fired[-1])
+    before = {t: r.before(t) for t in (1, r.first, last)}
+    grown = [b / a for a, b in zip(*[(r.expected[t - 1], r.theta[t - 1].mean(), before[t][2].sum())
+                                     for t in (1, r.first)])]
+    grown.append(grown[0] / grown[1] / grown[2])                # as p was larger where C is
+    calm = int(r.instability()[r.fired <= r.settled[later], later].argmin())
+    certain, real = before[last][2], r.sizes[np.arange(r.N), r.choice[-1]]
+    late = r.kept[last] & ~before[last][0]
+    return [
+        "E grows {:.2f}-fold: {:.2f}-fold by the mean of p, {:.2f}-fold by ΣC, since Φ leans to larger ranks, and "
+        "{:.2f}-fold because p rose more for large modules than for small ones".format(*grown),
+        f"{open_ranks[0][0]} ranks are open at the first trigger",
+        f"Y is 0 at {sum(y == 0 for _, y in open_ranks)} of the {len(r.fired)} triggers and at most "
+        f"{max([y for _, y in open_ranks[:-1]], default=0)} before the last, which fixes {open_ranks[-1][1]}",
+        f"its lowest λ at step {r.fired[calm]}: {open_ranks[calm][0]} ranks are open, "
+        f"{r.settings.triggers - calm} triggers left, and Y is {open_ranks[calm][1]}",
+        f"the last trigger leaves {r.kept[-1].sum()} modules with {real[r.kept[-1]].sum():,} parameters, "
+        f"{real[r.kept[-1]].sum() - r.budget:,} more than B",
+        f"{r.reduction[last - 1] - certain[r.gone == last].sum():,.0f} of R were left over",
+        f"made {real[late].sum():,} real parameters out of {certain[late].sum():,.0f} expected ones, "
+        f"{real[late].sum() - certain[late].sum():,.0f} more"]
+
+
 def facts(r):
     """What the page says of this run, in the words in which it says it."""
     def named(modules):
         return ", ".join(short(r, n) for n in modules) or "none"
 
     told, pair, t = r.passes[r.told - 1], r.pair, r.certain
-    gone, size = [list(np.flatnonzero(r.gone == t)) for t in r.fired], r.sizes[np.arange(r.N), r.choice[-1]]
+    gone = [list(np.flatnonzero(r.gone == t)) for t in r.fired]
     ends = {n: r.found.get(r.names[n]) for n in range(r.N)}
     lower = [f"{short(r, n)} from rank {r.ranks[r.choice[-1, n]]} to {ends[n] or 'none'}" for n in range(r.N)
              if r.kept[-1, n] and r.ranked[n] and ends[n] != r.ranks[r.choice[-1, n]]]
@@ -397,6 +467,8 @@ def facts(r):
         f"In step {r.told} of this run {told[0]['gate'].sum()} of {r.N} gates are open",
         f"{told[0]['felt'].sum()} modules get a gradient for ΔW, {told[1]['felt'].sum()} for Θ and "
         f"{told[-1]['felt'].sum()} for Φ",
+        f"the new Θ has shut {(told[0]['gate'] & ~told[-1]['gate']).sum()} and opened "
+        f"{(~told[0]['gate'] & told[-1]['gate']).sum()} gates",
         f"{r.indicator[r.first - 1].sum()} modules have I = 1 at step {r.first}",
         f"β is at least τ for the first time at step {crossed}",
         f"lowest at step {low}, {r.beta[low - 1]:.3f}", f"temperature {5 - 4 * (r.T - 1) / (r.most - 1):.2f}",
@@ -406,7 +478,9 @@ def facts(r):
         "R is {:,.0f} at the first trigger and {:,.0f} at the last".format(*r.reduction[r.fired[[0, -1]] - 1]),
         f"The first trigger removes {named(gone[0])}; the next three remove {named(sum(gone[1:4], []))}",
         f"{sum(not one for one in gone)} of the {len(gone)} triggers remove nothing",
-        f"from {r.expected[min(t, r.T) - 2]:,.0f} at step {t - 1} to {r.expected[min(t, r.T) - 1]:,.0f} at step {t}",
+        f"from {r.expected[min(t, r.T) - 2]:,.0f} before the trigger of step {t - 1} to "
+        f"{r.expected[min(t, r.T) - 1]:,.0f} before that of step {t}",
+        f"{r.after[min(t, r.T) - 2]:,.0f} after the trigger of step {t - 1}",
         f"the last {(r.fired >= t).sum()} triggers remove {sum(map(len, gone[-(r.fired >= t).sum():]))} of the "
         f"{(~r.kept[-1]).sum()} modules that go",
         f"some s̄ is negative after {len(negative)} of the {r.T} steps, the last time after step {negative[-1]}",
@@ -417,11 +491,11 @@ def facts(r):
         f"{r.first}",
         f"The entries of softmax(Φ) range from {r.phi[:, r.ranked].min():.2f} to {r.phi[:, r.ranked].max():.2f}",
         f"{short(r, pair[0])} is fixed at step {r.settled[pair[0]]}, {short(r, pair[1])} at step {r.settled[pair[1]]}",
-        f"the last trigger leaves {r.kept[-1].sum()} modules with {size[r.kept[-1]].sum():,} parameters",
         f"lowers {', '.join(lower) or 'none'}",
         f"takes back {named(back)}: {sum(n in gone[-1] for n in back)} of the {len(gone[-1])} that the last trigger "
         "removed",
-        f"{len(r.found)} modules with {r.structure.parameters:,} parameters"]
+        f"{len(r.found)} modules with {r.structure.parameters:,} parameters",
+        *facts_of_size(r)]
 
 
 FIGURES = {"weights": weights, "passes": three_passes, "sensitivity": sensitivities, "indicator": indicators,

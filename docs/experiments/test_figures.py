@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 import figures                                                                     # noqa: E402
@@ -92,3 +93,28 @@ def test_lambda_as_drawn_is_what_the_triggers_went_by(drawn):
         if settled.any() and (open_before & ~settled).any():
             assert unstable[settled].max() <= unstable[open_before & ~settled].min()
     assert fixed_some
+
+
+def test_the_sizes_and_the_quota_of_the_numbers_are_those_of_the_search(drawn):
+    record, _, _ = drawn
+    for t in range(1, int(record.fired[-1])):                           # the last one counts p as 1
+        kept = record.kept[t - 1] * record.theta[t - 1]
+        assert (kept * record.before(t)[2]).sum() == pytest.approx(record.expected[t - 1], rel=1e-6)
+    last, late = record.before(record.fired[-1])[2], record.kept[-2]
+    assert last[late].sum() == pytest.approx(record.expected[-1])
+    v, quotas = None, []
+    for z, t in enumerate([0, *record.fired]):
+        fixed, choice = record.before(t)[:2] if t else record.before(1)[:2]
+        fixed = torch.tensor(fixed | ~record.kept[t])
+        before, v = v, bipeft.potential_ranks(*map(torch.tensor, (record.phi[t], record.ranks, record.kept[t])), fixed,
+                                              *map(torch.tensor, (choice, record.ranked)))
+        quotas += [int(bipeft.rank_quota(before, v, fixed, 5 - z + 1))] if t else []
+    assert [fixed for _, fixed in record.open_ranks()] == quotas and quotas[-1] == record.open_ranks()[-1][0]
+
+
+def test_what_the_repair_changed_is_marked(drawn):
+    record, _, _ = drawn
+    held = {name: record.ranks[k] if ranked else "x" for name, k, ranked, kept in zip(
+        record.names, record.choice[-1], record.ranked, record.kept[-1]) if kept}
+    assert {record.names[n] for n in record.changed} == {
+        name for name, rank in record.found.items() if held.get(name) != rank}
