@@ -1347,7 +1347,7 @@ def carry_out_all(args, settings, out, minutes):
         for line in found:
             if line["stage"] == "places" and (there := [x for x in lines if x["stage"] == "places"]):
                 if there[0].get("settings", line["settings"]) != line["settings"]:
-                    raise SystemExit(f"{out} is of other settings, {there[0]['settings']}: give another --out")
+                    raise bipeft.UsageError(f"{out} is of other settings, {there[0]['settings']}: give another --out")
                 continue
             lines.append(line)
             with out.open("a") as file:
@@ -1455,6 +1455,27 @@ SMALL = {"steps": 12, "evaluations": 3, "search_steps": 12, "warmup": 6, "batch_
          "bo_guided": 2, "bo_share": 0.34, "bo_full": 1, "small": True, "device": "cpu"}
 
 
+def mistake_in(args, settings):
+    """What is wrong with the arguments, in a line, or None."""
+    tasks = Path(settings.folder) / "tasks.npz"
+    if settings.family not in ("bert", "t5"):
+        return f"--family {settings.family}: give bert or t5"
+    if args.prepare:
+        for flag, folder in (("--model", args.model), ("--data-dir", args.data_dir)):
+            if not folder or not Path(folder).is_dir():
+                return f"--prepare needs {flag} and a folder that exists, not {folder}"
+    elif not args.table:
+        return "nothing to do: give --table, --prepare or --small"
+    elif not settings.small:
+        if not tasks.exists():
+            return f"{tasks} does not exist: run --prepare first, or name its --folder"
+        stored = set(np.load(tasks).files)
+        if (settings.family == "t5") != ("answers" in stored):
+            return f"{settings.folder} was not prepared with --family {settings.family}: give another --folder"
+        if missing := [task for task in (*args.tasks, *args.tune_tasks) if f"{task}.0.ids" not in stored]:
+            return f"{tasks} holds no task {missing[0]}"
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -1493,12 +1514,17 @@ def main(arguments=None):
     settings, args.tune_tasks = Settings(**values), args.tune_tasks or args.tasks
     if set(args.seeds + args.more_seeds) & set(args.tune_seeds):
         parser.error("--seeds and --tune-seeds must differ: rates are chosen on seeds that are not reported")
+    if mistake := mistake_in(args, settings):
+        parser.error(mistake)
     if args.prepare:
         prepare(args.model, args.data_dir, settings)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     if args.table:
-        carry_out_all(args, settings, out, args.minutes)
+        try:
+            carry_out_all(args, settings, out, args.minutes)
+        except bipeft.UsageError as mistake:
+            parser.error(str(mistake))
 
 
 if __name__ == "__main__":

@@ -507,10 +507,13 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="further flags: bipeft.py's")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "figures")
     args, rest = parser.parse_known_args(arguments)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)                     # before the work, not after it
+    except OSError as error:
+        parser.error(f"--out {args.out} can't be made: {error.strerror}")
     plt.rcParams.update(STYLE)
     with bipeft.deterministic():
         r = record(bipeft.parse(["--task", "toy", "--seed", "1", "--device", "cpu", *rest]))
-    args.out.mkdir(parents=True, exist_ok=True)
     numbers = {"facts": facts(r), "picture": r.picture.splitlines()}
     bipeft.write_atomically(args.out / "walkthrough.json", json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
     print("\n".join((*numbers["facts"], r.picture)))

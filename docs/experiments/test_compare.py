@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -138,10 +139,24 @@ def test_a_rate_without_finite_numbers_is_not_chosen_and_chance_does_not_choose(
     assert plan.rate("random, best of 3", 600) == plan.rate("random", 600)
 
 
-def test_a_file_of_other_settings_is_refused(tmp_path):
+def test_a_file_of_other_settings_is_refused(tmp_path, capsys):
     run(tmp_path, "--table", "main", "--methods", "LoRA", "--lr", "1e-3")
-    with pytest.raises(SystemExit, match="other settings"):
+    with pytest.raises(SystemExit) as stopped:
         run(tmp_path, "--table", "main", "--methods", "LoRA", "--lr", "1e-3", "--family", "t5")
+    assert stopped.value.code == 2 and "is of other settings" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("arguments, told", [
+    ([], "nothing to do"), (["--table", "main", "--folder", "nowhere"], "run --prepare first"),
+    (["--prepare", "--model", "nowhere"], "--prepare needs --model"), (["--small", "--family", "t6"], "give bert or t5"),
+    (["--table", "main", "--folder", "HERE", "--tasks", "wic"], "holds no task wic"),
+    (["--table", "main", "--folder", "HERE", "--tasks", "rte", "--family", "t5"], "not prepared with --family t5")])
+def test_a_mistake_is_one_line(arguments, told, tmp_path, capsys):
+    np.savez(tmp_path / "tasks.npz", **{"rte.0.ids": np.zeros(3)})
+    with pytest.raises(SystemExit) as stopped:
+        compare.main([str(tmp_path) if word == "HERE" else word for word in arguments])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and told in last and last.startswith("usage") is False
 
 
 def run(tmp_path, *more):
