@@ -2977,6 +2977,7 @@ def torchrun(code):
     started = time.monotonic()
     ended = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python",
+         "--monitor-interval=3",                  # else it may stop the other process before that has told its line
          sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=150)
     return ended.returncode, ended.stdout, ended.stderr, time.monotonic() - started
