@@ -1014,7 +1014,7 @@ VARIANTS = {           # Tables 6-10, and readings that are ours; in each one th
     **{f"H = {h}": {"window": h} for h in (3, 10)},
     **{f"tau = {t}": {"tau": t} for t in (0.75, 0.95)},
     **{f"warm-up {share:.0%}": {"warmup_share": share} for share in (0.0, 0.17, 0.75)},
-    **{f"search lr {lr:g}": {"lr": lr} for lr in (3e-4, 2e-3)},
+    **{f"search lr {lr:g}": {"lr": lr} for lr in (3e-4, 3e-3, 6e-3)},
     "Eq. 2 as a sum": {"cls": SummedSensitivity}, "temperature to 0.1": {"cls": OtherTemperature},
     "gates open for s": {"cls": OpenSensitivity}, "LoRA scale 16": {},
 }
