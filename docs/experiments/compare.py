@@ -1010,9 +1010,9 @@ ABLATIONS = {name: Method(finder) for name, finder in {
     "s-bar at T": "without"}.items()}
 VARIANTS = {           # Tables 6-10, and readings that are ours; in each one thing differs from BIPEFT
     **{f"Z = {z}": {"triggers": z} for z in (10, 50, 200)},
-    **{f"gamma = {g}": {"gamma": g} for g in (0.5, 0.7, 0.95)},
-    **{f"H = {h}": {"window": h} for h in (3, 10)},
-    **{f"tau = {t}": {"tau": t} for t in (0.75, 0.95)},
+    **{f"gamma = {g:g}": {"gamma": g} for g in (0.5, 0.75, 1.0)},
+    **{f"H = {h}": {"window": h} for h in (3, 10, 20)},
+    **{f"tau = {t:g}": {"tau": t} for t in (0.1, 0.5, 0.95)},
     **{f"warm-up {share:.0%}": {"warmup_share": share} for share in (0.0, 0.17, 0.75)},
     **{f"search lr {lr:g}": {"lr": lr} for lr in (3e-4, 3e-3, 6e-3)},
     "Eq. 2 as a sum": {"cls": SummedSensitivity}, "temperature to 0.1": {"cls": OtherTemperature},
