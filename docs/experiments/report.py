@@ -138,25 +138,26 @@ def score_table(data, names, budget=None, extra=()):
     most = Counter(map(len, scores.values())).most_common(1)[0][0] if scores else 0
     full = [set(cells) for cells in scores.values() if len(cells) >= most]
     common = set.intersection(*full) if full else set()
+    tasks = [task for task in data.tasks if task in {of for of, _ in common}]
     for name in scores:
         whole = common <= set(scores[name])
         own = [x for x in data.of(name, budget) if (x["task"], x["seed"]) in common or not whole]
         looked = [x for x in data.found(name, budget) if (x["task"], x["seed"]) in common]
         if own:
-            tests = [[x["test"] for x in own if x["task"] == task] for task in data.tasks]
+            tests = [[x["test"] for x in own if x["task"] == task] for task in tasks]
             mean = f"{np.mean([np.mean(t) for t in tests]):.1f}" if all(tests) and whole else "–"
             passes, parameters = (np.mean([x[key] for x in own]) for key in ("passes", "parameters"))
             fte = f"{np.mean([x['passes'] for x in looked]) / passes:.2f}" if looked else "–"
             modules = shown([x["modules"] for x in own]).partition(" ")[0]                # the mean
             rows.append([name, *map(shown, tests), mean, f"{parameters:,.0f}", modules,
                          "0" if METHODS[name].cheap else fte, len(own), *(of(looked) for _, of in extra)])
-    head = ["method", *data.tasks, "mean", "parameters", "modules", "search, FTE", "trainings"]
+    head = ["method", *tasks, "mean", "parameters", "modules", "search, FTE", "trainings"]
     return table(head + [heading for heading, _ in extra], rows)
 
 
 def contrast_table(found, tasks, head="BIPEFT −"):
     """A row a Contrast: means by task, over all pairs, its interval, and tests."""
-    rows = []
+    tasks, rows = [task for task in tasks if any(task == of for c in found.values() for of, _ in c.pairs)], []
     for name, c in found.items():
         by_task = [[d for (of, _), d in c.pairs.items() if of == task] for task in tasks]
         spans = [f"{signed(c.mean - half)} to {signed(c.mean + half)}" if half == half else "–"

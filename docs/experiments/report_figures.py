@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 import numpy as np
 
 import compare
-from compare import ABLATIONS, CORE, METHODS, MORE
+from compare import ABLATIONS, CORE, METHODS, MORE, SENSITIVITY
 from stats import half_width, signed
 
 RIVALS = {**CORE, **MORE}
@@ -72,23 +72,22 @@ def draw_budgets(data, page, plt):
     return fig
 
 
-def forest_rows(data):
-    """(label, Contrast) each, top down, and (heading, None) before each group; Holm's as in the tables."""
-    of_rivals, rows = data.contrasts(RIVALS), []
-    for heading, group in (
-            ("within the budget", {name: c for name, c in of_rivals.items() if not METHODS[name].free}),
-            ("outside of the budget", {name: c for name, c in of_rivals.items() if METHODS[name].free}),
-            ("ablations of BIPEFT", data.contrasts(ABLATIONS))):
-        group = {name: c for name, c in group.items() if len(c.pairs) >= FEWEST}
-        rows += [(heading, None), *sorted(group.items(), key=lambda row: -row[1].mean)] * bool(group)
+def forest_rows(groups, fewest=0):
+    """(label, Contrast) each, top down, and (heading, None) before each group.
+
+    groups: {heading: {label: Contrast}}.   fewest: pairs that a row needs.
+    """
+    rows = []
+    for heading, group in groups.items():
+        group = {name: c for name, c in group.items() if len(c.pairs) >= fewest}
+        rows += [(heading, None), *group.items()] * bool(group)
     return rows
 
 
-def draw_pairs(data, page, plt):
-    """The forest plot: BIPEFT − method at the main budget, mean and 95 % t interval over pairs (thick) and over
-    seeds (thin), a dot a pair. The axis is cut at what the head alone would need.
+def forest(rows, tasks, page, plt, sides):
+    """A row a Contrast: mean and 95 % t interval over pairs (thick) and over seeds (thin), a dot a pair. The axis
+    is cut at what the head alone would need.   sides: what lies to the left and to the right of zero.
     """
-    rows = forest_rows(data)
     reach = max([1.04 * max(abs(c.mean) + c.half, *map(abs, c.pairs.values()))
                  for name, c in rows if c and name != "head alone"], default=0)
     if not reach:
@@ -97,11 +96,12 @@ def draw_pairs(data, page, plt):
                                    sharey=True, layout="constrained")
     told.axis("off")
     told.set_xlim(0, 1)
-    for i, task in enumerate(data.tasks):
+    for i, task in enumerate(tasks):
         dots = [(d, y + 0.3) for y, (_, c) in enumerate(rows) if c
                 for (of, _), d in c.pairs.items() if of == task]
-        ax.plot([d for d, _ in dots], [y for _, y in dots], ls="", marker="ovs^P"[i % 5], ms=3.6, mew=0,
-                color=page["colours"][(3, 5, 1, 0, 4)[i % 5]], alpha=0.8, label=f"a pair on {task}")
+        if dots:
+            ax.plot(*zip(*dots), ls="", marker="ovs^P"[i % 5], ms=3.6, mew=0,
+                    color=page["colours"][(3, 5, 1, 0, 4)[i % 5]], alpha=0.8, label=f"a pair on {task}")
     for fill, label in (("ink", "mean, Holm's p < 0.05"), ("page", "mean, not so")):
         ax.plot([], [], ls="", marker="D", color=page["ink"], mfc=page[fill], label=label)
     for y, (label, c) in enumerate(rows):
@@ -123,9 +123,28 @@ def draw_pairs(data, page, plt):
     ax.axvline(0, color=page["soft"], lw=1)
     ax.set_yticks([y for y, (_, c) in enumerate(rows) if c], [label for label, c in rows if c])
     ax.set(xlim=(-reach, reach), ylim=(len(rows) - 0.4, -0.6),
-           xlabel="← method better     points of test score     BIPEFT better →")
+           xlabel=f"← {sides[0]} better     points of test score     {sides[1]} better →")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5, columnspacing=1.2)
     return fig
+
+
+def draw_pairs(data, page, plt):
+    """BIPEFT − method at the main budget; Holm's as in the tables."""
+    found = data.contrasts(RIVALS)
+    groups = {"within the budget": {name: c for name, c in found.items() if not METHODS[name].free},
+              "outside of the budget": {name: c for name, c in found.items() if METHODS[name].free},
+              "ablations of BIPEFT": data.contrasts(ABLATIONS)}
+    groups = {heading: dict(sorted(group.items(), key=lambda row: -row[1].mean)) for heading, group in groups.items()}
+    return forest(forest_rows(groups, FEWEST), data.tasks, page, plt, ("method", "BIPEFT"))
+
+
+def draw_readings(data, page, plt):
+    """Variant − BIPEFT: Tables 6-9 of the paper, then readings that are ours."""
+    found, groups = data.contrasts(SENSITIVITY, sign=-1), {}
+    for name, c in found.items():
+        heading = {"Z =": "Table 6", "gam": "Table 7", "H =": "Table 8", "tau": "Table 9"}.get(name[:3], "own readings")
+        groups.setdefault(heading, {})[name] = c
+    return forest(forest_rows(groups), data.tasks, page, plt, ("BIPEFT as it is", "variant"))
 
 
 def where(place):
@@ -197,7 +216,8 @@ def draw_kinds(data, page, plt):
     return fig
 
 
-FIGURES = {"budgets": draw_budgets, "pairs": draw_pairs, "places": draw_places, "kinds": draw_kinds}
+FIGURES = {"budgets": draw_budgets, "pairs": draw_pairs, "readings": draw_readings, "places": draw_places,
+           "kinds": draw_kinds}
 
 
 def draw(data, folder):

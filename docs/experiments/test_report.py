@@ -182,10 +182,23 @@ def test_tables_by_hand():
     told = report.score_table(data, ["BIPEFT", "LoRA", "random"])
     assert "| BIPEFT | 82.0 ± 2.8 | 90.0 | 86.0 |" in told and "| LoRA | 80.0 ± 1.4 | – | – |" in told
     # 1 and 3: mean 2, 12.706 · 1.414 / 1.414 to each side; 2 of 4 sign vectors.
-    assert "| LoRA | +2.00 | – | +2.00 | −10.71 to +14.71 | −10.71 to +14.71 | 2 of 2 | 0.5 | 0.5 |" in report.contrast_table(
+    assert "| LoRA | +2.00 | +2.00 | −10.71 to +14.71 | −10.71 to +14.71 | 2 of 2 | 0.5 | 0.5 |" in report.contrast_table(
         data.contrasts(["LoRA"]), data.tasks)
     # 78 - 80 and 82 - 84.
-    assert "| sst2 | −2.00 | – | −2.00 | −2.00 to −2.00 | −2.00 to −2.00 | 0 of 2 | 0.5 | 0.5 |" in report.transfer(data)
+    assert "| sst2 | −2.00 | −2.00 | −2.00 to −2.00 | −2.00 to −2.00 | 0 of 2 | 0.5 | 0.5 |" in report.transfer(data)
+
+
+def test_a_table_has_columns_of_the_tasks_that_its_rows_share():
+    lines = [line("BIPEFT", task, seed, 1e-3, 70.0 + seed) for task in TASKS for seed in (0, 1)]
+    lines += [line(name, task, seed, 1e-3, 71.0 + 3 * seed) for name in ("Z = 10", "Z = 50")
+              for task in TASKS[:2] for seed in (0, 1)]
+    data = report.Data(lines)
+    told = report.family(data, "Table 6", ["Z = 10", "Z = 50"], (), -1)
+    # 71 and 74 on either task; BIPEFT's row is of the same four cells, 70 and 71.
+    assert "| method | qnli | mnli | mean |" in told[1] and "| Z = 10 | 72.5 ± 2.1 | 72.5 ± 2.1 | 72.5 |" in told[1]
+    assert "| BIPEFT | 70.5 ± 0.7 | 70.5 ± 0.7 | 70.5 |" in told[1]
+    # 1 and 3 by seed.
+    assert "| − BIPEFT | qnli | mnli | mean |" in told[2] and "| Z = 10 | +2.00 | +2.00 | +2.00 |" in told[2]
 
 
 def test_cost_is_of_what_ran_alone():
