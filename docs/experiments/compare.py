@@ -14,7 +14,7 @@ The rules. Every method gives a structure of at most B parameters, counted from 
 from fresh weights for the same steps, batches, optimiser (AdamW, linear decay) and seed: the seed decides
 splits, order, head and weights. The re-training rate is a method's own: of a ladder the one with the best mean
 validation score over tasks on --tune-seeds, which are never reported and whose test sets are not read; at
-another budget than --budget it is chosen anew, on the first of them. The epoch is the best on validation, the
+another budget it is chosen anew, on the first of them or, at --tune-budgets, on all. The epoch is the best on validation, the
 test is read once. The head is outside of B, and learns at the method's rate. Searches see two halves of the
 training set, and learn Delta W at one rate, --search-lr; AutoPEFT and the best of three train on all of it, at
 INNER_RATE. B is of parameters: what a search costs is told, not equal. FTE: passes of a search (forward and
@@ -1139,7 +1139,7 @@ class Plan:
 
     def tuning(self, name, budget, lr):
         """The trainings that a rate is judged by, as wishes."""
-        seeds = self.args.tune_seeds if budget == self.args.budget else self.args.tune_seeds[:1]
+        seeds = self.args.tune_seeds[:None if budget in self.args.tune_budgets else 1]
         for task, seed in itertools.product(self.args.tune_tasks, seeds):
             yield {"method": name, "task": task, "budget": budget, "seed": seed, "source": None, "tuning": True,
                    "lr": lr}
@@ -1271,7 +1271,7 @@ def wanted_of(args):
                 yield from of(["BIPEFT"], [seed], tasks=[t for t in args.tasks if t != source], **{"source": source})
         elif table == "cost":
             names = [n for n, m in {**CORE, **MORE}.items() if not m.cheap] + ["entangled", "without selection"]
-            yield from of(["random", "LoRA", *names], [900], tasks=args.tasks[:1], lr=2.5e-3)   # the first warms it up
+            yield from of(["random", "LoRA", "AdaLoRA", *names], [900], tasks=args.tasks[:1], lr=2.5e-3)   # the first warms it up
 
 
 # ==================================================================================================
@@ -1491,6 +1491,8 @@ def main(arguments=None):
     add("--first-seeds", type=int, default=3, help="how many seeds of the core methods come before the others")
     add("--tune-seeds", nargs="+", type=int, default=[100, 101])
     add("--tune-tasks", nargs="+", help="default: all of --tasks")
+    add("--tune-budgets", nargs="+", type=int, default=[], help="where all of --tune-seeds count, as at --budget;"
+                                                                 " at others the first")
     add("--lr", type=float, help="one re-training rate for all, instead of choosing")
     add("--budget", type=int, default=10_000)
     add("--budgets", nargs="+", type=int, default=[3_000, 25_000, 45_000], help="of --table budgets")
@@ -1512,6 +1514,7 @@ def main(arguments=None):
         if args.out == parser.get_default("out"):
             args.out = str(Path("runs") / "compare-small" / "compare.jsonl")
     settings, args.tune_tasks = Settings(**values), args.tune_tasks or args.tasks
+    args.tune_budgets = [args.budget, *args.tune_budgets]
     if set(args.seeds + args.more_seeds) & set(args.tune_seeds):
         parser.error("--seeds and --tune-seeds must differ: rates are chosen on seeds that are not reported")
     if mistake := mistake_in(args, settings):

@@ -46,10 +46,10 @@ class Data:
         self.places = next((x["places"] for x in lines if x["stage"] == "places"), [])
         seeds = sorted({x["seed"] for x in self.tuning})
         tuned = list(dict.fromkeys(x["task"] for x in self.tuning))
-        args = SimpleNamespace(tasks=self.tasks, tune_tasks=tuned, tune_seeds=seeds, lr=None,
-                               budget=self.budget)
-        plan = compare.Plan([], lines, None, args)
         budgets = {x["budget"] for x in trained}
+        well = [b for b in budgets if len({x["seed"] for x in trained if x["tuning"] and x["budget"] == b}) > 1]
+        args = SimpleNamespace(tasks=self.tasks, tune_tasks=tuned, tune_seeds=seeds, lr=None, tune_budgets=well)
+        plan = compare.Plan([], lines, None, args)
         self.rates = {(name, b): plan.rate(name, b)[0] if seeds else None for name in METHODS for b in budgets}
         found = [x for x in lines if x["stage"] == "find" and x.get("method") in METHODS]
         self.searches = once(x for x in found if x["seed"] not in (*seeds, TIMED))

@@ -80,7 +80,7 @@ def test_sensitivity_with_open_gates_leaves_the_descent_as_it_was(bench):
 
 def plan_of(scores, **more):
     """A plan whose trainings for rates have these validation scores, {lr: score}."""
-    args = argparse.Namespace(tune_seeds=[100, 101], tune_tasks=["toy"], budget=600, lr=None)
+    args = argparse.Namespace(tune_seeds=[100, 101], tune_tasks=["toy"], tune_budgets=[600], lr=None)
     lines = [{"stage": "train", "method": "LoRA", "task": "toy", "budget": 600, "seed": seed, "source": None, "lr": lr,
               "validation": score + seed} for lr, score in scores.items() for seed in (100, 101)]
     wish = {"method": "LoRA", "task": "toy", "budget": 600, "seed": 0, "source": None, "tuning": False}
@@ -100,6 +100,14 @@ def test_a_ladder_of_rates_goes_on_while_the_best_is_at_an_edge():
     assert downwards.rate("LoRA", 600)[0] == 4e-4                          # the ladder's end
     job = downwards.next()
     assert (job["lr"], job["seed"], job["tuning"]) == (4e-4, 0, False) and downwards.next() is None
+
+
+def test_at_another_budget_the_first_seed_chooses_the_rate_or_all():
+    plan = plan_of({})
+    assert [wish["seed"] for wish in plan.tuning("LoRA", 600, 1e-3)] == [100, 101]
+    assert [wish["seed"] for wish in plan.tuning("LoRA", 300, 1e-3)] == [100]
+    plan.args.tune_budgets.append(300)
+    assert [wish["seed"] for wish in plan.tuning("LoRA", 300, 1e-3)] == [100, 101]
 
 
 def test_splits_share_no_row_and_searches_see_two_halves(bench):
