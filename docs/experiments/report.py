@@ -277,10 +277,8 @@ def family(data, heading, names, extra, sign):
             contrast_table(found, data.tasks, "BIPEFT −" if sign > 0 else "− BIPEFT")]
 
 
-def report(lines, folder):
-    """All of it, as one text."""
-    data = Data(lines)
-
+def report(data):
+    """All tables, as one text."""
     def column(key, digits):
         return key.replace("_", " "), lambda searches: shown([x.get(key) for x in searches], digits)
     parts = ["## Rates, chosen on seeds that are not reported", rates(data)]
@@ -295,7 +293,7 @@ def report(lines, folder):
     parts += family(data, "Tables 6–10, and own readings", SENSITIVITY, used, -1)
     parts += ["## What is kept", "Jaccard: places that two structures share, over the places of either.",
               agreement(data), "Modules by kind, and by rank where it has one: means over searches.",
-              kept(data), "## Figures", "\n".join(draw(data, folder))]
+              kept(data)]
     return "\n\n".join(parts)
 
 
@@ -307,7 +305,8 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     if not args.lines.exists():
         parser.error(f"{args.lines} does not exist: run compare.py first, or name its --out with --lines")
-    print(report(compare.read(args.lines), args.figures))
+    data = Data(compare.read(args.lines))
+    print(report(data), "## Figures", "\n".join(draw(data, args.figures)), sep="\n\n")
 
 
 if __name__ == "__main__":

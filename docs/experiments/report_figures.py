@@ -41,8 +41,7 @@ def draw_budgets(data, page, plt):
     """Figure 3: score against budget, a panel a task, with 95 % t intervals over seeds, of three or more."""
     seen = {name: {x["budget"] for x in data.reported if x["method"] == name and x["source"] is None}
             for name in RIVALS if not METHODS[name].free}
-    first = [name for name in ("BIPEFT", "one look", "random", "matched random", "LoRA") if seen[name]]
-    names = (first + [name for name in seen if name not in first and len(seen[name]) > 1])[:len(MARKERS)]
+    names = [name for name in seen if len(seen[name]) > 1][:len(MARKERS)]
     if len(seen["BIPEFT"]) < 2:
         return None
     fig, axes = plt.subplots(1, len(data.tasks), figsize=(8.3, 3.9), squeeze=False, layout="constrained")

@@ -239,3 +239,11 @@ def test_what_is_not_under_the_budget_is_a_family_of_its_own():
     found = report.Data(lines).contrasts(["LoRA", "random", "full"])
     # Each has p = 2/64. Two are corrected for each other, the third for nothing.
     assert {name: c.holm for name, c in found.items()} == {"LoRA": 4 / 64, "random": 4 / 64, "full": 2 / 64}
+
+
+@pytest.mark.parametrize("page, lines", [("compare_tables.md", "compare.jsonl"),
+                                         ("compare_t5_tables.md", "compare-t5.jsonl")])
+def test_the_pages_of_all_tables_are_what_the_report_prints(page, lines):
+    told = report.report(report.Data(compare.read(report.HERE / "results" / lines)))
+    head, _, rest = (report.HERE / page).read_text().partition("\n## ")
+    assert "report.py" in head and f"## {rest}".strip() == told.strip()
