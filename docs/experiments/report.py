@@ -99,6 +99,11 @@ def once(lines):
     return list({tuple(x.get(key) for key in keys): x for x in lines}.values())
 
 
+def mean(values, digits=1):
+    """As text, without what is None."""
+    return shown(values, digits).partition(" ")[0]
+
+
 def table(head, rows):
     """Markdown."""
     lines = [f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * len(head), *rows]]
@@ -145,13 +150,12 @@ def score_table(data, names, budget=None, extra=()):
         looked = [x for x in data.found(name, budget) if (x["task"], x["seed"]) in common]
         if own:
             tests = [[x["test"] for x in own if x["task"] == task] for task in tasks]
-            mean = f"{np.mean([np.mean(t) for t in tests]):.1f}" if all(tests) and whole else "–"
+            together = f"{np.mean([np.mean(t) for t in tests]):.1f}" if all(tests) and whole else "–"
             passes, parameters = (np.mean([x[key] for x in own]) for key in ("passes", "parameters"))
             fte = f"{np.mean([x['passes'] for x in looked]) / passes:.2f}" if looked else "–"
-            modules = shown([x["modules"] for x in own]).partition(" ")[0]                # the mean
-            rows.append([name, *map(shown, tests), mean, f"{parameters:,.0f}", modules,
+            rows.append([name, *map(shown, tests), together, f"{parameters:,.0f}", mean([x["modules"] for x in own]),
                          "0" if METHODS[name].cheap else fte, len(own), *(of(looked) for _, of in extra)])
-    head = ["method", *tasks, "mean", "parameters", "modules", "search, FTE", "trainings"]
+    head = ["method", *tasks, "mean", "parameters", "modules", "FTE", "trainings"]
     return table(head + [heading for heading, _ in extra], rows)
 
 
@@ -223,13 +227,18 @@ def transfer(data):
             + contrast_table(found, data.tasks, "found on, − the task's own"))
 
 
+def places(search):
+    """The numbers of the places that a search keeps."""
+    return {int(item.split(":")[0]) for item in search["structure"].split()}
+
+
 def agreement(data):
     """Jaccard of two structures' places, mean ± sd over pairs: of two seeds, of two tasks, and by chance."""
     rows = []
     for budget, name in itertools.product(sorted({x["budget"] for x in data.searches}), RIVALS):
         own, sets = data.found(name, budget), defaultdict(list)
         for x in own:
-            sets[x["task"]].append({int(item.split(":")[0]) for item in x["structure"].split()})
+            sets[x["task"]].append(places(x))
         seen = {kind for kind, _ in data.kinds(name, budget)}
         if not seen:
             continue
@@ -243,6 +252,12 @@ def agreement(data):
         shares.append(f"{np.mean(by_chance):.2f}" if by_chance else "–")
         rows.append([f"{budget:,}", name, len(own), *shares])
     return table(["budget", "method", "searches", "between seeds", "between tasks", "by chance"], rows)
+
+
+def shared(data, searches):
+    """Jaccard of the places that each search and BIPEFT's of the same task and seed keep."""
+    own = {(x["task"], x["seed"]): places(x) for x in data.found("BIPEFT")}
+    return [jaccard(places(x), own[x["task"], x["seed"]]) for x in searches if (x["task"], x["seed"]) in own]
 
 
 def kept(data):
@@ -279,19 +294,21 @@ def family(data, heading, names, extra, sign):
 
 def report(data):
     """All tables, as one text."""
-    def column(key, digits):
-        return key.replace("_", " "), lambda searches: shown([x.get(key) for x in searches], digits)
+    uncut = [("uncut", lambda of: shown([x.get("uncut") for x in of], 0))]
     parts = ["## Rates, chosen on seeds that are not reported", rates(data)]
     if data.left_out:
         parts.append(f"Left out: {data.left_out} trainings at another rate than the chosen one.")
     budgets = {x["budget"] for x in data.reported if x["method"] == "BIPEFT"}
     for budget in sorted(budgets, key=lambda b: (b != data.budget, b)) or [0]:
         parts += table_1(data, budget)
-    parts += family(data, "Table 2: ablations", ABLATIONS, [column("uncut", 0)], 1)
+    parts += family(data, "Table 2: ablations", ABLATIONS, uncut, 1)
     parts += ["## Table 3: cost, alone on the device", cost(data), "## Table 4: transfer", transfer(data)]
-    used = [column("steps", 0), column("made_up", 1)]               # of the search; triggers
-    parts += family(data, "Tables 6–10, and own readings", SENSITIVITY, used, -1)
-    parts += ["## What is kept", "Jaccard: places that two structures share, over the places of either.",
+    used = [("steps", lambda of: mean([x.get("steps") for x in of], 0)),
+            ("made up", lambda of: mean([x.get("made_up") for x in of], 0)),
+            ("shared", lambda of: shown(shared(data, of), 2))]
+    parts += family(data, "Tables 6–9, and own readings", SENSITIVITY, used, -1)
+    parts += ["steps: when a search ends; made up: triggers carried out then; shared: places, by Jaccard, with BIPEFT's.",
+              "## What is kept", "Jaccard: places that two structures share, over the places of either.",
               agreement(data), "Modules by kind, and by rank where it has one: means over searches.",
               kept(data)]
     return "\n\n".join(parts)

@@ -29,6 +29,7 @@ PAGES = {
     "dark": {"page": "#0d1117", "ink": "#e6edf3", "soft": "#8b949e", "deep": "#79b8ff", "colours": (
         "#ff8c2e", "#9b95e9", "#848e9a", "#ace5ff", "#636bf9", "#c5ee87", "#589f61", "#d2efcd")}}
 MARKERS = "osDv^PX*"
+FAR = "head alone", "gamma = 1"                        # rows that would stretch a forest plot's axis
 FEWEST = 6          # pairs that a row of the forest plot has: with fewer its interval is all that is seen
 
 
@@ -84,11 +85,11 @@ def forest_rows(groups, fewest=0):
 
 
 def forest(rows, tasks, page, plt, sides):
-    """A row a Contrast: mean and 95 % t interval over pairs (thick) and over seeds (thin), a dot a pair. The axis
-    is cut at what the head alone would need.   sides: what lies to the left and to the right of zero.
+    """A row a Contrast: mean and 95 % t interval over pairs (thick) and over seeds (thin, of three or more), a dot
+    a pair. What is FAR has an arrow at the axis' end.   sides: what lies to the left and to the right of zero.
     """
     reach = max([1.04 * max(abs(c.mean) + c.half, *map(abs, c.pairs.values()))
-                 for name, c in rows if c and name != "head alone"], default=0)
+                 for name, c in rows if c and name not in FAR], default=0)
     if not reach:
         return None
     fig, (ax, told) = plt.subplots(1, 2, figsize=(8.3, 1 + 0.31 * len(rows)), width_ratios=[3, 1.3],
@@ -111,9 +112,9 @@ def forest(rows, tasks, page, plt, sides):
         at, out = (c.mean, False) if abs(c.mean) < reach else (np.sign(c.mean) * reach * 0.98, True)
         ax.errorbar(at, y, xerr=0 if out else c.half, marker="><"[c.mean < 0] if out else "D", ms=6, zorder=4,
                     elinewidth=1.5, color=page["ink"], mfc=page["ink" if c.holm < 0.05 else "page"])
-        if not out and c.half_of_seeds == c.half_of_seeds:
-            ax.errorbar(at, y, xerr=c.half_of_seeds, elinewidth=0.6, capsize=2, color=page["ink"])
-        half = c.half_of_seeds
+        half = c.half_of_seeds if len({seed for _, seed in c.pairs}) > 2 else float("nan")
+        if not out and half == half:
+            ax.errorbar(at, y, xerr=half, elinewidth=0.6, capsize=2, color=page["ink"])
         span = f" [{signed(c.mean - half, 1)}, {signed(c.mean + half, 1)}]" if half == half else ""
         told.text(0, y, signed(c.mean) + span, va="center")
         told.text(1, y, f"{c.above} of {len(c.pairs)}", va="center", ha="right")
