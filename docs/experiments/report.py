@@ -4,9 +4,9 @@
                                       [--figures docs/figures]
 
 Needs the project's packages; the figures (report_figures.py) matplotlib. The comparison's rules are in compare.py,
-formulas in stats.py. Reported are trainings on seeds that no rate was chosen on, each at its method's chosen
-rate. A cell is a task and a seed; a pair is BIPEFT and another method in one cell; intervals are t intervals
-of the mean over pairs. A part whose lines are not there says so in a line.
+its methods in methods.py, formulas in stats.py. Reported are trainings on seeds that no rate was chosen on,
+each at its method's chosen rate. A cell is a task and a seed; a pair is BIPEFT and another method in one cell;
+intervals are t intervals of the mean over pairs. A part whose lines are not there says so in a line.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from types import SimpleNamespace
 import numpy as np
 
 import compare
-from compare import ABLATIONS, METHODS, SENSITIVITY
+from bench import bipeft
+from methods import ABLATIONS, METHODS, SENSITIVITY
 from report_figures import KINDS, RIVALS, draw, in_order
 from stats import contrasts, jaccard, jaccard_by_chance, mean_rank, shown, signed
 
@@ -82,7 +83,7 @@ class Data:
         for item in (item for x in found for item in x["structure"].split()):
             place, rank = map(int, item.split(":"))
             kind = self.places[place].rpartition(".")[2]
-            count[kind, rank if compare.bipeft.KINDS[kind].ranked else 0] += 1
+            count[kind, rank if bipeft.KINDS[kind].ranked else 0] += 1
         return {pair: count[pair] / len(found) for pair in sorted(count, key=in_order)}
 
     def contrasts(self, names, budget=None, sign=1):
@@ -242,7 +243,7 @@ def agreement(data):
         seen = {kind for kind, _ in data.kinds(name, budget)}
         if not seen:
             continue
-        space = next(kinds for kinds in compare.bipeft.SPACES.values() if seen <= set(kinds))
+        space = next(kinds for kinds in bipeft.SPACES.values() if seen <= set(kinds))
         pool = sum(place.rpartition(".")[2] in space for place in data.places)
         within = [pair for group in sets.values() for pair in itertools.combinations(group, 2)]
         across = [pair for one, other in itertools.combinations(sets.values(), 2)
@@ -276,10 +277,12 @@ def kept(data):
 
 def table_1(data, budget):
     """Scores at a budget, pairs, mean ranks."""
-    return [f"## Table 1: test scores at {budget:,} parameters", "Of the cells (task, seed) that all rows with a mean have.",
+    return [f"## Table 1: test scores at {budget:,} parameters",
+            "Of the cells (task, seed) that all rows with a mean have.",
             score_table(data, RIVALS, budget),
             f"### Pairs at {budget:,} parameters",
-            "95 %: t interval of the mean over pairs; over seeds: of the seeds' means.\np: exact sign-flip test over pairs. Holm: over the methods within the budget.",
+            "95 %: t interval of the mean over pairs; over seeds: of the seeds' means.\n"
+            "p: exact sign-flip test over pairs. Holm: over the methods within the budget.",
             contrast_table(data.contrasts(RIVALS, budget), data.tasks), ranks(data, budget)]
 
 

@@ -9,8 +9,8 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-import compare
-from compare import ABLATIONS, CORE, METHODS, MORE, SENSITIVITY
+from bench import bipeft
+from methods import ABLATIONS, CORE, METHODS, MORE, SENSITIVITY
 from stats import half_width, signed
 
 RIVALS = {**CORE, **MORE}
@@ -162,7 +162,7 @@ def draw_places(data, page, plt):
     often = Counter(int(item.split(":")[0]) for x in searches for item in x["structure"].split())
     for i, place in enumerate(data.places):
         layer, short, kind = where(place)
-        if kind in compare.bipeft.SPACES["s2"]:
+        if kind in bipeft.SPACES["s2"]:
             panels[kind][layer, short] = often[i] / max(1, len(searches))
     if not searches or not panels:
         return None

@@ -1,0 +1,376 @@
+"""What every method of compare.py stands on: an encoder, the tasks, a training, and a search's supernet."""
+
+import itertools
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import bipeft
+
+
+@dataclass
+class Settings:
+    """What is the same for every method."""
+
+    folder: str = "runs/compare"     # what --prepare made
+    family: str = "bert"             # an encoder with a head, or "t5", which answers with a token
+    train_rows: int = 8000           # of sst2
+    steps: int = 600                 # of re-training
+    evaluations: int = 6             # on validation, evenly spaced
+    search_steps: int = 600          # T
+    warmup: int = 300                # of BIPEFT, and of one look
+    search_lr: float = 1e-3          # of Delta W in every search
+    batch_size: int = 32
+    max_length: int = 128
+    device: str = "auto"
+    dtype: str = "float32"           # matrix products in TF32 on a GPU
+    bo_random: int = 20              # AutoPEFT: random evaluations,
+    bo_guided: int = 40              # guided ones,
+    bo_share: float = 0.1            # the share of the steps that each trains,
+    bo_full: int = 3                 # and how many are then trained in full
+    surrogate: str = "auto"          # botorch where installed, or "own"
+    workers: int = 0                 # processes on the device, 0: this one
+    small: bool = False              # a tiny random encoder and synthetic rows
+
+
+SMALL = {"steps": 12, "evaluations": 3, "search_steps": 12, "warmup": 6, "batch_size": 8, "bo_random": 3,
+         "bo_guided": 2, "bo_share": 0.34, "bo_full": 1, "small": True, "device": "cpu"}
+
+
+# ==================================================================================================
+# 1. The encoder
+# ==================================================================================================
+
+
+class Classifier(nn.Module):
+    """An encoder, the mean of its outputs, a linear head. Asks the device for no value: CUDA graphs."""
+
+    def __init__(self, encoder, labels):
+        super().__init__()
+        self.encoder, self.classifier = encoder, nn.Linear(encoder.config.hidden_size, labels)
+
+    head = ("classifier",)           # learns beside the modules, outside of the budget
+
+    def fresh_head(self, seed):
+        """The head's initial weights, of the seed alone."""
+        generator = torch.Generator().manual_seed(bipeft.derive(seed, 20))
+        weight = torch.empty(self.classifier.weight.shape).normal_(0, 0.02, generator=generator)
+        with torch.no_grad():
+            self.classifier.weight.copy_(weight)
+            self.classifier.bias.zero_()
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        """labels: [batch, 1 or more], the first is the class, -100 for a row that only fills a batch."""
+        shut = (1 - attention_mask[:, None, None, :]).to(self.classifier.weight.dtype)
+        mask = (shut * torch.finfo(shut.dtype).min).expand(-1, 1, input_ids.shape[1], -1)
+        hidden = self.encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        weight = attention_mask[..., None].to(hidden.dtype)
+        logits = self.classifier((hidden * weight).sum(1) / weight.sum(1)).float()
+        loss = None if labels is None else F.cross_entropy(logits, labels[:, 0], ignore_index=-100)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class Reader(nn.Module):
+    """A T5 that answers with one token, of those that the labels' digits begin with. No head."""
+
+    head = ()
+
+    def __init__(self, t5, answers):
+        super().__init__()
+        self.encoder, self.start = t5, t5.config.decoder_start_token_id
+        self.register_buffer("answers", torch.tensor(answers), persistent=False)
+
+    def fresh_head(self, seed):
+        pass
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        """As Classifier's; the loss is over the label's tokens alone, not over the vocabulary."""
+        begun = torch.full_like(input_ids[:, :1], self.start)
+        logits = self.encoder(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=begun).logits
+        logits = logits[:, 0, :].index_select(1, self.answers).float()
+        loss = None if labels is None else F.cross_entropy(logits, labels[:, 0], ignore_index=-100)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+# ==================================================================================================
+# 2. The tasks
+# ==================================================================================================
+
+
+def prepare(model, data_dir, settings):
+    """Tokens of the tasks, and the backbone in half precision: all that another machine needs."""
+    import pandas
+    from transformers import AutoModel, AutoTokenizer, T5ForConditionalGeneration
+    folder, arrays, t5 = Path(settings.folder), {}, settings.family == "t5"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for task, files in {"qnli": ("validation",), "mnli": ("validation_matched",), "sst2": ("train", "validation"),
+                        "rte": ("train", "validation"), "cola": ("train", "validation")}.items():
+        for number, name in enumerate(files):
+            rows = pandas.read_parquet(Path(data_dir) / task / f"{name}.parquet")
+            if task == "sst2" and number == 0:                      # 8,000 are trained on, 500 validate
+                rows = rows.sample(settings.train_rows + 4000, random_state=0)
+            texts = [rows[field].tolist() for field in bipeft.TASKS[task].fields]
+            if t5:
+                texts = [[bipeft.to_examples(task, row, False)[0].source for row in rows.to_dict("records")]]
+            ids = tokenizer(*texts, truncation=True, max_length=128).input_ids
+            arrays |= {f"{task}.{number}.ids": np.concatenate([np.array(row, np.uint16) for row in ids]),
+                       f"{task}.{number}.lengths": np.array([len(row) for row in ids], np.uint8),
+                       f"{task}.{number}.labels": rows["label"].to_numpy(np.int8)}
+    folder.mkdir(parents=True, exist_ok=True)
+    if t5:
+        arrays["answers"] = np.array([tokenizer(digit).input_ids[0] for digit in "012"])
+    np.savez_compressed(folder / "tasks.npz", **arrays)
+    backbone = T5ForConditionalGeneration.from_pretrained(model, dtype=torch.float16) if t5 else (
+        AutoModel.from_pretrained(model, add_pooling_layer=False, dtype=torch.float16))
+    backbone.save_pretrained(folder / "model")
+    for file in sorted(folder.rglob("*.*")):
+        print(f"{file}  {file.stat().st_size / 2**20:.1f} MiB")
+
+
+def pools_of(task, settings):
+    """The rows of a task's files, [(ids, [label])] each."""
+    if task == "toy":                                       # is there a word below 20 among the first ten?
+        rng = np.random.default_rng(0)
+        rows = [(rng.integers(20, 100, rng.integers(8, 20)).tolist(), i % 2) for i in range(400)]
+        return [[([1, *(ids if not y else [5 + i % 10, *ids[1:]])], [y]) for i, (ids, y) in enumerate(rows)]]
+    stored, pools = np.load(Path(settings.folder) / "tasks.npz"), []
+    for number in itertools.count():
+        if f"{task}.{number}.ids" not in stored:
+            return pools
+        ids, lengths, labels = (stored[f"{task}.{number}.{key}"].tolist() for key in ("ids", "lengths", "labels"))
+        ends = list(itertools.accumulate(lengths))
+        pools.append([(ids[end - n:end][:settings.max_length], [y]) for end, n, y in zip(ends, lengths, labels)])
+
+
+def splits_of(task, settings, seed):
+    """Train, validation and test rows. Without a test file of its own a task's rows are cut by the seed."""
+    pool, *other = pools_of(task, settings)
+    order = list(range(len(pool)))
+    random.Random(bipeft.derive(seed, 21)).shuffle(order)
+    rows = [pool[i] for i in order]
+    if task == "sst2":                                      # the validation file is the test
+        return {"validation": rows[:500], "test": other[0], "train": rows[500:500 + settings.train_rows]}
+    if other:                                               # rte, cola: it is halved
+        half = list(other[0])
+        random.Random(bipeft.derive(seed, 22)).shuffle(half)
+        return {"train": rows, "validation": half[:len(half) // 2], "test": half[len(half) // 2:]}
+    few = min(500, len(rows) // 5)
+    return {"validation": rows[:few], "test": rows[few:few + 3 * few], "train": rows[few + 3 * few:]} if len(
+        rows) > 2000 else {"validation": rows[:few], "test": rows[few:2 * few], "train": rows[2 * few:]}
+
+
+# ==================================================================================================
+# 3. A training
+# ==================================================================================================
+
+
+class Stretch:
+    """Endless batches cut into stretches of as many steps as lie between two evaluations."""
+
+    def __init__(self, batches, steps):
+        self.source, self.steps = bipeft.stream(batches), steps
+
+    def __len__(self):
+        return self.steps
+
+    def __iter__(self):
+        return itertools.islice(self.source, self.steps)
+
+
+class Bench:
+    """An encoder on a device, and what is cached beside it: models by number of labels, tokens by task and seed."""
+
+    def __init__(self, settings):
+        torch.set_num_threads(1)
+        torch.set_float32_matmul_precision("high")
+        self.settings, self.device = settings, bipeft.choose_device(settings.device)
+        self.graphs = self.device.type == "cuda"
+        self.encoder = self.load().to(self.device).eval()
+        self.models, self.cache, self.costs = {}, {}, {}
+        self.where = self.find_places()
+        self.keys = list(self.where)
+
+    def find_places(self):
+        """{(name, kind): the backbone's module there}"""
+        return {(name, kind): place for name, role, place, *_ in bipeft.places_of(self.around(2))
+                for kind in bipeft.KINDS if role in bipeft.KINDS[kind].roles}
+
+    def around(self, labels):
+        """The backbone as a classifier."""
+        if self.settings.family == "bert":
+            return Classifier(self.encoder, labels)
+        answers = [3, 4, 5]
+        if not self.settings.small:
+            answers = np.load(Path(self.settings.folder) / "tasks.npz")["answers"].tolist()
+        return Reader(self.encoder, answers[:labels])
+
+    def load(self):
+        """The backbone, of --prepare's folder or, small, random."""
+        from transformers import AutoModel, BertConfig, BertModel, T5Config, T5ForConditionalGeneration, utils
+        utils.logging.disable_progress_bar()
+        path, dtype = Path(self.settings.folder) / "model", getattr(torch, self.settings.dtype)
+        if self.settings.family == "t5":
+            torch.manual_seed(0)
+            return T5ForConditionalGeneration(T5Config(
+                vocab_size=100, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0,
+            )) if self.settings.small else T5ForConditionalGeneration.from_pretrained(path, dtype=dtype)
+        if not self.settings.small:
+            return AutoModel.from_pretrained(path, add_pooling_layer=False, dtype=dtype)
+        torch.manual_seed(0)
+        return BertModel(BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                    intermediate_size=64, max_position_embeddings=32), add_pooling_layer=False)
+
+    def open(self, task, seed):
+        """Makes a task at a seed the present one."""
+        self.task, self.seed, self.passes = task, seed, 0
+        if (task, seed) not in self.cache:
+            while len(self.cache) > 8:
+                self.cache.pop(next(iter(self.cache)))
+            splits = splits_of(task, self.settings, seed)
+            self.cache[task, seed] = splits, {}
+        self.splits, self.judged = self.cache[task, seed]
+        labels = 1 + max(y for _, (y,) in self.splits["train"])
+        if labels not in self.models:
+            self.models[labels] = self.around(labels).to(self.device, getattr(torch, self.settings.dtype))
+        self.model = self.models[labels]
+        self.model.fresh_head(seed)
+
+    def batches(self, rows, seed=None):
+        return bipeft.Batches(rows, self.settings.batch_size, self.device, self.seed if seed is None else seed)
+
+    @torch.no_grad()
+    def score(self, split, model=None):
+        """The task's metric, in per cent."""
+        model = model or self.model
+        if split not in self.judged:
+            rows = sorted(self.splits[split], key=lambda row: len(row[0]))
+            self.judged[split] = [bipeft.collate(rows[i:i + 256], self.device) for i in range(0, len(rows), 256)]
+        was_training = model.training
+        model.eval()
+        said, gold = [], []
+        for batch in self.judged[split]:
+            said.append(model(batch["input_ids"], batch["attention_mask"]).logits.argmax(1))
+            gold.append(batch["labels"][:, 0])
+        model.train(was_training)
+        said, gold = (list(map(str, torch.cat(part).tolist())) for part in (said, gold))
+        metric = bipeft.TASKS[self.task].metric if self.task != "toy" else "accuracy"
+        return bipeft.METRICS[metric](said, [(y,) for y in gold])
+
+    def structure(self, chosen, budget, space="s2", also=None):
+        """A Structure of (place, kind, rank) each, its parameters counted from tensors without numbers."""
+        modules = []
+        for name, kind, rank in chosen:
+            modules.append({"name": name, "kind": kind, "rank": rank if bipeft.KINDS[kind].ranked else None,
+                            "parameters": self.cost((name, kind), rank or 1)})
+        also = self.model.head if also is None else also
+        return bipeft.Structure("", bipeft.geometry(self.model, also), space, [], budget, modules)
+
+    def cost(self, key, rank):
+        """Parameters of a module, (place, kind), at a rank."""
+        if (key, rank) not in self.costs:
+            with torch.device("meta"):
+                self.costs[key, rank] = sum(p.numel() for p in bipeft.KINDS[key[1]](self.where[key], rank).parameters())
+        return self.costs[key, rank]
+
+    def encode(self, structure):
+        """A structure as text: "place:rank" each, places by their number in `keys`."""
+        number = {key: i for i, key in enumerate(self.keys)}
+        return " ".join(f"{number[m['name'], m['kind']]}:{m['rank'] or 1}" for m in structure.modules)
+
+    def decode(self, text, budget):
+        """What `encode` wrote."""
+        chosen = [(*self.keys[int(i)], int(rank)) for i, rank in (item.split(":") for item in text.split())]
+        return self.structure(chosen, budget)
+
+    def train(self, structure, lr, whole=False):
+        """Re-trains; returns (peft, best validation score, curve). The model stays as after its best epoch, attached.
+
+        whole: with every weight of the backbone.
+        """
+        also = (*["encoder"] * whole, *self.model.head)
+        structure.geometry = bipeft.geometry(self.model, also)
+        peft = bipeft.apply(self.model, structure, self.seed, also_train=also)
+        evaluations = self.settings.evaluations
+        stretch = Stretch(self.batches(self.splits["train"]), max(1, round(self.settings.steps / evaluations)))
+        curve = []
+        best = bipeft.train(self.model, peft, stretch, lambda: self.score("validation"), evaluations, lr,
+                            seed=self.seed, graphs=self.graphs,
+                            after_step=lambda _, line: curve.append(line.get("score")))
+        self.passes += evaluations * len(stretch)
+        return peft, best, [round(score, 2) for score in curve if score is not None]
+
+
+# ==================================================================================================
+# 4. A search's supernet
+# ==================================================================================================
+
+
+class Supernet:
+    """A space with all its modules attached, its passes counted, and Delta W's optimiser: what a search stands on."""
+
+    def __init__(self, bench, kinds, ranks=(1, 4, 8), lr=None, search=True, weight_decay=1e-4):
+        self.bench, self.lr = bench, lr or bench.settings.search_lr
+        self.space = bipeft.Space(bench.model, kinds, ranks, bench.seed, also_train=bench.model.head)
+        fast = bipeft.fast_pass(bench.model, self.space, bench.graphs)
+        self.weight_decay, rows = weight_decay, bench.splits["train"]
+        halves = (rows[::2], rows[1::2]) if search else (rows, rows)
+        self.batches = [bench.batches(part) for part in halves]
+        self.train, self.val = map(bipeft.stream, self.batches)
+        self.sizes, self.steps_done = self.space.sizes.tolist(), 0
+
+        def run(wanted, gate, ranks, batch):
+            bench.passes += 1
+            return fast(wanted, gate, ranks, batch)
+        self.run = run
+        self.optimizer = torch.optim.AdamW([self.space.weights], lr=self.lr, weight_decay=weight_decay, fused=True)
+
+    def __enter__(self):
+        bench = self.bench
+        bench.model.train()
+        return self
+
+    def __exit__(self, *_):
+        self.space.leave()
+        self.space.detach()
+        self.bench.model.eval()
+
+    def begin(self, again=False):
+        """Dropout of a step follows the seed and the step.   again: that of the present step once more."""
+        self.steps_done += not again
+        torch.manual_seed(bipeft.derive(self.bench.seed, 23, self.steps_done - 1))
+
+    def descend(self, gradient, left, clip=None):
+        """A step of Delta W.   left: the share of the steps still to go, which the rate falls with."""
+        if clip is not None:
+            gradient = gradient * (clip / gradient.norm().clamp(min=clip))
+        self.optimizer.param_groups[0]["lr"] = self.lr * left
+        self.space.weights.grad = gradient
+        self.optimizer.step()
+
+    def one_hot(self, choice):
+        """[N, K] of indices of ranks."""
+        index = torch.as_tensor(choice, device=self.space.weights.device)
+        return F.one_hot(index, len(self.space.ranks)).float()
+
+    def chosen(self, kept, choice, budget):
+        """A Structure; raises if it is over the budget."""
+        found = self.space.structure(kept, choice, budget)
+        assert found.parameters <= budget, f"{found.parameters} parameters, budget {budget}"
+        return found
+
+
+def first_fit(order, costs, budget):
+    """Items in order, each taken if it still fits; what does not is passed over.   Returns [N] bools."""
+    taken, free = [False] * len(costs), budget
+    for n in order:
+        if costs[n] <= free:
+            taken[n], free = True, free - costs[n]
+    return taken

@@ -1,0 +1,730 @@
+"""The methods of compare.py, simple ones first: each takes a bench and a budget, and gives its structures by name.
+
+    method                           function             paper
+    head alone                       head_alone           linear probing
+    full                             full                 full fine-tuning
+    all of S2                        whole_space          BIPEFT, 4.1
+    LoRA                             lora                 Hu et al. 2022
+    serial adapter                   serial               Houlsby et al. 2019
+    BitFit                           bitfit               Ben Zaken et al. 2022
+    LNFit                            lnfit                a kind of S2, S3Delta's space (Hu et al. 2022b)
+    random                           chance               APET (Su et al. 2023)
+    random, best of 3                best_of_chance       none: a control
+    BIPEFT, of S2, S1 and all        bipeft_search        BIPEFT, Algorithm 1
+    one look                         bipeft_search        none: a control, BIPEFT's Eq. 4 alone
+    matched random                   matched              none: a control
+    PrunePEFT, in 1 and 4 rounds     prunepeft            Lawton et al. 2023
+    AdaLoRA                          train_adalora        Zhang et al. 2023
+    S3Delta-M, soft and hard         s3delta              Hu et al. 2022b
+    AutoPEFT                         autopeft, bayes.py   Zhou et al. 2024
+    entangled, b → d, d → b          differential         BIPEFT, Table 2
+    without selection, s-bar at T    without_selection    BIPEFT, Table 2; s-bar: none, a control
+    VARIANTS, "Z = 10" and others    bipeft_search        BIPEFT, Tables 6-10, and readings that are ours
+
+METHODS names them all, and `find` gives a method's structure; AdaLoRA's training is its search. What was taken where a
+paper leaves something open stands in the docstring. The rules that hold for all are in compare.py.
+"""
+
+import copy
+import itertools
+import math
+import random
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from bench import Supernet, bipeft, first_fit
+
+INNER_RATE = 6e-3                   # of full trainings within a search: random structures' best in an earlier run
+
+
+# ==================================================================================================
+# 1. Fixed and random structures
+# ==================================================================================================
+
+
+def head_alone(bench, budget):
+    """Linear probing: the head on the frozen encoder. No modules."""
+    return {"head alone": bench.structure([], budget)}
+
+
+def full(bench, budget):
+    """Full fine-tuning: every weight of the encoder, and the head."""
+    return {"full": bench.structure([], budget)}
+
+
+def whole_space(bench, budget):
+    """All of S2 at rank 8 (4.1): what the search picks from, outside of the budget."""
+    return {"all of S2": everywhere(bench, lambda kind, name: kind in bipeft.SPACES["s2"], 8, budget)}
+
+
+def everywhere(bench, wanted, rank, budget):
+    chosen = [(name, kind, rank) for name, kind in bench.keys if wanted(kind, name)]
+    return bench.structure(chosen, budget)
+
+
+def lora(bench, budget):
+    """Hu et al. 2022:  y + B A x on q and v of every self-attention; the rank is what fits (`spread`)."""
+    return {"LoRA": spread(bench, budget, lambda kind, name: kind == "lora" and name.split(".")[-1] in (
+        "query", "value", "q", "v", "q_proj", "v_proj"))}
+
+
+def serial(bench, budget):
+    """Houlsby et al. 2019, after feed-forward blocks (Pfeiffer's places):  y + U gelu(D y + b) + c."""
+    return {"serial adapter": spread(bench, budget, lambda kind, _: kind == "serial")}
+
+
+def bitfit(bench, budget):
+    """Ben Zaken et al. 2022:  y + b, at all of S2's places or, for the budget, at evenly spaced ones."""
+    return {"BitFit": spread(bench, budget, lambda kind, _: kind == "bitfit")}
+
+
+def lnfit(bench, budget):
+    """A delta on layer norms' weights, at all of them or, for the budget, at evenly spaced ones."""
+    return {"LNFit": spread(bench, budget, lambda kind, _: kind == "lnfit")}
+
+
+def spread(bench, budget, wanted):
+    """The largest rank that fits at all of some places, and one more at evenly spaced ones; or, if not even
+    rank 1 fits, rank 1 at as many evenly spaced places as do.
+    """
+    places = [key for key in reversed(bench.keys) if wanted(key[1], key[0])]        # so that of q and v, v is first
+    ranked, found = bipeft.KINDS[places[0][1]].ranked, []
+
+    def of(rank, count):
+        more = {places[int((i + 0.5) * len(places) / count)] for i in range(count)}
+        return [(*key, rank + (key in more)) for key in places if rank or key in more]
+
+    def cost(chosen):
+        return sum(bench.cost((name, kind), rank) for name, kind, rank in chosen)
+    for rank in range(64 if ranked else 1):
+        fitting = [chosen for count in range(1, len(places) + 1) if cost(chosen := of(rank, count)) <= budget]
+        found = fitting[-1] if fitting else found
+        if not fitting or len(fitting[-1]) < len(places) or cost(of(rank, len(places))) > budget:
+            break
+    return bench.structure(found, budget)
+
+
+def chance(bench, budget, draw=0):
+    """APET (Su et al. 2023): S2's modules in random order, each at a uniform rank of {1, 4, 8} or the largest
+    smaller one that still fits, else passed over. A new structure for each seed; no best of several.
+    """
+    rng, free, chosen = random.Random(bipeft.derive(bench.seed, 24, draw)), budget, []
+    keys = [key for key in bench.keys if key[1] in bipeft.SPACES["s2"]]
+    for key in rng.sample(keys, len(keys)):
+        for rank in (1, 4, 8)[rng.randrange(3)::-1]:
+            if bench.cost(key, rank) <= free:
+                chosen, free = chosen + [(*key, rank)], free - bench.cost(key, rank)
+                break
+    return {"random": bench.structure(chosen, budget)}
+
+
+def best_of_chance(bench, budget, count=3):
+    """The best of `count` random structures on validation, each trained in full: what a search of as many FTE has
+    to beat.
+    """
+    scored = []
+    for draw in range(1, count + 1):
+        structure = chance(bench, budget, draw)["random"]
+        peft, best, _ = bench.train(structure, INNER_RATE)
+        peft.detach()
+        scored.append((best, -draw, structure))
+    return {"random, best of 3": max(scored, key=lambda found: found[:2])[2]}
+
+
+# ==================================================================================================
+# 2. BIPEFT, and what its run gives beside
+# ==================================================================================================
+
+
+def bipeft_search(bench, budget, kinds="s2", cls=bipeft.Search, name="BIPEFT", **settings):
+    """Algorithm 1 (the paper), and of the same run, at no more cost: *one look*, s-bar (Eq. 4) when the warm-up
+    ends, filled up to B in descending order at the largest rank that fits; and `matched`.
+    """
+    s = bench.settings
+    settings = {"warmup": s.warmup, "lr": s.search_lr, "seed": bench.seed, **settings}
+    looks, started = {}, time.perf_counter()
+
+    def look(run, line):
+        if line["step"] == settings["warmup"]:
+            looks["s"], looks["passes"] = run.smoothed.tolist(), bench.passes
+            looks["seconds"] = round(time.perf_counter() - started, 2)
+        looks["steps"] = line["step"]
+    with Supernet(bench, kinds) as net:
+        run = cls(bench.model, net.space, budget, s.search_steps, run_pass=net.run, **settings)
+        found = run.run(*net.batches, after_step=look)
+        told = {"steps": looks["steps"], "made_up": run.ended_early}
+        if name != "BIPEFT":
+            return {name: (found, told)}
+        n = len(net.space)
+        kept, choice = bipeft.fill_budget(looks["s"], net.sizes, [False] * n, [0] * n, budget)
+        return {name: (found, told), "one look": (net.chosen(kept, choice, budget), {
+            "passes": looks["passes"], "seconds": looks["seconds"]}),
+                "matched random": matched(bench, found, budget)}
+
+
+def matched(bench, structure, budget):
+    """BIPEFT's structure with each module moved to a random free place of the same kind and the same size: its
+    kinds, ranks and parameters, so that only the places differ.
+    """
+    rng, free = random.Random(bipeft.derive(bench.seed, 25)), defaultdict(list)
+    for key in bench.keys:
+        for rank in {m["rank"] or 1 for m in structure.modules}:
+            free[key[1], rank, bench.cost(key, rank)].append(key)
+    used, chosen = set(), []
+    for m in rng.sample(structure.modules, len(structure.modules)):
+        open_places = [key for key in free[m["kind"], m["rank"] or 1, m["parameters"]] if key not in used]
+        key = rng.choice(open_places)
+        used.add(key)
+        chosen.append((*key, m["rank"] or 1))
+    return bench.structure(chosen, budget)
+
+
+# ==================================================================================================
+# 3. Pruning: PrunePEFT, AdaLoRA
+# ==================================================================================================
+
+
+def prunepeft(bench, budget, rounds=1):
+    """PrunePEFT (Lawton et al. 2023), as far as it is known: train all of S2 at rank 8, then prune by the first-
+    order estimate of the loss, F_g = sum_t sum over w in g of |w_t G_t| in the last epoch, here the last sixth.
+
+    Groups: a ranked module's components 1, 2-4, 5-8, biases inside with the first; any other module is one.
+    Greedy by F_g / |g|, a later slice only after the earlier. rounds: train, prune to B_0 (B/B_0)^(r/R), and go
+    on, with F of the last quarter of a round. All training data, 1 FTE.
+    """
+    steps = bench.settings.steps
+    with Supernet(bench, "s2", search=False) as net:
+        space = net.space
+        slices = slice_of_weights(space)
+        added = torch.tensor([[q[0], *(b - a for a, b in itertools.pairwise(q))] for q in net.sizes])
+        whole, depth = int(added.sum()), torch.full((len(space),), 3)                   # slices kept of each
+        for number in range(1, rounds + 1):
+            scores = torch.zeros(len(space) * 3, device=slices.device)
+            first, last = steps * (number - 1) // rounds, steps * number // rounds
+            watched = max(1, steps // 6 if rounds == 1 else (last - first) // 4)
+            gate, ranks = (depth > 0).float().to(slices.device), net.one_hot((depth - 1).clamp(min=0))
+            for step in range(first, last):
+                net.begin()
+                _, gradient = net.run(("weights",), gate, ranks, next(net.train))
+                if step >= last - watched:
+                    scores.index_add_(0, slices, (space.weights * gradient)[:space.size].abs())
+                net.descend(gradient, 1 - step / steps)
+            target = round(whole * (budget / whole) ** (number / rounds))
+            depth = prune(scores.view(-1, 3).cpu(), added, depth, target)
+        found = net.chosen((depth > 0).tolist(), (depth - 1).clamp(min=0).tolist(), budget)
+    return {"PrunePEFT" if rounds == 1 else f"PrunePEFT, {rounds} rounds": found}
+
+
+def slice_of_weights(space):
+    """For each of the P weights of S2 modules 3·n + its slice: rank components 1, 2-4 and 5-8."""
+    which = torch.tensor([0, 1, 1, 1, 2, 2, 2, 2])
+    parts = []
+    for n, module in enumerate(space.modules_):
+        for key, p in module.named_parameters():
+            of = torch.zeros(p.shape, dtype=torch.long)
+            if space.kinds[n] in ("lora", "adapter_lr") and p.dim() == 2:
+                of = (which[None, :] if key == "down_out" else which[:, None]).expand(p.shape)
+            parts.append(3 * n + of.flatten())
+    return torch.cat(parts).to(space.weights.device)
+
+
+def prune(scores, sizes, depth, budget):
+    """How many slices to keep of each module: greedy by score per parameter among each module's next slice."""
+    kept, free, closed = torch.zeros_like(depth), budget, set()
+    density = torch.where(sizes > 0, scores / sizes.clamp(min=1), 0.0)
+    while True:
+        n = max((i for i in range(len(depth)) if i not in closed and kept[i] < depth[i] and sizes[i, kept[i]] > 0),
+                key=lambda i: float(density[i, kept[i]]), default=None)
+        if n is None:
+            return kept
+        cost = int(sizes[n, kept[n]])
+        if cost <= free:
+            kept[n] += 1
+            free -= cost
+        else:
+            closed.add(n)
+
+
+def train_adalora(bench, budget, lr):
+    """AdaLoRA (Zhang et al. 2023), Hugging Face peft: B diag(E) A on q, k, v, o from rank 2 (or 1.5 times what
+    B allows), masked by smoothed sensitivity · uncertainty down to as many as fit B; t_i = 0.1 T, t_f = 0.3 T,
+    every T/60 steps.
+
+    Its training is its search, and until t_f holds more than B. An epoch counts only once the number of triplets
+    is final, the last 2 of 6; what has E = 0 in the best one is not counted.
+    Returns (best, curve, parameters, test or None).
+    """
+    import peft
+    T, model = bench.settings.steps, copy.deepcopy(bench.model)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    d, layers = model.encoder.config.hidden_size, model.encoder.config.num_hidden_layers
+    target = budget // (2 * d + 1)                                     # triplets, of 4 matrices a layer
+    rank = max(2, math.ceil(1.5 * target / (4 * layers)))
+    config = peft.AdaLoraConfig(
+        init_r=rank, target_r=1, lora_alpha=rank, tinit=round(0.1 * T),
+        tfinal=max(1, round(0.3 * T)), deltaT=max(1, T // 60), total_step=T, lora_dropout=0.0,
+        target_modules=r".*attention\.(self\.(query|key|value)|output\.dense)")
+    torch.manual_seed(bipeft.derive(bench.seed, 30))
+    wrapped = peft.get_peft_model(model, config)
+    for p in model.classifier.parameters():
+        p.requires_grad_(True)
+    allocator = wrapped.base_model.rankallocator
+    allocator.target_bgt = target
+    learnt = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(learnt.values(), lr=lr, weight_decay=1e-4)
+    batches, every = bipeft.stream(bench.batches(bench.splits["train"])), T // bench.settings.evaluations
+    best, curve, kept, parameters = -1, [], None, None
+    for step in range(1, T + 1):
+        torch.manual_seed(bipeft.derive(bench.seed, 10, step - 1))
+        wrapped.train()
+        loss = wrapped(**next(batches)).loss
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = lr * (1 - (step - 1) / T)
+        optimizer.step()
+        wrapped.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        if step % every == 0 or step == T:
+            curve.append(round(bench.score("validation", wrapped), 2))
+            triplets = sum(int((p != 0).sum()) for name, p in learnt.items() if "lora_E" in name)
+            if step >= T - config.tfinal and curve[-1] > best and triplets <= allocator.target_bgt:
+                best, parameters = curve[-1], triplets * (2 * d + 1)
+                kept = {name: p.detach().clone() for name, p in learnt.items()}
+    bench.passes += T
+    if kept is None:
+        raise bipeft.UsageError("AdaLoRA never came down to the budget")
+    with torch.no_grad():
+        for name, p in learnt.items():
+            p.copy_(kept[name])
+    return best, curve, parameters, lambda: bench.score("test", wrapped)
+
+
+# ==================================================================================================
+# 4. Gates by gradient: S3Delta-M
+# ==================================================================================================
+
+
+def s3delta(bench, budget, hard=False, name="S3Delta-M", lr=None):
+    """S3Delta-M (Hu et al. 2022b), S2 at rank 1:  p = sigmoid(alpha - zeta), sum p q = B;
+    z = sigmoid(logit u + logit p), u ~ U(0, 1), times the module's output. Bilevel, second order:
+    grad_alpha = dL_val(w')/dalpha - lr [dL_tra(w+)/dalpha - dL_tra(w-)/dalpha] / (2 eps), w+- = w +- eps d.
+
+    Passes are as the re-training's on half of the data: half the steps. hard: gates 1[z >= 0.5], straight
+    through, a shut gate without gradient, and first order (w' = w). The four losses of a step have one u and one
+    dropout. lr: of w; its own was that of re-training.
+    """
+    steps, best = bench.settings.search_steps // 2, (-1, None)
+    with Supernet(bench, "s2", (1,), lr, weight_decay=0.0) as net:
+        n, device = len(net.space), net.space.weights.device
+        sizes, ones = net.space.sizes[:, 0].double().cpu(), torch.ones(n, 1, device=device)
+        alpha = torch.zeros(n, dtype=torch.float64, requires_grad=True)       # so few stay on the CPU
+        optimizer = torch.optim.AdamW([alpha], lr=0.1, weight_decay=0.0)
+        generator = torch.Generator().manual_seed(bipeft.derive(bench.seed, 26))
+
+        def sample(u):
+            p = shifted(alpha, sizes, budget)
+            if u is None:
+                return p.float()
+            return torch.sigmoid(torch.logit(u) + torch.logit(p.clamp(1e-9, 1 - 1e-9))).float()
+
+        def gate_of(z):
+            return ((z >= 0.5).float() if hard else z).detach().to(device)
+
+        def of_alpha(z, batch):
+            """dL/dalpha, and dL/dw, at the present weights."""
+            gate = gate_of(z)
+            net.begin(again=True)
+            _, of_gate, of_weights = net.run(("gate", "weights"), gate, ones, batch)
+            of_gate = of_gate * gate if hard else of_gate
+            return torch.autograd.grad(z, alpha, of_gate.cpu(), retain_graph=True)[0], of_weights
+
+        def draw():
+            return torch.rand(n, generator=generator).double().clamp(1e-6, 1 - 1e-6)
+        weights = net.space.weights
+        for step in range(steps):
+            net.begin()
+            left, z, tra, val = 1 - step / steps, sample(draw()), next(net.train), next(net.val)
+            if hard:
+                gradient, _ = of_alpha(z, val)
+            else:
+                _, of_weights = net.run(("weights",), gate_of(z), ones, tra)
+                here, state = weights.clone(), copy.deepcopy(net.optimizer.state_dict())
+                net.descend(of_weights, left)                                           # w', a virtual step
+                gradient, d = of_alpha(z, val)
+                eps = 0.01 / max(1e-12, float(d.norm()))
+                sides = []
+                for sign in (1, -1):
+                    weights.copy_(here + sign * eps * d)
+                    sides.append(of_alpha(z, tra)[0])
+                weights.copy_(here)
+                net.optimizer.load_state_dict(state)
+                gradient = through_the_step(gradient, *sides, net.lr * left, eps)
+            alpha.grad = gradient * (2 / gradient.norm().clamp(min=2))                  # clipped
+            optimizer.param_groups[0]["lr"] = 0.1 * left
+            optimizer.step()
+            _, of_weights = net.run(("weights",), gate_of(sample(draw())), ones, tra)
+            net.descend(of_weights, left, clip=2.0)
+            if (step + 1) % max(1, steps // bench.settings.evaluations) == 0:           # with z = p
+                net.space.enter(sample(None).detach().to(device), ones, for_gates=True)
+                score = bench.score("validation")
+                best = max(best, (score, alpha.detach().tolist()), key=lambda pair: pair[0])
+        order = sorted(range(n), key=lambda i: -best[1][i])
+        found = net.chosen(first_fit(order, net.space.sizes[:, 0].tolist(), budget), [0] * n, budget)
+    return {"S3Delta-M, hard" if hard else name: found}
+
+
+def shifted(alpha, sizes, budget):
+    """p = sigmoid(alpha - zeta) with sum p q = B, zeta by bisection and without a gradient; and
+    p_hat = p · sg(sum p)/sum p, so that d p_hat_i/d alpha_j = delta_ij g_i - p_i g_j/sum p, g = p (1 - p).
+    """
+    with torch.no_grad():
+        low, high = alpha.min() - 40, alpha.max() + 40
+        for _ in range(60):
+            zeta = (low + high) / 2
+            over = (torch.sigmoid(alpha - zeta) * sizes).sum() > budget
+            low, high = torch.where(over, zeta, low), torch.where(over, high, zeta)
+    p = torch.sigmoid(alpha - (low + high) / 2)
+    return p * (p.sum().detach() / p.sum())
+
+
+def through_the_step(direct, plus, minus, lr, eps):
+    """grad_alpha L_val(w'), w' = w - lr dL_tra/dw, by a finite difference (DARTS, Liu et al. 2019, Eq. 7 and 8).
+
+    direct: dL_val(w')/dalpha at a fixed w'.   plus, minus: dL_tra/dalpha at w +- eps d, d = dL_val(w')/dw'.
+    """
+    return direct - lr * (plus - minus) / (2 * eps)
+
+
+# ==================================================================================================
+# 5. Bayesian optimisation: AutoPEFT
+# ==================================================================================================
+
+
+def autopeft(bench, budget):
+    """AutoPEFT (Zhou et al. 2024), S1 under one budget: a size of {0, 1, 4, 8} each for serial adapter, parallel
+    adapter and prefix, shared by all layers, and a switch a layer; of 0.9 B .. B. Random evaluations, then
+    batches of 4 by the expected improvement of a Gaussian process (bayes.py), each training a tenth of the
+    steps in the entangled space; the best 3 are trained in full, and the best on validation wins.
+
+    So few layers have few configurations: every admissible one is scored, where the paper walks to neighbours.
+    """
+    import bayes
+    s = bench.settings
+    steps, lr = max(1, round(s.bo_share * s.steps)), INNER_RATE
+    with Supernet(bench, "s1", lr=lr, search=False) as net:
+        space = net.space
+        layers = [name.split(".layer.")[1].split(".")[0] for name in space.names]
+        kinds, ordered = bipeft.SPACES["s1"], sorted(set(layers), key=int)
+
+        def arrange(config):
+            """b and k* of a configuration: three sizes as indices, and switches."""
+            size, on = dict(zip(kinds, config)), dict(zip(ordered, config[len(kinds):]))
+            index = [size[kind] if on[layer] else 0 for kind, layer in zip(space.kinds, layers)]
+            return [i > 0 for i in index], [max(0, i - 1) for i in index]
+
+        def cost(config):
+            return sum(q[k] for q, on, k in zip(net.sizes, *arrange(config)) if on)
+        every = itertools.product(*[range(4)] * len(kinds), *[(0, 1)] * len(ordered)) if len(ordered) <= 8 else (
+            random_configurations(bench.seed, len(kinds), len(ordered)))
+        priced = {c: size for c in every if 0 < (size := cost(c)) <= budget}
+        low = 0.9 * (budget if max(priced.values()) >= 0.9 * budget else max(priced.values()))
+        admitted = [c for c, size in priced.items() if size >= low]
+        fresh = space.weights.clone()
+        cheap = {}
+
+        def evaluate(config):
+            """The validation score after a short training from fresh weights, on the same batches each time."""
+            kept, choice = arrange(config)
+            batches, net.steps_done = bipeft.stream(net.batches[0]), 0
+            space.weights.copy_(fresh)
+            net.optimizer.state.clear()
+            gate, ranks = torch.tensor(kept, device=fresh.device).float(), net.one_hot(choice)
+            for step in range(steps):
+                net.begin()
+                _, gradient = net.run(("weights",), gate, ranks, next(batches))
+                net.descend(gradient, 1 - step / steps)
+            space.enter(gate, ranks)
+            return bench.score("validation")
+        rng = random.Random(bipeft.derive(bench.seed, 27))
+        for config in rng.sample(admitted, min(s.bo_random, len(admitted))):
+            cheap[config] = evaluate(config)
+        while len(cheap) < min(s.bo_random + s.bo_guided, len(admitted)):
+            left = [c for c in admitted if c not in cheap]
+            for config in bayes.propose(list(cheap), list(cheap.values()), left, min(4, len(left)),
+                                        s.surrogate, bipeft.derive(bench.seed, 28, len(cheap))):
+                cheap[config] = evaluate(config)
+        structures = [net.chosen(*arrange(config), budget)
+                      for config in sorted(cheap, key=cheap.get, reverse=True)[:s.bo_full]]
+    scored = []
+    for structure in structures:
+        peft, best, _ = bench.train(structure, lr)
+        peft.detach()
+        scored.append(best)
+    told = {"surrogate": bayes.name_of(s.surrogate), "evaluations": len(cheap), "admitted": len(admitted)}
+    return {"AutoPEFT": (structures[scored.index(max(scored))], told)}
+
+
+def random_configurations(seed, kinds, layers, count=20000):
+    """Configurations of many layers: the density of switches first, then the switches."""
+    rng = random.Random(bipeft.derive(seed, 29))
+    for _ in range(count):
+        density = rng.random()
+        yield (*(rng.randrange(4) for _ in range(kinds)), *(int(rng.random() < density) for _ in range(layers)))
+
+
+# ==================================================================================================
+# 6. BIPEFT's ablations and variants
+# ==================================================================================================
+
+
+# The ablations of Table 2, first order, T steps in all, the temperature from 5 to 1 in every stage, two steps
+# of architecture weights to one of Delta W. Each is cut to the budget: modules by P(keep) descending at the
+# chosen rank, first-fit; the size without a cut is told.
+
+
+def differential(bench, budget, name, stages):
+    """Architecture weights by gradient descent alone, in stages of "theta", "phi" or "entangled".
+
+    theta: removal, ranks at their largest or as fixed; an earlier phi's argmax is fixed.   phi: ranks, all
+    gates open or, after theta, those of its argmax.   entangled: Psi, [N, 1 + K], over remove and the ranks, one
+    Gumbel vector a module: the gate is 1 - psi_0, and the rank that of the rest given that it is kept, since
+    psi_k = (1 - psi_0) · softmax of the rest, under the same noise.
+    """
+    T = bench.settings.search_steps
+    with Supernet(bench, "s2") as net:
+        space, device = net.space, net.space.weights.device
+        n, k, ranked = len(space), len(space.ranks), net.space.ranked
+        generator = torch.Generator().manual_seed(bipeft.derive(bench.seed, 31))
+        psi = (1e-3 * torch.randn(n, 1 + k, generator=generator)).to(device).requires_grad_()
+        theta = (1e-3 * torch.randn(n, 2, generator=generator)).to(device).requires_grad_()
+        phi = (1e-3 * torch.randn(n, k, generator=generator)).to(device).requires_grad_()
+        kept, choice = torch.ones(n, device=device), torch.full((n,), k - 1, device=device)
+        no_rank = torch.tensor([0.0, 0.0, *[-1e9] * (k - 1)], device=device)            # psi of a bias: two classes
+
+        def logits_of_psi():
+            return torch.where(ranked[:, None], psi, psi + no_rank)
+        for number, stage in enumerate(stages):
+            steps = T // len(stages)
+            wanted, weights = {"theta": (("gate",), theta), "phi": (("ranks",), phi),
+                               "entangled": (("gate", "ranks"), psi)}[stage]
+            optimizer = torch.optim.Adam([weights], lr=0.01, betas=(0.5, 0.999), weight_decay=1e-4)
+
+            def sample(noise, temperature):
+                gate, ranks = kept, net.one_hot(choice)
+                if stage == "theta":
+                    gate = bipeft.gumbel_softmax(theta, noise[:, :2], temperature)[:, 1] * kept
+                elif stage == "phi":
+                    ranks = bipeft.gumbel_softmax(phi, noise[:, 1:], temperature)
+                else:
+                    logits = logits_of_psi()
+                    soft = ((logits + noise) / temperature).softmax(1)
+                    hard = (soft.argmax(1) > 0).float()
+                    gate = hard + (1 - soft[:, 0]) - (1 - soft[:, 0]).detach()
+                    ranks = bipeft.gumbel_softmax(logits[:, 1:], noise[:, 1:], temperature)
+                return {"gate": gate, "ranks": ranks}
+            for step in range(steps):
+                net.begin()
+                temperature = 5 - 4 * step / max(1, steps - 1)
+                noise = bipeft.gumbel_noise((n, 1 + k), generator).to(device)
+                drawn = sample(noise, temperature)
+                _, gradient = net.run(("weights",), drawn["gate"].detach(), drawn["ranks"].detach(), next(net.train))
+                net.descend(gradient, 1 - (number * steps + step) / T)
+                for _ in range(2):
+                    drawn = sample(noise, temperature)
+                    _, *found = net.run(wanted, drawn["gate"].detach(), drawn["ranks"].detach(), next(net.val))
+                    (weights.grad,) = torch.autograd.grad([drawn[w] for w in wanted], weights, found)
+                    optimizer.step()
+            if stage == "theta":
+                kept = (theta.detach().argmax(1) == 1).float()
+            elif stage == "phi":
+                choice = torch.where(ranked, phi.detach().argmax(1), choice)
+        if stages == ("entangled",):
+            found = logits_of_psi().detach()
+            keep, choice = 1 - found.softmax(1)[:, 0], found[:, 1:].argmax(1)
+            kept = (found.argmax(1) > 0).float()
+        else:
+            keep = theta.detach().softmax(1)[:, 1]
+        return {name: cut(net, keep, choice, budget, kept, among=kept if stages == ("theta", "phi") else None)}
+
+
+def cut(net, keep, choice, budget, kept, among=None):
+    """(Structure within the budget, what its plain argmax had).   among: [N], what may be taken, if not all."""
+    choice, keep = choice.tolist(), keep.tolist()
+    costs = [q[k] for q, k in zip(net.sizes, choice)]
+    order = [n for n in sorted(range(len(keep)), key=lambda n: -keep[n]) if among is None or among[n] > 0]
+    return (net.chosen(first_fit(order, costs, budget), choice, budget),
+            {"uncut": sum(c for c, b in zip(costs, kept.tolist()) if b)})
+
+
+def without_selection(bench, budget):
+    """Algorithm 1 without Eq. 5-10, argmax of Theta and Phi at T; and of the same run s-bar alone at T, filled
+    up to B: what the early selection adds to its own sensitivity.
+    """
+    s = bench.settings
+    with Supernet(bench, "s2") as net:
+        run = Unselected(bench.model, net.space, budget, s.search_steps, warmup=s.search_steps, lr=s.search_lr,
+                         seed=bench.seed, run_pass=net.run)
+        run.run(*net.batches)
+        theta, phi, n = run.theta.detach(), run.phi.detach(), len(net.space)
+        choice = torch.where(net.space.ranked, phi.argmax(1), len(net.space.ranks) - 1)
+        kept, ranks = bipeft.fill_budget(run.smoothed.tolist(), net.sizes, [False] * n, [0] * n, budget)
+        return {"without selection": cut(net, theta.softmax(1)[:, 1], choice, budget, theta.argmax(1)),
+                "s-bar at T": net.chosen(kept, ranks, budget)}
+
+
+class Unselected(bipeft.Search):
+    """A search that ends without a selection."""
+
+    def finish(self, backbone=""):
+        return None
+
+
+class SummedSensitivity(bipeft.Search):
+    """Eq. 2 as a sum over the module's parameters, not their mean."""
+
+    def magnitude(self, gradient):
+        return super().magnitude(gradient) * self.space.sizes.gather(1, self.choice[:, None]).squeeze(1)
+
+
+class OpenSensitivity(bipeft.Search):
+    """s from passes with all kept gates open, one more each on D_tra and D_val; all else learns as ever."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.plain, self.run_pass = self.run_pass, self.both
+        self.weight_optimizer.register_step_pre_hook(self.sampled_gradient)
+
+    def both(self, wanted, gate, ranks, batch):
+        found = self.plain(wanted, gate, ranks, batch)
+        if "weights" not in wanted:
+            return found
+        if wanted == ("weights",):
+            self.sampled = found[-1]                        # Delta W descends on this one
+        return [*found[:-1], self.plain(("weights",), self.kept.to(gate.dtype), ranks, batch)[-1]]
+
+    def sampled_gradient(self, *_):
+        self.space.weights.grad = self.sampled
+
+
+class OtherTemperature(bipeft.Search):
+    """A temperature that falls from 5 to `end`."""
+
+    end = 0.1
+
+    def architecture(self, noise, hard=True):
+        plain = 5 - 4 * self.steps_done / max(1, self.steps - 1)
+        wanted = 5 - (5 - self.end) * self.steps_done / max(1, self.steps - 1)
+        # Dividing (logits + noise) by another number is scaling both, which arg-max does not feel.
+        theta, phi = self.theta, self.phi
+        try:
+            self.theta, self.phi = theta * (plain / wanted), phi * (plain / wanted)
+            return super().architecture([part * (plain / wanted) for part in noise], hard)
+        finally:
+            self.theta, self.phi = theta, phi
+
+
+# ==================================================================================================
+# 7. All of them, by name
+# ==================================================================================================
+
+
+# Ladders of learning rates: the second to the fourth are tried, and more as long as the best is at an edge.
+RATES = (4e-4, 1e-3, 2.5e-3, 6e-3, 1.5e-2, 4e-2)                                     # of modules
+FULL_RATES, HEAD_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), (1e-3, 2.5e-3, 1e-2, 4e-2, 0.15)
+
+
+@dataclass(frozen=True)
+class Method:
+    """finder: the function that gives its structure, and perhaps others' (their jobs are shared).   cheap: no
+    search.   free: not under the budget.   rate_of: whose learning rate it takes; None: its own.
+    """
+
+    finder: str
+    cheap: bool = False
+    free: bool = False
+    rates: tuple = RATES
+    rate_of: str = None
+    whole: bool = False                        # trains the backbone
+    searched: tuple = ()                       # the search's own name, where the finder gives several
+
+
+FINDERS = {
+    "head": head_alone, "full": full, "whole": whole_space, "lora": lora, "serial": serial, "bitfit": bitfit,
+    "lnfit": lnfit, "chance": chance, "bipeft": bipeft_search, "s3delta": s3delta, "prunepeft": prunepeft,
+    "autopeft": autopeft, "best-random": best_of_chance, "without": without_selection,
+    "s3delta-hard": lambda bench, budget: s3delta(bench, budget, hard=True),
+    "s3delta-lr": lambda bench, budget: s3delta(bench, budget, name="S3Delta-M, lr 3e-3", lr=3e-3),
+    "s3delta-16": lambda bench, budget: s3delta(bench, budget, name="S3Delta-M, scale 16"),
+    "prunepeft-4": lambda bench, budget: prunepeft(bench, budget, rounds=4),
+    "bipeft-s1": lambda bench, budget: bipeft_search(bench, budget, "s1", name="BIPEFT, S1"),
+    "bipeft-all": lambda bench, budget: bipeft_search(bench, budget, "all", name="BIPEFT, all"),
+    "entangled": lambda bench, budget: differential(bench, budget, "entangled", ("entangled",)),
+    "b-d": lambda bench, budget: differential(bench, budget, "b → d", ("theta", "phi")),
+    "d-b": lambda bench, budget: differential(bench, budget, "d → b", ("phi", "theta")),
+}
+CORE = {
+    "BIPEFT": Method("bipeft"), "one look": Method("bipeft"), "random": Method("chance", cheap=True),
+    "matched random": Method("bipeft"), "LoRA": Method("lora", cheap=True),
+    "all of S2": Method("whole", cheap=True, free=True), "head alone": Method("head", True, True, HEAD_RATES),
+    "full": Method("full", True, True, FULL_RATES, whole=True),
+}
+MORE = {
+    "S3Delta-M": Method("s3delta"), "PrunePEFT": Method("prunepeft"), "BitFit": Method("bitfit", cheap=True),
+    "LNFit": Method("lnfit", cheap=True), "serial adapter": Method("serial", cheap=True),
+    "BIPEFT, S1": Method("bipeft-s1"), "BIPEFT, all": Method("bipeft-all"),
+    "S3Delta-M, hard": Method("s3delta-hard"), "S3Delta-M, lr 3e-3": Method("s3delta-lr"),
+    "S3Delta-M, scale 16": Method("s3delta-16"), "PrunePEFT, 4 rounds": Method("prunepeft-4"),
+    "AdaLoRA": Method("adalora", cheap=True),
+    "random, best of 3": Method("best-random", rate_of="random"),
+    "AutoPEFT": Method("autopeft", rate_of="BIPEFT, S1"),                 # the same kinds
+}
+ACROSS = "BIPEFT", "one look", "random", "LoRA", "S3Delta-M, hard"                         # of --table budgets
+ABLATIONS = {name: Method(finder) for name, finder in {
+    "entangled": "entangled", "b → d": "b-d", "d → b": "d-b", "without selection": "without",
+    "s-bar at T": "without"}.items()}
+VARIANTS = {           # Tables 6-10, and readings that are ours; in each one thing differs from BIPEFT
+    **{f"Z = {z}": {"triggers": z} for z in (10, 50, 200)},
+    **{f"gamma = {g:g}": {"gamma": g} for g in (0.5, 0.75, 1.0)},
+    **{f"H = {h}": {"window": h} for h in (3, 10, 20)},
+    **{f"tau = {t:g}": {"tau": t} for t in (0.1, 0.5, 0.95)},
+    **{f"warm-up {share:.0%}": {"warmup_share": share} for share in (0.0, 0.17, 0.75)},
+    **{f"search lr {lr:g}": {"lr": lr} for lr in (3e-4, 3e-3, 6e-3)},
+    "Eq. 2 as a sum": {"cls": SummedSensitivity}, "temperature to 0.1": {"cls": OtherTemperature},
+    "gates open for s": {"cls": OpenSensitivity}, "LoRA scale 16": {},
+}
+SENSITIVITY = {name: Method(f"variant:{name}", rate_of=None if "scale" in name else "BIPEFT") for name in VARIANTS}
+SCALES = {"variant:LoRA scale 16": 16.0, "s3delta-16": 16.0}              # of LoRA, 1 elsewhere
+METHODS = {**CORE, **MORE, **ABLATIONS, **SENSITIVITY}
+FTE = {"autopeft": 9, "prunepeft": 1}        # of a search, as expected for --minutes; 3 for all others
+
+
+def find(bench, finder, budget):
+    """{method: (structure, what else to tell)} of a finder."""
+    if finder.startswith("variant:"):
+        name = finder.partition(":")[2]
+        settings = dict(VARIANTS[name])
+        if "warmup_share" in settings:
+            settings["warmup"] = round(settings.pop("warmup_share") * bench.settings.search_steps)
+        found = bipeft_search(bench, budget, name=name, **settings)
+    else:
+        found = FINDERS[finder](bench, budget)
+    return {name: value if isinstance(value, tuple) else (value, {}) for name, value in found.items()}
+
+
+class scaled_lora:
+    """LoRA as y + scale · B A x, in search and re-training."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __enter__(self):
+        self.plain = bipeft.LoRA.forward
+        if self.scale is not None:
+            plain, scale = self.plain, self.scale
+            bipeft.LoRA.forward = lambda module, x, y: y + scale * (plain(module, x, y) - y)
+
+    def __exit__(self, *_):
+        bipeft.LoRA.forward = self.plain
