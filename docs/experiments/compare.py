@@ -70,8 +70,9 @@ def carry_out(bench, job):
         found = train(bench, job)                           # takes the structure out of the job
         lines = [{**job, **found}]
     if bench.graphs:
-        memory = torch.cuda.max_memory_allocated(bench.device) / 2**20
-        lines = [{**line, "memory": round(memory)} for line in lines]
+        if bench.settings.workers < 2:                      # alone, as --table cost is: MiB
+            memory = torch.cuda.max_memory_allocated(bench.device) / 2**20
+            lines = [{**line, "memory": round(memory)} for line in lines]
         gc.collect()
         torch._C._cuda_clearCublasWorkspaces()              # 32 MiB for each stream that a job had
         torch.cuda.empty_cache()
