@@ -36,7 +36,8 @@ TIMED = 900                                               # the seed of compare.
 class Data:
     """The lines of a results file, what is reported of them, and the rate of each method.
 
-    Where a rate is not chosen yet, the trainings at the most frequent one are reported.
+    At another budget than the main one a rate is of all tuning seeds only if all methods' there can be. Where a
+    rate is not chosen yet, the trainings at the most frequent one are reported.
     """
 
     def __init__(self, lines):
@@ -46,12 +47,11 @@ class Data:
         self.tasks = list(dict.fromkeys(x["task"] for x in trained))
         self.places = next((x["places"] for x in lines if x["stage"] == "places"), [])
         seeds = sorted({x["seed"] for x in self.tuning})
-        tuned = list(dict.fromkeys(x["task"] for x in self.tuning))
-        budgets = {x["budget"] for x in trained}
-        well = [b for b in budgets if len({x["seed"] for x in trained if x["tuning"] and x["budget"] == b}) > 1]
-        args = SimpleNamespace(tasks=self.tasks, tune_tasks=tuned, tune_seeds=seeds, lr=None, tune_budgets=well)
-        plan = compare.Plan([], lines, None, args)
-        self.rates = {(name, b): plan.rate(name, b)[0] if seeds else None for name in METHODS for b in budgets}
+        budgets = {x["budget"] for x in trained} if seeds else set()
+        self.rates, of_first = (self.chosen(lines, seeds, budgets, wide) for wide in (budgets, {self.budget}))
+        for b in budgets - {self.budget}:
+            if any(of_first[name, b] and not self.rates[name, b] for name in METHODS):
+                self.rates |= {(name, b): of_first[name, b] for name in METHODS}
         found = [x for x in lines if x["stage"] == "find" and x.get("method") in METHODS]
         self.searches = once(x for x in found if x["seed"] not in (*seeds, TIMED))
         self.timed = [x for x in trained + found if x["seed"] == TIMED and x["workers"] == 1]
@@ -59,9 +59,15 @@ class Data:
         at = defaultdict(Counter)
         for x in scored:
             at[x["method"], x["budget"]][x["lr"]] += 1
-        at = {of: self.rates[of] or max(count, key=count.get) for of, count in at.items()}
+        at = {of: self.rates.get(of) or max(count, key=count.get) for of, count in at.items()}
         self.reported = [x for x in scored if x["lr"] == at[x["method"], x["budget"]]]
         self.left_out = len(scored) - len(self.reported)
+
+    def chosen(self, lines, seeds, budgets, wide):
+        """{(method, budget): rate}, of all tuning seeds at the budgets `wide`, else of the first."""
+        tuned = list(dict.fromkeys(x["task"] for x in self.tuning))
+        plan = compare.Plan([], lines, None, SimpleNamespace(tune_tasks=tuned, tune_seeds=seeds, tune_budgets=wide))
+        return {(name, budget): plan.rate(name, budget)[0] for name in METHODS for budget in budgets}
 
     def of(self, name, budget=None, source=None):
         """A method's reported trainings.   source: the task whose structure it is, if another's."""
@@ -214,6 +220,8 @@ def transfer(data):
     own = data.scores(["BIPEFT"]).get("BIPEFT", {})
     moved = {source: {(x["task"], x["seed"]): x["test"] for x in data.of("BIPEFT", source=source)}
              for source in data.tasks}
+    seeds = {seed for cells in moved.values() for _, seed in cells}
+    own = {cell: score for cell, score in own.items() if cell[1] in seeds}
     if not own or not any(moved.values()):
         return "no data yet"
     rows = []
