@@ -315,7 +315,11 @@ def attempt(bench, job):
             raise
         told = f"{type(error).__name__}: {bipeft.one_line(error)[:300]}"
     reset(bench)                                                    # here nothing holds the job's tensors any more
-    return [{**{k: v for k, v in job.items() if k != "structure"}, "key": key_of(job), "error": told}]
+    return [error_line(job, told)]
+
+
+def error_line(job, told):
+    return {**{k: v for k, v in job.items() if k != "structure"}, "key": key_of(job), "error": told}
 
 
 def reset(bench):
@@ -328,113 +332,160 @@ def reset(bench):
     bench.where = bench.find_places()
 
 
-def carry_out_all(args, settings, out, minutes):
-    """Hands the plan's jobs to the workers; stops in time. Returns all lines."""
-    lines = read(out)
-    plan, started = Plan(list(wanted_of(args)), lines, settings, args), time.time()
-    if out.exists() and not out.read_text().endswith("\n"):
-        with out.open("a") as file:
-            file.write("\n")                                        # of a run that was killed in a line
-    print(f"{len(plan.wanted)} trainings asked for, {sum(line.get('stage') == 'train' for line in lines)} lines there")
-    longest, budgeted = defaultdict(float), minutes * 60 if minutes else math.inf
-    for line in lines:
-        if line.get("workers") == max(1, args.workers):
-            kind = line["stage"], line.get("finder") or line.get("method")
-            longest[kind] = max(longest[kind], line.get("seconds", 0))
+class Results:
+    """A results file, the lines of earlier runs first, and the durations in it.
 
-    def expected(job):
+    longest: seconds of the longest job of a kind, (stage, finder or method), on as many workers as now.
+    """
+
+    def __init__(self, out, workers):
+        self.out, self.lines, self.longest = out, read(out), defaultdict(float)
+        if out.exists() and not out.read_text().endswith("\n"):
+            with out.open("a") as file:
+                file.write("\n")                                    # of a run that was killed in a line
+        for line in self.lines:
+            if line.get("workers") == max(1, workers):
+                self.clock(line)
+
+    def clock(self, line):
+        kind = line["stage"], line.get("finder") or line.get("method")
+        self.longest[kind] = max(self.longest[kind], line.get("seconds", 0))
+
+    def expected(self, job):
         """Seconds: the longest of its kind so far or, of a search not seen yet, its FTE in trainings."""
         kind = job["stage"], job.get("finder") or job.get("method")
-        trainings = [seconds for (stage, _), seconds in longest.items() if stage == "train"]
+        trainings = [seconds for (stage, _), seconds in self.longest.items() if stage == "train"]
         share = FTE.get(kind[1], 3 if kind[0] == "find" else 1)
-        return longest.get(kind) or share * (sum(trainings) / len(trainings) if trainings else 0)
+        return self.longest.get(kind) or share * (sum(trainings) / len(trainings) if trainings else 0)
 
-    def accept(job, found):
-        for line in found:
-            if line["stage"] == "places" and (there := [x for x in lines if x["stage"] == "places"]):
-                if there[0].get("settings", line["settings"]) != line["settings"]:
-                    raise bipeft.UsageError(f"{out} is of other settings, {there[0]['settings']}: give another --out")
-                continue
-            lines.append(line)
-            with out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            if line["stage"] != "places":
-                plan.take(line)
-                kind = line["stage"], line.get("finder") or line.get("method")
-                longest[kind] = max(longest[kind], line.get("seconds", 0))
-                show(line, time.time() - started)
-        if job is not None:
-            plan.running.discard(key_of(job))
+    def add(self, line):
+        self.lines.append(line)
+        with self.out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
-    def next_job():
-        left = budgeted - (time.time() - started)
+    def add_first(self, line):
+        """Takes a worker's first line; raises if the file's is of other settings."""
+        there = next((x for x in self.lines if x["stage"] == "places"), None)
+        if there is None:
+            self.add(line)
+        elif there.get("settings", line["settings"]) != line["settings"]:
+            raise bipeft.UsageError(f"{self.out} is of other settings, {there['settings']}: give another --out")
+
+
+class Run:
+    """The plan's jobs, each given out while there is time for it, and their lines, taken into file and plan."""
+
+    def __init__(self, args, settings, out, minutes):
+        self.results = Results(out, args.workers)
+        lines = self.results.lines
+        self.plan, self.started = Plan(list(wanted_of(args)), lines, settings, args), time.time()
+        self.budgeted = minutes * 60 if minutes else math.inf
+        print(f"{len(self.plan.wanted)} trainings asked for, "
+              f"{sum(line.get('stage') == 'train' for line in lines)} lines there")
+
+    def seconds(self):
+        return time.time() - self.started
+
+    def left(self):
+        return self.budgeted - self.seconds()
+
+    def next(self):
+        """A job that would be done in time, as Plan.next: None if all wait for others, False if none is left."""
+        left = self.left()
         while True:
-            job = plan.next() if left > 0 else False
-            if not job or expected(job) < left:
+            job = self.plan.next() if left > 0 else False
+            if not job or self.results.expected(job) < left:
                 return job
-            plan.running.discard(key_of(job))                       # it would not be done in time
-            plan.late.add(key_of(job))
+            self.put_back(job)
+            self.plan.late.add(key_of(job))
 
-    if args.workers == 0:
-        bench = Bench(settings)
-        accept(None, [first_line(bench)])
-        while job := next_job():
-            accept(job, attempt(bench, job))
-        print(f"{time.time() - started:.0f} s; not done: {plan.missing()} trainings")
-        return lines
-    context, pipes, busy = mp.get_context("spawn"), {}, {}
-    for number in range(args.workers):
-        ours, theirs = context.Pipe()
-        worker = context.Process(target=work, args=(settings, number, theirs), daemon=True)
-        worker.start()
-        theirs.close()
-        pipes[ours], busy[ours] = worker, None                      # until its first message
-    idle, waiting = [], dict(busy)
-    while waiting or idle:
-        left = budgeted - (time.time() - started)
-        if left <= 0:
-            print(f"stopped after {minutes:g} minutes; {len(waiting)} jobs were under way")
-            break
-        for pipe in multiprocessing.connection.wait(list(waiting), timeout=min(left, 5)):
-            job = waiting.pop(pipe)
+    def put_back(self, job):
+        """A job that nobody works on any more."""
+        self.plan.running.discard(key_of(job))
+
+    def take(self, job, lines):
+        """The lines of a job, which is over; of no job, None, a worker's first."""
+        for line in lines:
+            if line["stage"] == "places":
+                self.results.add_first(line)
+            else:
+                self.results.add(line)
+                self.results.clock(line)
+                self.plan.take(line)
+                show(line, self.seconds())
+        if job is not None:
+            self.put_back(job)
+
+
+class Crew:
+    """Workers, each a process at the other end of a pipe.
+
+    busy: {pipe: its job}, the job None until a worker's first message.   idle: pipes of those that wait for a job.
+    """
+
+    def __init__(self, run, settings, count):
+        self.run, self.workers, self.busy, self.idle = run, {}, {}, []
+        context = mp.get_context("spawn")
+        for number in range(count):
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=work, args=(settings, number, theirs), daemon=True)
+            worker.start()
+            theirs.close()
+            self.workers[ours], self.busy[ours] = worker, None
+
+    def take_lines(self):
+        """Waits for lines, at most until time is over; a worker that died leaves an error for its job."""
+        for pipe in multiprocessing.connection.wait(list(self.busy), timeout=min(self.run.left(), 5)):
+            job = self.busy.pop(pipe)
             try:
-                accept(job, pipe.recv())
-                idle.append(pipe)
+                self.run.take(job, pipe.recv())
+                self.idle.append(pipe)
             except (EOFError, ConnectionResetError):
                 print(f"a worker died at {job}")
                 if job is not None:
-                    accept(job, [{**{k: v for k, v in job.items() if k != "structure"}, "key": key_of(job),
-                                  "error": "its worker died"}])
-        while idle:
-            job = next_job()
-            if job is None:
-                break
-            pipe = idle.pop()
-            if job is False:
-                if not waiting:
-                    idle = []
-                    break
-                idle.append(pipe)
-                break
+                    self.run.take(job, [error_line(job, "its worker died")])
+
+    def hand_out(self):
+        """Jobs to idle workers, as long as there is one that can be done now."""
+        while self.idle and (job := self.run.next()):
+            pipe = self.idle.pop()
             try:
                 pipe.send(job)
-                waiting[pipe] = job
+                self.busy[pipe] = job
             except (BrokenPipeError, ConnectionResetError):         # it left after two strange errors
-                plan.running.discard(key_of(job))
-        if not waiting:
-            break
-    for pipe, worker in pipes.items():
-        if pipe not in waiting:
+                self.run.put_back(job)
+
+    def end(self):
+        """Lets idle workers end, and ends those at work."""
+        for pipe in self.workers.keys() - self.busy.keys():
             try:
                 pipe.send(None)
             except (BrokenPipeError, OSError):
                 pass
-    for pipe, worker in pipes.items():
-        worker.join(0 if pipe in waiting else 5)
-        if worker.is_alive():
-            worker.terminate()
-    print(f"{time.time() - started:.0f} s; not done: {plan.missing()} trainings")
-    return lines
+        for pipe, worker in self.workers.items():
+            worker.join(0 if pipe in self.busy else 5)
+            if worker.is_alive():
+                worker.terminate()
+
+
+def carry_out_all(args, settings, out, minutes):
+    """Does the plan's jobs, here or on workers; stops in time. Returns all lines."""
+    run = Run(args, settings, out, minutes)
+    if args.workers == 0:
+        bench = Bench(settings)
+        run.take(None, [first_line(bench)])
+        while job := run.next():
+            run.take(job, attempt(bench, job))
+    else:
+        crew = Crew(run, settings, args.workers)
+        while crew.busy and run.left() > 0:
+            crew.take_lines()
+            crew.hand_out()
+        if crew.busy:
+            print(f"stopped after {minutes:g} minutes; {len(crew.busy)} jobs were under way")
+        crew.end()
+    print(f"{run.seconds():.0f} s; not done: {run.plan.missing()} trainings")
+    return run.results.lines
 
 
 def show(line, seconds):

@@ -318,62 +318,75 @@ def s3delta(bench, budget, hard=False, name="S3Delta-M", lr=None):
     """
     steps, best = bench.settings.search_steps // 2, (-1, None)
     with Supernet(bench, "s2", (1,), lr, weight_decay=0.0) as net:
-        n, device = len(net.space), net.space.weights.device
-        sizes, ones = net.space.sizes[:, 0].double().cpu(), torch.ones(n, 1, device=device)
-        alpha = torch.zeros(n, dtype=torch.float64, requires_grad=True)       # so few stay on the CPU
-        optimizer = torch.optim.AdamW([alpha], lr=0.1, weight_decay=0.0)
-        generator = torch.Generator().manual_seed(bipeft.derive(bench.seed, 26))
-
-        def sample(u):
-            p = shifted(alpha, sizes, budget)
-            if u is None:
-                return p.float()
-            return torch.sigmoid(torch.logit(u) + torch.logit(p.clamp(1e-9, 1 - 1e-9))).float()
-
-        def gate_of(z):
-            return ((z >= 0.5).float() if hard else z).detach().to(device)
-
-        def of_alpha(z, batch):
-            """dL/dalpha, and dL/dw, at the present weights."""
-            gate = gate_of(z)
-            net.begin(again=True)
-            _, of_gate, of_weights = net.run(("gate", "weights"), gate, ones, batch)
-            of_gate = of_gate * gate if hard else of_gate
-            return torch.autograd.grad(z, alpha, of_gate.cpu(), retain_graph=True)[0], of_weights
-
-        def draw():
-            return torch.rand(n, generator=generator).double().clamp(1e-6, 1 - 1e-6)
-        weights = net.space.weights
+        n, gates = len(net.space), SigmoidGates(net, budget, bench.seed, hard)
+        optimizer = torch.optim.AdamW([gates.alpha], lr=0.1, weight_decay=0.0)
         for step in range(steps):
             net.begin()
-            left, z, tra, val = 1 - step / steps, sample(draw()), next(net.train), next(net.val)
-            if hard:
-                gradient, _ = of_alpha(z, val)
-            else:
-                _, of_weights = net.run(("weights",), gate_of(z), ones, tra)
-                here, state = weights.clone(), copy.deepcopy(net.optimizer.state_dict())
-                net.descend(of_weights, left)                                           # w', a virtual step
-                gradient, d = of_alpha(z, val)
-                eps = 0.01 / max(1e-12, float(d.norm()))
-                sides = []
-                for sign in (1, -1):
-                    weights.copy_(here + sign * eps * d)
-                    sides.append(of_alpha(z, tra)[0])
-                weights.copy_(here)
-                net.optimizer.load_state_dict(state)
-                gradient = through_the_step(gradient, *sides, net.lr * left, eps)
-            alpha.grad = gradient * (2 / gradient.norm().clamp(min=2))                  # clipped
+            left, z, tra, val = 1 - step / steps, gates.sample(), next(net.train), next(net.val)
+            gradient = gates.gradients(z, val)[0] if hard else gates.second_order(z, tra, val, left)
+            gates.alpha.grad = gradient * (2 / gradient.norm().clamp(min=2))            # clipped
             optimizer.param_groups[0]["lr"] = 0.1 * left
             optimizer.step()
-            _, of_weights = net.run(("weights",), gate_of(sample(draw())), ones, tra)
-            net.descend(of_weights, left, clip=2.0)
+            net.descend(gates.of_weights(gates.sample(), tra), left, clip=2.0)
             if (step + 1) % max(1, steps // bench.settings.evaluations) == 0:           # with z = p
-                net.space.enter(sample(None).detach().to(device), ones, for_gates=True)
+                expected = gates.probabilities().float().detach().to(gates.device)
+                net.space.enter(expected, gates.ones, for_gates=True)
                 score = bench.score("validation")
-                best = max(best, (score, alpha.detach().tolist()), key=lambda pair: pair[0])
+                best = max(best, (score, gates.alpha.detach().tolist()), key=lambda pair: pair[0])
         order = sorted(range(n), key=lambda i: -best[1][i])
         found = net.chosen(first_fit(order, net.space.sizes[:, 0].tolist(), budget), [0] * n, budget)
     return {"S3Delta-M, hard" if hard else name: found}
+
+
+class SigmoidGates:
+    """S3Delta's gates z of a supernet's modules, and the gradients of a loss by their alpha and by w = Delta W."""
+
+    def __init__(self, net, budget, seed, hard):
+        self.net, self.budget, self.hard, self.device = net, budget, hard, net.space.weights.device
+        n = len(net.space)
+        self.sizes, self.ones = net.space.sizes[:, 0].double().cpu(), torch.ones(n, 1, device=self.device)
+        self.alpha = torch.zeros(n, dtype=torch.float64, requires_grad=True)  # so few stay on the CPU
+        self.generator = torch.Generator().manual_seed(bipeft.derive(seed, 26))
+
+    def probabilities(self):
+        """p = sigmoid(alpha - zeta), sum p q = B."""
+        return shifted(self.alpha, self.sizes, self.budget)
+
+    def sample(self):
+        """z = sigmoid(logit u + logit p), u ~ U(0, 1)."""
+        u = torch.rand(len(self.alpha), generator=self.generator).double().clamp(1e-6, 1 - 1e-6)
+        return torch.sigmoid(torch.logit(u) + torch.logit(self.probabilities().clamp(1e-9, 1 - 1e-9))).float()
+
+    def gate(self, z):
+        """What the modules' outputs are multiplied by: z or, hard, 1[z >= 0.5]."""
+        return ((z >= 0.5).float() if self.hard else z).detach().to(self.device)
+
+    def of_weights(self, z, batch):
+        """dL/dw."""
+        return self.net.run(("weights",), self.gate(z), self.ones, batch)[-1]
+
+    def gradients(self, z, batch):
+        """dL/dalpha and dL/dw, at the present weights and the step's dropout."""
+        gate = self.gate(z)
+        self.net.begin(again=True)
+        _, of_gate, of_weights = self.net.run(("gate", "weights"), gate, self.ones, batch)
+        of_gate = of_gate * gate if self.hard else of_gate
+        return torch.autograd.grad(z, self.alpha, of_gate.cpu(), retain_graph=True)[0], of_weights
+
+    def second_order(self, z, tra, val, left):
+        """dL_val(w')/dalpha through a virtual step w' = w - lr dL_tra/dw, a step of the optimiser. w stays."""
+        net, weights = self.net, self.net.space.weights
+        of_weights = self.of_weights(z, tra)
+        here, state = weights.clone(), copy.deepcopy(net.optimizer.state_dict())
+        net.descend(of_weights, left)
+        direct, d = self.gradients(z, val)
+        eps, sides = 0.01 / max(1e-12, float(d.norm())), []
+        for sign in (1, -1):
+            weights.copy_(here + sign * eps * d)
+            sides.append(self.gradients(z, tra)[0])
+        weights.copy_(here)
+        net.optimizer.load_state_dict(state)
+        return through_the_step(direct, *sides, net.lr * left, eps)
 
 
 def shifted(alpha, sizes, budget):
@@ -415,48 +428,14 @@ def autopeft(bench, budget):
     s = bench.settings
     steps, lr = max(1, round(s.bo_share * s.steps)), INNER_RATE
     with Supernet(bench, "s1", lr=lr, search=False) as net:
-        space = net.space
-        layers = [name.split(".layer.")[1].split(".")[0] for name in space.names]
-        kinds, ordered = bipeft.SPACES["s1"], sorted(set(layers), key=int)
-
-        def arrange(config):
-            """b and k* of a configuration: three sizes as indices, and switches."""
-            size, on = dict(zip(kinds, config)), dict(zip(ordered, config[len(kinds):]))
-            index = [size[kind] if on[layer] else 0 for kind, layer in zip(space.kinds, layers)]
-            return [i > 0 for i in index], [max(0, i - 1) for i in index]
-
-        def cost(config):
-            return sum(q[k] for q, on, k in zip(net.sizes, *arrange(config)) if on)
-        every = itertools.product(*[range(4)] * len(kinds), *[(0, 1)] * len(ordered)) if len(ordered) <= 8 else (
-            random_configurations(bench.seed, len(kinds), len(ordered)))
-        priced = {c: size for c in every if 0 < (size := cost(c)) <= budget}
-        low = 0.9 * (budget if max(priced.values()) >= 0.9 * budget else max(priced.values()))
-        admitted = [c for c, size in priced.items() if size >= low]
-        fresh = space.weights.clone()
-        cheap = {}
+        configurations = Configurations(net)
+        admitted = configurations.admitted(budget, bench.seed)
+        fresh = net.space.weights.clone()
 
         def evaluate(config):
-            """The validation score after a short training from fresh weights, on the same batches each time."""
-            kept, choice = arrange(config)
-            batches, net.steps_done = bipeft.stream(net.batches[0]), 0
-            space.weights.copy_(fresh)
-            net.optimizer.state.clear()
-            gate, ranks = torch.tensor(kept, device=fresh.device).float(), net.one_hot(choice)
-            for step in range(steps):
-                net.begin()
-                _, gradient = net.run(("weights",), gate, ranks, next(batches))
-                net.descend(gradient, 1 - step / steps)
-            space.enter(gate, ranks)
-            return bench.score("validation")
-        rng = random.Random(bipeft.derive(bench.seed, 27))
-        for config in rng.sample(admitted, min(s.bo_random, len(admitted))):
-            cheap[config] = evaluate(config)
-        while len(cheap) < min(s.bo_random + s.bo_guided, len(admitted)):
-            left = [c for c in admitted if c not in cheap]
-            for config in bayes.propose(list(cheap), list(cheap.values()), left, min(4, len(left)),
-                                        s.surrogate, bipeft.derive(bench.seed, 28, len(cheap))):
-                cheap[config] = evaluate(config)
-        structures = [net.chosen(*arrange(config), budget)
+            return short_training(net, *configurations.arrange(config), fresh, steps)
+        cheap = optimise(evaluate, admitted, s, bench.seed)
+        structures = [net.chosen(*configurations.arrange(config), budget)
                       for config in sorted(cheap, key=cheap.get, reverse=True)[:s.bo_full]]
     scored = []
     for structure in structures:
@@ -465,6 +444,66 @@ def autopeft(bench, budget):
         scored.append(best)
     told = {"surrogate": bayes.name_of(s.surrogate), "evaluations": len(cheap), "admitted": len(admitted)}
     return {"AutoPEFT": (structures[scored.index(max(scored))], told)}
+
+
+class Configurations:
+    """AutoPEFT's space on a supernet of S1: tuples of a size each kind, 0 to 3 for {0, 1, 4, 8}, and a switch each
+    layer.
+    """
+
+    def __init__(self, net):
+        self.net, self.kinds = net, bipeft.SPACES["s1"]
+        self.layers = [name.split(".layer.")[1].split(".")[0] for name in net.space.names]      # of each module
+        self.ordered = sorted(set(self.layers), key=int)
+
+    def arrange(self, config):
+        """b and k* of a configuration."""
+        size, on = dict(zip(self.kinds, config)), dict(zip(self.ordered, config[len(self.kinds):]))
+        index = [size[kind] if on[layer] else 0 for kind, layer in zip(self.net.space.kinds, self.layers)]
+        return [i > 0 for i in index], [max(0, i - 1) for i in index]
+
+    def cost(self, config):
+        return sum(q[k] for q, on, k in zip(self.net.sizes, *self.arrange(config)) if on)
+
+    def every(self, seed):
+        """All of them or, of many layers, random ones."""
+        kinds, layers = len(self.kinds), len(self.ordered)
+        return itertools.product(*[range(4)] * kinds, *[(0, 1)] * layers) if layers <= 8 else (
+            random_configurations(seed, kinds, layers))
+
+    def admitted(self, budget, seed):
+        """Those of 0.9 B .. B or, if none comes to 0.9 B, of 0.9 to 1 times the largest."""
+        priced = {c: size for c in self.every(seed) if 0 < (size := self.cost(c)) <= budget}
+        low = 0.9 * (budget if max(priced.values()) >= 0.9 * budget else max(priced.values()))
+        return [c for c, size in priced.items() if size >= low]
+
+
+def short_training(net, kept, choice, fresh, steps):
+    """The validation score after a short training from fresh weights, on the same batches each time."""
+    batches, net.steps_done = bipeft.stream(net.batches[0]), 0
+    net.space.weights.copy_(fresh)
+    net.optimizer.state.clear()
+    gate, ranks = torch.tensor(kept, device=fresh.device).float(), net.one_hot(choice)
+    for step in range(steps):
+        net.begin()
+        _, gradient = net.run(("weights",), gate, ranks, next(batches))
+        net.descend(gradient, 1 - step / steps)
+    net.space.enter(gate, ranks)
+    return net.bench.score("validation")
+
+
+def optimise(evaluate, admitted, settings, seed):
+    """Bayesian optimisation: {configuration: score} of random ones, and of batches of 4 by expected improvement."""
+    import bayes
+    s, rng, scores = settings, random.Random(bipeft.derive(seed, 27)), {}
+    for config in rng.sample(admitted, min(s.bo_random, len(admitted))):
+        scores[config] = evaluate(config)
+    while len(scores) < min(s.bo_random + s.bo_guided, len(admitted)):
+        left = [c for c in admitted if c not in scores]
+        for config in bayes.propose(list(scores), list(scores.values()), left, min(4, len(left)),
+                                    s.surrogate, bipeft.derive(seed, 28, len(scores))):
+            scores[config] = evaluate(config)
+    return scores
 
 
 def random_configurations(seed, kinds, layers, count=20000):
@@ -495,59 +534,81 @@ def differential(bench, budget, name, stages):
     """
     T = bench.settings.search_steps
     with Supernet(bench, "s2") as net:
-        space, device = net.space, net.space.weights.device
-        n, k, ranked = len(space), len(space.ranks), net.space.ranked
         generator = torch.Generator().manual_seed(bipeft.derive(bench.seed, 31))
-        psi = (1e-3 * torch.randn(n, 1 + k, generator=generator)).to(device).requires_grad_()
-        theta = (1e-3 * torch.randn(n, 2, generator=generator)).to(device).requires_grad_()
-        phi = (1e-3 * torch.randn(n, k, generator=generator)).to(device).requires_grad_()
-        kept, choice = torch.ones(n, device=device), torch.full((n,), k - 1, device=device)
-        no_rank = torch.tensor([0.0, 0.0, *[-1e9] * (k - 1)], device=device)            # psi of a bias: two classes
-
-        def logits_of_psi():
-            return torch.where(ranked[:, None], psi, psi + no_rank)
+        relaxed = Relaxed(net, generator)
         for number, stage in enumerate(stages):
             steps = T // len(stages)
-            wanted, weights = {"theta": (("gate",), theta), "phi": (("ranks",), phi),
-                               "entangled": (("gate", "ranks"), psi)}[stage]
+            wanted, weights = relaxed.learnt(stage)
             optimizer = torch.optim.Adam([weights], lr=0.01, betas=(0.5, 0.999), weight_decay=1e-4)
-
-            def sample(noise, temperature):
-                gate, ranks = kept, net.one_hot(choice)
-                if stage == "theta":
-                    gate = bipeft.gumbel_softmax(theta, noise[:, :2], temperature)[:, 1] * kept
-                elif stage == "phi":
-                    ranks = bipeft.gumbel_softmax(phi, noise[:, 1:], temperature)
-                else:
-                    logits = logits_of_psi()
-                    soft = ((logits + noise) / temperature).softmax(1)
-                    hard = (soft.argmax(1) > 0).float()
-                    gate = hard + (1 - soft[:, 0]) - (1 - soft[:, 0]).detach()
-                    ranks = bipeft.gumbel_softmax(logits[:, 1:], noise[:, 1:], temperature)
-                return {"gate": gate, "ranks": ranks}
             for step in range(steps):
                 net.begin()
                 temperature = 5 - 4 * step / max(1, steps - 1)
-                noise = bipeft.gumbel_noise((n, 1 + k), generator).to(device)
-                drawn = sample(noise, temperature)
+                noise = bipeft.gumbel_noise(relaxed.psi.shape, generator).to(weights.device)
+                drawn = relaxed.sample(stage, noise, temperature)
                 _, gradient = net.run(("weights",), drawn["gate"].detach(), drawn["ranks"].detach(), next(net.train))
                 net.descend(gradient, 1 - (number * steps + step) / T)
                 for _ in range(2):
-                    drawn = sample(noise, temperature)
+                    drawn = relaxed.sample(stage, noise, temperature)
                     _, *found = net.run(wanted, drawn["gate"].detach(), drawn["ranks"].detach(), next(net.val))
                     (weights.grad,) = torch.autograd.grad([drawn[w] for w in wanted], weights, found)
                     optimizer.step()
-            if stage == "theta":
-                kept = (theta.detach().argmax(1) == 1).float()
-            elif stage == "phi":
-                choice = torch.where(ranked, phi.detach().argmax(1), choice)
-        if stages == ("entangled",):
-            found = logits_of_psi().detach()
-            keep, choice = 1 - found.softmax(1)[:, 0], found[:, 1:].argmax(1)
-            kept = (found.argmax(1) > 0).float()
+            relaxed.fix(stage)
+        among = relaxed.kept if stages == ("theta", "phi") else None
+        return {name: cut(net, relaxed.keep(stages), relaxed.choice, budget, relaxed.kept, among)}
+
+
+class Relaxed:
+    """Theta, [N, 2], Phi, [N, K], and Psi, [N, 1 + K], of a supernet, sampled by Gumbel-softmax; and what earlier
+    stages fixed: b as `kept`, k* as `choice`.
+    """
+
+    def __init__(self, net, generator):
+        self.net, self.ranked, device = net, net.space.ranked, net.space.weights.device
+        n, k = len(net.space), len(net.space.ranks)
+        self.psi, self.theta, self.phi = (
+            (1e-3 * torch.randn(n, classes, generator=generator)).to(device).requires_grad_()
+            for classes in (1 + k, 2, k))
+        self.kept, self.choice = torch.ones(n, device=device), torch.full((n,), k - 1, device=device)
+        self.no_rank = torch.tensor([0.0, 0.0, *[-1e9] * (k - 1)], device=device)       # psi of a bias: two classes
+
+    def learnt(self, stage):
+        """What a stage's gradient is of, and its weights."""
+        return {"theta": (("gate",), self.theta), "phi": (("ranks",), self.phi),
+                "entangled": (("gate", "ranks"), self.psi)}[stage]
+
+    def logits_of_psi(self):
+        return torch.where(self.ranked[:, None], self.psi, self.psi + self.no_rank)
+
+    def sample(self, stage, noise, temperature):
+        """The gate and the ranks under a noise, [N, 1 + K]; hard, with the gradient of the soft ones."""
+        gate, ranks = self.kept, self.net.one_hot(self.choice)
+        if stage == "theta":
+            gate = bipeft.gumbel_softmax(self.theta, noise[:, :2], temperature)[:, 1] * self.kept
+        elif stage == "phi":
+            ranks = bipeft.gumbel_softmax(self.phi, noise[:, 1:], temperature)
         else:
-            keep = theta.detach().softmax(1)[:, 1]
-        return {name: cut(net, keep, choice, budget, kept, among=kept if stages == ("theta", "phi") else None)}
+            logits = self.logits_of_psi()
+            soft = ((logits + noise) / temperature).softmax(1)
+            hard = (soft.argmax(1) > 0).float()
+            gate = hard + (1 - soft[:, 0]) - (1 - soft[:, 0]).detach()
+            ranks = bipeft.gumbel_softmax(logits[:, 1:], noise[:, 1:], temperature)
+        return {"gate": gate, "ranks": ranks}
+
+    def fix(self, stage):
+        """A stage's result is the argmax of its weights."""
+        if stage == "theta":
+            self.kept = (self.theta.detach().argmax(1) == 1).float()
+        elif stage == "phi":
+            self.choice = torch.where(self.ranked, self.phi.detach().argmax(1), self.choice)
+        else:
+            psi = self.logits_of_psi().detach()
+            self.kept, self.choice = (psi.argmax(1) > 0).float(), psi[:, 1:].argmax(1)
+
+    def keep(self, stages):
+        """P(keep), [N], after all stages."""
+        if stages == ("entangled",):
+            return 1 - self.logits_of_psi().detach().softmax(1)[:, 0]
+        return self.theta.detach().softmax(1)[:, 1]
 
 
 def cut(net, keep, choice, budget, kept, among=None):

@@ -7,6 +7,10 @@ import argparse
 import collections
 import importlib.util
 import json
+import multiprocessing
+import os
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -113,3 +117,92 @@ def test_a_run_goes_on_where_it_was_and_reads_no_test_on_seeds_for_rates(tmp_pat
 def test_workers(tmp_path):
     lines = run(tmp_path, "--table", "ablations", "--methods", "BIPEFT", "d → b", "--lr", "0.001", "--workers", "2")
     assert sum(x["stage"] == "train" for x in lines) == 4 and not any("error" in x for x in lines)
+
+
+TWO_TRAININGS = "--table", "main", "--methods", "LoRA", "--lr", "0.001"                 # seeds 0 and 1
+
+
+@pytest.fixture
+def fake_workers(monkeypatch):
+    """Workers that run a function instead, (number, job) -> what to tell; forked, so that it may be a local one."""
+    forking = multiprocessing.get_context("fork")
+    monkeypatch.setattr(compare.mp, "get_context", lambda _: forking)
+
+    def use(function, ready=lambda number: None):
+        def work(settings, number, pipe):
+            ready(number)
+            pipe.send([{"stage": "places", "places": [], "settings": {}}])
+            while (job := pipe.recv()) is not None:
+                pipe.send([{**job, "validation": 1.0, **function(number, job)}])
+        monkeypatch.setattr(compare, "work", work)
+        return forking
+    return use
+
+
+def test_a_worker_that_dies_is_told_and_its_job_is_tried_again_by_another(tmp_path, fake_workers, capsys):
+    def dies(number, job):
+        if number == 0:
+            has_a_job.set()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"by": number}
+    has_a_job = fake_workers(dies, lambda number: number == 0 or has_a_job.wait(20)).Event()
+    _, *lines = run(tmp_path, *TWO_TRAININGS, "--workers", "2")
+    said = capsys.readouterr().out
+    assert said.count("a worker died at {'stage': 'train'") == 1 and "not done: 0 trainings" in said
+    lost, = [x for x in lines if "error" in x]
+    assert lost["error"] == "its worker died" and lost["key"] == compare.key_of(lost)
+    assert sorted((x["seed"], x["by"]) for x in lines if "error" not in x) == [(0, 1), (1, 1)]
+
+
+def test_a_job_that_no_worker_outlives_is_given_up_and_the_run_ends(tmp_path, fake_workers, capsys):
+    fake_workers(lambda number, job: os.kill(os.getpid(), signal.SIGKILL) if job["seed"] == 0 else {})
+    lines = run(tmp_path, *TWO_TRAININGS, "--workers", "3")
+    assert [x["seed"] for x in lines[1:] if "error" in x] == [0, 0]
+    assert [x["seed"] for x in lines[1:] if "error" not in x] == [1]
+    assert "not done: 1 trainings" in capsys.readouterr().out
+    fake_workers(lambda number, job: {})                                   # the next run tries it once more
+    assert [x["seed"] for x in run(tmp_path, *TWO_TRAININGS, "--workers", "1")[len(lines):]] == [0]
+
+
+def test_workers_are_stopped_in_time(tmp_path, fake_workers, capsys):
+    fake_workers(lambda number, job: time.sleep(60))
+    started = time.time()
+    assert len(run(tmp_path, *TWO_TRAININGS, "--workers", "1", "--minutes", "0.01")) == 1
+    said = capsys.readouterr().out
+    assert "stopped after 0.01 minutes; 1 jobs were under way" in said and "not done: 2 trainings" in said
+    for worker in multiprocessing.active_children():
+        worker.join(20)
+    assert time.time() - started < 20
+
+
+def known(tmp_path, seconds, **more):
+    """A results file that knows how long a training takes, {method: seconds}."""
+    lines = [{"stage": "train", "method": name, "task": "toy", "budget": 600, "seed": 7, "source": None, "lr": 1e-3,
+              "validation": 1.0, "workers": 1, "seconds": s, **more} for name, s in seconds.items()]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path / "lines.jsonl"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_job_is_handed_out_that_would_not_be_done_in_time(workers, tmp_path, fake_workers, capsys):
+    fake_workers(lambda number, job: {})
+    known(tmp_path, {"LoRA": 100.0, "random": 1.0})
+    asked = "--table", "main", "--methods", "LoRA", "random", "--lr", "0.001", "--workers", str(workers)
+    lines = run(tmp_path, *asked, "--minutes", "1")
+    assert [(x["method"], x["seed"]) for x in lines[3:]] == [("random", 0), ("random", 1)]
+    assert "not done: 2 trainings" in capsys.readouterr().out
+    lines = run(tmp_path, *asked)[len(lines):]                             # there is time
+    assert [(x["method"], x["seed"]) for x in lines] == [("LoRA", 0), ("LoRA", 1)]
+
+
+def test_how_long_a_job_is_expected_to_take(tmp_path):
+    results = compare.Results(known(tmp_path, {"LoRA": 10.0, "random": 30.0}), workers=0)
+    search = {"stage": "find", "finder": "bipeft"}
+    assert results.expected({"stage": "train", "method": "LoRA"}) == 10
+    assert results.expected({"stage": "train", "method": "BitFit"}) == 20               # the others' mean
+    assert results.expected(search) == 3 * 20 and results.expected({**search, "finder": "autopeft"}) == 9 * 20
+    results.clock({**search, "method": "BIPEFT", "seconds": 45.0})
+    results.clock({**search, "method": "one look", "seconds": 20.0})                    # in the same job
+    assert results.expected(search) == 45
+    beside_others = compare.Results(known(tmp_path, {"LoRA": 10.0}, workers=8), workers=0)
+    assert beside_others.expected(search) == 0                                          # other durations: unknown
