@@ -471,6 +471,7 @@ class Crew:
 def carry_out_all(args, settings, out, minutes):
     """Does the plan's jobs, here or on workers; stops in time. Returns all lines."""
     run = Run(args, settings, out, minutes)
+    print(where(settings))
     if args.workers == 0:
         bench = Bench(settings)
         run.take(None, [first_line(bench)])
@@ -488,6 +489,13 @@ def carry_out_all(args, settings, out, minutes):
     return run.results.lines
 
 
+def where(settings):
+    """What a run is on, in words."""
+    if settings.device != "auto":
+        return f"on {settings.device}"
+    return f"on {torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "on the CPU: no GPU is seen"
+
+
 def show(line, seconds):
     """A line for people."""
     keys = ("error",) if "error" in line else ("lr", "parameters", "validation", "test", "passes", "seconds")
@@ -498,13 +506,17 @@ def show(line, seconds):
 
 
 def read(out):
-    """The lines of a results file; a broken one, of a run that was killed, is dropped."""
+    """The lines of a results file; a broken one, of a run that was killed, is dropped.   Raises UsageError."""
     lines = []
+    if out.is_dir():
+        raise bipeft.UsageError(f"{out} is a folder: name a file of compare.py's lines")
     for text in out.read_text().splitlines() if out.exists() else []:
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
             pass
+    if not all(isinstance(x, dict) and "stage" in x for x in lines):
+        raise bipeft.UsageError(f"{out} does not hold compare.py's lines: name another file")
     return [x for x in lines if x.get("error", "UsageError").startswith("UsageError")]    # others are tried again
 
 

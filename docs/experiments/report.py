@@ -333,7 +333,10 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     if not args.lines.exists():
         parser.error(f"{args.lines} does not exist: run compare.py first, or name its --out with --lines")
-    data = Data(compare.read(args.lines))
+    try:
+        data = Data(compare.read(args.lines))
+    except bipeft.UsageError as mistake:
+        parser.error(str(mistake))
     print(report(data), "## Figures", "\n".join(draw(data, args.figures)), sep="\n\n")
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import compare
+import report
 
 NO_PEFT = not importlib.util.find_spec("peft")
 
@@ -193,6 +194,31 @@ def test_no_job_is_handed_out_that_would_not_be_done_in_time(workers, tmp_path, 
     assert "not done: 2 trainings" in capsys.readouterr().out
     lines = run(tmp_path, *asked)[len(lines):]                             # there is time
     assert [(x["method"], x["seed"]) for x in lines] == [("LoRA", 0), ("LoRA", 1)]
+
+
+def test_a_job_put_off_for_want_of_time_chooses_no_rate(tmp_path):
+    args = argparse.Namespace(table=["main"], methods=["LoRA"], tasks=["toy"], seeds=[0], first_seeds=1, tune_seeds=[100],
+                              tune_tasks=["toy"], tune_budgets=[600], budget=600, lr=None, workers=1)
+    work = compare.Run(args, None, known(tmp_path, {"LoRA": 100.0}), minutes=1)
+    assert not work.next() and len(work.plan.late) == 3
+    assert work.plan.rate("LoRA", 600)[0] is None and work.plan.missing() == 1
+
+
+def test_what_is_no_results_file_is_told_in_one_line(tmp_path, capsys):
+    (tmp_path / "other.json").write_text("[1]\n")
+    for path, told in (tmp_path, "is a folder"), (tmp_path / "other.json", "does not hold compare.py's lines"):
+        for program, arguments in (compare, ["--small", "--table", "main", "--out"]), (report, ["--lines"]):
+            with pytest.raises(SystemExit) as ended:
+                program.main([*arguments, str(path)])
+            assert ended.value.code == 2 and told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_says_what_it_is_on(monkeypatch):
+    for seen, told in (False, "on the CPU: no GPU is seen"), (True, "on 2 GPUs"):
+        monkeypatch.setattr(compare.torch.cuda, "is_available", lambda: seen)
+        monkeypatch.setattr(compare.torch.cuda, "device_count", lambda: 2)
+        assert compare.where(compare.Settings()) == told
+    assert compare.where(compare.Settings(device="cpu")) == "on cpu"
 
 
 def test_how_long_a_job_is_expected_to_take(tmp_path):
