@@ -32,6 +32,8 @@ import itertools
 import json
 import math
 import multiprocessing.connection
+import signal
+import sys
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -287,6 +289,7 @@ def wanted_of(args):
 
 def work(settings, number, pipe):
     """A worker: jobs from a pipe, until None comes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                    # Ctrl-C is for the one that hands out
     if settings.device == "auto" and torch.cuda.is_available():
         settings = dataclasses.replace(settings, device=f"cuda:{number % torch.cuda.device_count()}")
     bench = Bench(settings)
@@ -379,7 +382,7 @@ class Run:
         self.results = Results(out, args.workers)
         lines = self.results.lines
         self.plan, self.started = Plan(list(wanted_of(args)), lines, settings, args), time.time()
-        self.budgeted = minutes * 60 if minutes else math.inf
+        self.budgeted = math.inf if minutes is None else minutes * 60
         print(f"{len(self.plan.wanted)} trainings asked for, "
               f"{sum(line.get('stage') == 'train' for line in lines)} lines there")
 
@@ -530,6 +533,12 @@ def mistake_in(args, settings):
     tasks = Path(settings.folder) / "tasks.npz"
     if settings.family not in ("bert", "t5"):
         return f"--family {settings.family}: give bert or t5"
+    for flag, value, least in (("--workers", args.workers, 0), ("--budget", args.budget, 1),
+                               ("--budgets", min(args.budgets), 1)):
+        if value < least:
+            return f"{flag} {value}: give {least} or more"
+    if args.minutes is not None and args.minutes <= 0:
+        return f"--minutes {args.minutes:g}: give more than 0"
     if args.prepare:
         for flag, folder in (("--model", args.model), ("--data-dir", args.data_dir)):
             if not folder or not Path(folder).is_dir():
@@ -598,6 +607,8 @@ def main(arguments=None):
             carry_out_all(args, settings, out, args.minutes)
         except bipeft.UsageError as mistake:
             parser.error(str(mistake))
+        except KeyboardInterrupt:
+            sys.exit(f"stopped; the same command goes on from {out}")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,8 @@ def test_a_file_of_other_settings_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize("arguments, told", [
     ([], "nothing to do"), (["--table", "main", "--folder", "nowhere"], "run --prepare first"),
     (["--prepare", "--model", "nowhere"], "--prepare needs --model"),
-    (["--small", "--family", "t6"], "give bert or t5"),
+    (["--small", "--family", "t6"], "give bert or t5"), (["--small", "--workers", "-1"], "give 0 or more"),
+    (["--small", "--minutes", "0"], "give more than 0"), (["--table", "main", "--budget", "0"], "give 1 or more"),
     (["--table", "main", "--folder", "HERE", "--tasks", "wic"], "holds no task wic"),
     (["--table", "main", "--folder", "HERE", "--tasks", "rte", "--family", "t5"], "not prepared with --family t5")])
 def test_a_mistake_is_one_line(arguments, told, tmp_path, capsys):
