@@ -3,7 +3,7 @@
     python docs/experiments/compare.py --small                                        all of it, tiny, on a CPU
     python docs/experiments/compare.py --prepare --model DIR --data-dir DIR           once: runs/compare, 48 MB
     python docs/experiments/compare.py --table main --workers 14 --minutes 9          the comparison, on a GPU
-    python docs/experiments/compare.py --table seeds ablations budgets transfer sensitivity      the other tables
+    python docs/experiments/compare.py --table ablations budgets transfer sensitivity rates      the other tables
     python docs/experiments/compare.py --table cost --workers 1                       Table 3: nothing beside it
     python docs/experiments/report.py                                                 tables and figures
 
@@ -20,8 +20,8 @@ validation score over tasks on --tune-seeds, which are never reported and whose 
 another budget it is chosen anew, on the first of them or, at --tune-budgets, on all. The epoch is the best on
 validation, the test is read once. The head is outside of B, and learns at the method's rate. Searches see two
 halves of the training set, and learn Delta W at one rate, --search-lr; AutoPEFT and the best of three train on
-all of it, at INNER_RATE. B is of parameters: what a search costs is told, not equal. FTE: passes of a search
-(forward and backward) over those of one re-training; a search's validations are not counted.
+all of it, at rates of their own. B is of parameters: what a search costs is told, not equal. FTE: passes of a
+search (forward and backward) over those of one re-training; a search's validations are not counted.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from methods import (ABLATIONS, ACROSS, CORE, FTE, METHODS, MORE, SCALES, SENSIT
                      train_adalora)
 
 HERE = Path(__file__).resolve().parent
-TABLES = ("main", "seeds", "ablations", "budgets", "transfer", "sensitivity", "cost")
+TABLES = ("main", "ablations", "budgets", "transfer", "sensitivity", "rates", "cost")
 
 
 # ==================================================================================================
@@ -264,9 +264,6 @@ def wanted_of(args):
                 yield from of([name], first)
             for seed in rest:
                 yield from of({**CORE, **MORE}, [seed])
-        elif table == "seeds":
-            for seed in args.more_seeds:
-                yield from of([name for name, m in CORE.items() if not m.free], [seed])
         elif table in ("ablations", "sensitivity"):
             for seed in args.seeds:
                 yield from of(["BIPEFT", *(ABLATIONS if table == "ablations" else SENSITIVITY)], [seed])
@@ -276,6 +273,9 @@ def wanted_of(args):
         elif table == "transfer":
             for seed, source in itertools.product(args.seeds, args.tasks):
                 yield from of(["BIPEFT"], [seed], tasks=[t for t in args.tasks if t != source], **{"source": source})
+        elif table == "rates":
+            for seed, lr in itertools.product(args.seeds, args.rates):
+                yield from of(args.methods or [n for n, m in CORE.items() if not m.free], [seed], lr=lr)
         elif table == "cost":
             names = [n for n, m in {**CORE, **MORE}.items() if not m.cheap] + ["entangled", "without selection"]
             names = ["random", "LoRA", "AdaLoRA", *names]                       # the first warms the device up
@@ -566,7 +566,6 @@ def main(arguments=None):
     add("--tasks", nargs="+", default=["qnli", "mnli", "sst2"])
     add("--methods", nargs="+", choices=list(METHODS), help="of --table's, these alone")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    add("--more-seeds", nargs="+", type=int, default=[5, 6, 7, 8, 9], help="of --table seeds: the core methods alone")
     add("--first-seeds", type=int, default=3, help="how many seeds of the core methods come before the others")
     add("--tune-seeds", nargs="+", type=int, default=[100, 101])
     add("--tune-tasks", nargs="+", help="default: all of --tasks")
@@ -575,6 +574,7 @@ def main(arguments=None):
     add("--lr", type=float, help="one re-training rate for all, instead of choosing")
     add("--budget", type=int, default=10_000)
     add("--budgets", nargs="+", type=int, default=[3_000, 25_000, 45_000], help="of --table budgets")
+    add("--rates", nargs="+", type=float, default=[1e-3, 2.5e-3, 6e-3, 1.5e-2], help="of --table rates: each for all")
     add("--workers", type=int, default=0)
     add("--minutes", type=float, help="hand out no job that would not be done by then")
     for field in dataclasses.fields(Settings):
@@ -594,7 +594,7 @@ def main(arguments=None):
             args.out = str(Path("runs") / "compare-small" / "compare.jsonl")
     settings, args.tune_tasks = Settings(**values), args.tune_tasks or args.tasks
     args.tune_budgets = [args.budget, *args.tune_budgets]
-    if set(args.seeds + args.more_seeds) & set(args.tune_seeds):
+    if set(args.seeds) & set(args.tune_seeds):
         parser.error("--seeds and --tune-seeds must differ: rates are chosen on seeds that are not reported")
     if mistake := mistake_in(args, settings):
         parser.error(mistake)

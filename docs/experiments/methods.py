@@ -37,7 +37,8 @@ import torch
 
 from bench import Supernet, bipeft, first_fit
 
-INNER_RATE = 6e-3                   # of full trainings within a search: random structures' best in an earlier run
+# Of trainings within a search, from an earlier run: the best of random structures, and that of BIPEFT's in S1.
+INNER_RATE, S1_RATE = 6e-3, 2.5e-3
 
 
 # ==================================================================================================
@@ -420,14 +421,15 @@ def autopeft(bench, budget):
     """AutoPEFT (Zhou et al. 2024), S1 under one budget: a size of {0, 1, 4, 8} each for serial adapter, parallel
     adapter and prefix, shared by all layers, and a switch a layer; of 0.9 B .. B. Random evaluations, then
     batches of 4 by the expected improvement of a Gaussian process (bayes.py), each training a tenth of the
-    steps in the entangled space; the best 3 are trained in full, and the best on validation wins.
+    steps at INNER_RATE in the entangled space; the best 3 are trained in full at S1_RATE, and the best on validation
+    wins.
 
     So few layers have few configurations: every admissible one is scored, where the paper walks to neighbours.
     """
     import bayes
     s = bench.settings
-    steps, lr = max(1, round(s.bo_share * s.steps)), INNER_RATE
-    with Supernet(bench, "s1", lr=lr, search=False) as net:
+    steps = max(1, round(s.bo_share * s.steps))
+    with Supernet(bench, "s1", lr=INNER_RATE, search=False) as net:
         configurations = Configurations(net)
         admitted = configurations.admitted(budget, bench.seed)
         fresh = net.space.weights.clone()
@@ -439,7 +441,7 @@ def autopeft(bench, budget):
                       for config in sorted(cheap, key=cheap.get, reverse=True)[:s.bo_full]]
     scored = []
     for structure in structures:
-        peft, best, _ = bench.train(structure, lr)
+        peft, best, _ = bench.train(structure, S1_RATE)
         peft.detach()
         scored.append(best)
     told = {"surrogate": bayes.name_of(s.surrogate), "evaluations": len(cheap), "admitted": len(admitted)}
@@ -739,8 +741,7 @@ MORE = {
     "S3Delta-M, hard": Method("s3delta-hard"), "S3Delta-M, lr 3e-3": Method("s3delta-lr"),
     "S3Delta-M, scale 16": Method("s3delta-16"), "PrunePEFT, 4 rounds": Method("prunepeft-4"),
     "AdaLoRA": Method("adalora", cheap=True),
-    "random, best of 3": Method("best-random", rate_of="random"),
-    "AutoPEFT": Method("autopeft", rate_of="BIPEFT, S1"),                 # the same kinds
+    "random, best of 3": Method("best-random"), "AutoPEFT": Method("autopeft"),
 }
 ACROSS = "BIPEFT", "one look", "random", "LoRA", "S3Delta-M, hard"                         # of --table budgets
 ABLATIONS = {name: Method(finder) for name, finder in {

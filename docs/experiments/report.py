@@ -1,4 +1,4 @@
-"""What compare.py's lines say: tables as markdown on stdout, and four figures for light and dark pages.
+"""What compare.py's lines say: tables as markdown on stdout, and figures for light and dark pages.
 
     python docs/experiments/report.py [--lines docs/experiments/results/compare.jsonl]
                                       [--figures docs/figures]
@@ -26,6 +26,7 @@ from stats import contrasts, jaccard, jaccard_by_chance, mean_rank, shown, signe
 
 HERE = Path(__file__).resolve().parent
 TIMED = 900                                               # the seed of compare.py --table cost
+LATER = set(range(5, 10))                                 # seeds that were added when 0 to 4 had been read
 
 
 # ==================================================================================================
@@ -55,13 +56,12 @@ class Data:
         found = [x for x in lines if x["stage"] == "find" and x.get("method") in METHODS]
         self.searches = once(x for x in found if x["seed"] not in (*seeds, TIMED))
         self.timed = [x for x in trained + found if x["seed"] == TIMED and x["workers"] == 1]
-        scored = once(x for x in trained if not x["tuning"] and x["seed"] not in (*seeds, TIMED))
+        self.scored = once(x for x in trained if not x["tuning"] and x["seed"] not in (*seeds, TIMED))
         at = defaultdict(Counter)
-        for x in scored:
+        for x in self.scored:
             at[x["method"], x["budget"]][x["lr"]] += 1
         at = {of: self.rates.get(of) or max(count, key=count.get) for of, count in at.items()}
-        self.reported = [x for x in scored if x["lr"] == at[x["method"], x["budget"]]]
-        self.left_out = len(scored) - len(self.reported)
+        self.reported = [x for x in self.scored if x["lr"] == at[x["method"], x["budget"]]]
 
     def chosen(self, lines, seeds, budgets, wide):
         """{(method, budget): rate}, of all tuning seeds at the budgets `wide`, else of the first."""
@@ -92,9 +92,25 @@ class Data:
             count[kind, rank if bipeft.KINDS[kind].ranked else 0] += 1
         return {pair: count[pair] / len(found) for pair in sorted(count, key=in_order)}
 
-    def contrasts(self, names, budget=None, sign=1):
-        """Of BIPEFT against each of a family; what is not under the budget is a family of its own for Holm."""
-        scores = self.scores(["BIPEFT", *names], budget)
+    def at_rates(self):
+        """{rate: {name: {(task, seed): test score}}} at the main budget, of rates at which BIPEFT and another have
+        scores: each one's chosen rate, and those of --table rates.
+        """
+        found = defaultdict(lambda: defaultdict(dict))
+        for x in self.scored:
+            if x["budget"] == self.budget and x["source"] is None:
+                found[x["lr"]][x["method"]][x["task"], x["seed"]] = x["test"]
+        rated = [name for name in METHODS if sum(name in of for of in found.values()) > 2]
+        return {lr: {name: found[lr][name] for name in rated if name in found[lr]} for lr in sorted(found)
+                if "BIPEFT" in rated and len(found[lr].keys() & set(rated)) > 1 and "BIPEFT" in found[lr]}
+
+    def contrasts(self, names, budget=None, sign=1, seeds=None):
+        """Of BIPEFT against each of a family; what is not under the budget is a family of its own for Holm.
+
+        seeds: which alone count, if not all.
+        """
+        scores = {name: {cell: score for cell, score in cells.items() if seeds is None or cell[1] in seeds}
+                  for name, cells in self.scores(["BIPEFT", *names], budget).items()}
         base = scores.pop("BIPEFT", {})
         free = {name: scores.pop(name) for name in list(scores) if METHODS[name].free}
         return {**contrasts(base, scores, sign), **contrasts(base, free, sign)}
@@ -115,6 +131,11 @@ def table(head, rows):
     """Markdown."""
     lines = [f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * len(head), *rows]]
     return "\n".join(lines) if rows else "no data yet"
+
+
+def span(mean, half):
+    """An interval as text."""
+    return f"{signed(mean - half)} to {signed(mean + half)}" if half == half else "–"
 
 
 # ==================================================================================================
@@ -138,6 +159,27 @@ def rates(data):
             edge = {min(tried): "lowest", max(tried): "highest"}.get(chosen, "")
             rows.append([name, ", ".join(cells), "–" if chosen is None else f"{chosen:g}", edge])
     return table(["method", "rate: mean validation score", "chosen", "edge"], rows)
+
+
+def by_rate(data):
+    """Test scores of methods re-trained at the same rates, of the cells that all have at all; then the pairs."""
+    at = data.at_rates()
+    names = list(dict.fromkeys(name for scores in at.values() for name in scores))
+    every = [set(cells) for scores in at.values() for cells in scores.values()]
+    most = max(map(len, every), default=0)
+    common = set.intersection(*(cells for cells in every if len(cells) > most / 2)) if every else set()
+    rows, pairs = [], []
+    for name in names:
+        held = {lr: [s for cell, s in at[lr].get(name, {}).items() if cell in common] for lr in at}
+        own = data.rates.get((name, data.budget))
+        cells = [f"{np.mean(tests):.1f}" if len(tests) == len(common) else "–" for tests in held.values()]
+        rows.append([name, *(f"**{cell}**" if lr == own else cell for lr, cell in zip(held, cells))])
+    for lr, scores in at.items():
+        for name, c in contrasts(scores["BIPEFT"], {n: s for n, s in scores.items() if n != "BIPEFT"}).items():
+            pairs.append([f"{lr:g}", name, signed(c.mean), span(c.mean, c.half_of_seeds),
+                          f"{c.above} of {len(c.pairs)}", f"{c.p:.2g}"])
+    return (table(["method", *(f"{lr:g}" for lr in at)], rows) + "\n\n"
+            + table(["rate of both", "BIPEFT −", "mean", "over seeds", "above", "p"], pairs))
 
 
 def score_table(data, names, budget=None, extra=()):
@@ -171,8 +213,7 @@ def contrast_table(found, tasks, head="BIPEFT −"):
     tasks, rows = [task for task in tasks if any(task == of for c in found.values() for of, _ in c.pairs)], []
     for name, c in found.items():
         by_task = [[d for (of, _), d in c.pairs.items() if of == task] for task in tasks]
-        spans = [f"{signed(c.mean - half)} to {signed(c.mean + half)}" if half == half else "–"
-                 for half in (c.half, c.half_of_seeds)]
+        spans = [span(c.mean, half) for half in (c.half, c.half_of_seeds)]
         rows.append([name, *(signed(np.mean(d)) if d else "–" for d in by_task), signed(c.mean), *spans,
                      f"{c.above} of {len(c.pairs)}", f"{c.p:.2g}", f"{c.holm:.2g}"])
     return table([head, *tasks, "mean", "95 %", "over seeds", "above", "p", "Holm"], rows)
@@ -284,14 +325,17 @@ def kept(data):
 
 
 def table_1(data, budget):
-    """Scores at a budget, pairs, mean ranks."""
+    """Scores at a budget, pairs, mean ranks; pairs of the seeds that were added later."""
+    seeds = {x["seed"] for x in data.of("BIPEFT", budget)}
+    later = [f"### Pairs on seeds {min(LATER)} to {max(LATER)} alone",
+             contrast_table(data.contrasts(RIVALS, budget, seeds=LATER), data.tasks)] if seeds >= LATER else []
     return [f"## Table 1: test scores at {budget:,} parameters",
             "Of the cells (task, seed) that all rows with a mean have.",
             score_table(data, RIVALS, budget),
             f"### Pairs at {budget:,} parameters",
             "95 %: t interval of the mean over pairs; over seeds: of the seeds' means.\n"
             "p: exact sign-flip test over pairs. Holm: over the methods within the budget.",
-            contrast_table(data.contrasts(RIVALS, budget), data.tasks), ranks(data, budget)]
+            contrast_table(data.contrasts(RIVALS, budget), data.tasks), ranks(data, budget), *later]
 
 
 def family(data, heading, names, extra, sign):
@@ -307,8 +351,8 @@ def report(data):
     """All tables, as one text."""
     uncut = [("uncut", lambda of: shown([x.get("uncut") for x in of], 0))]
     parts = ["## Rates, chosen on seeds that are not reported", rates(data)]
-    if data.left_out:
-        parts.append(f"Left out: {data.left_out} trainings at another rate than the chosen one.")
+    if data.at_rates():
+        parts += ["## Test scores by rate", "Bold: the chosen rate, which alone the other tables are of.", by_rate(data)]
     budgets = {x["budget"] for x in data.reported if x["method"] == "BIPEFT"}
     for budget in sorted(budgets, key=lambda b: (b != data.budget, b)) or [0]:
         parts += table_1(data, budget)

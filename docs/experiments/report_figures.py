@@ -38,38 +38,71 @@ def in_order(pair):
     return list(KINDS).index(pair[0]), pair[1]
 
 
-def draw_budgets(data, page, plt):
-    """Figure 3: score against budget, a panel a task, with 95 % t intervals over seeds, of three or more."""
-    seen = {name: {x["budget"] for x in data.reported if x["method"] == name and x["source"] is None}
-            for name in RIVALS if not METHODS[name].free}
-    names = [name for name in seen if len(seen[name]) > 1][:len(MARKERS)]
-    if len(seen["BIPEFT"]) < 2:
-        return None
-    fig, axes = plt.subplots(1, len(data.tasks), figsize=(8.3, 3.9), squeeze=False, layout="constrained")
-    for ax, task in zip(axes[0], data.tasks):
-        for i, name in enumerate(names):
-            cells = defaultdict(list)
-            for x in itertools.chain(*(data.of(name, b) for b in sorted(seen[name]))):
-                if x["task"] == task:
-                    cells[x["budget"]].append(x["test"])
-            ax.errorbar([b * (1 + 0.022 * (i - (len(names) - 1) / 2)) for b in cells],
-                        [np.mean(tests) for tests in cells.values()],
-                        [half_width(tests) if len(tests) > 2 else 0 for tests in cells.values()],
+def curves(series, tasks, page, plt, label):
+    """A panel a task, a line a method: mean test scores, with 95 % t intervals over seeds, of three or more.
+
+    series: {method: {x: {(task, seed): score}}}, of at most len(MARKERS) methods.   label: of the x axis.
+    """
+    fig, axes = plt.subplots(1, len(tasks), figsize=(8.3, 3.9), squeeze=False, layout="constrained")
+    for ax, task in zip(axes[0], tasks):
+        for i, (name, points) in enumerate(series.items()):
+            tests = {x: [s for (of, _), s in cells.items() if of == task] for x, cells in sorted(points.items())}
+            tests = {x: values for x, values in tests.items() if values}
+            ax.errorbar([x * (1 + 0.022 * (i - (len(series) - 1) / 2)) for x in tests],
+                        [np.mean(values) for values in tests.values()],
+                        [half_width(values) if len(values) > 2 else 0 for values in tests.values()],
                         label=name, color=page["colours"][i], marker=MARKERS[i], ms=4.5, elinewidth=0.8,
                         lw=2.4 if name == "BIPEFT" else 1.2, zorder=3 if name == "BIPEFT" else 2)
+        ticks = sorted(set().union(*series.values()))
+        ax.set_xscale("log")
+        ax.set_xticks(ticks, [f"{x / 1000:g}k" if x >= 1 else f"{1000 * x:g}e-3" for x in ticks])
+        ax.minorticks_off()
+        ax.set(title=task, xlabel=label, ylabel="test score" if ax is axes[0][0] else "")
+        ax.grid(axis="y", color=page["soft"], alpha=0.25, lw=0.6)
+    return fig, axes[0]
+
+
+def legend_below(fig, ax, last=()):
+    """One legend for all panels.   last: labels that come at its end."""
+    handles, labels = ax.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: labels[i] in last)
+    fig.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside lower center", ncols=5)
+    return fig
+
+
+def draw_budgets(data, page, plt):
+    """Figure 3: score against budget; as lines across what is outside of the budget."""
+    series = {name: {b: data.scores([name], b)[name] for b in sorted(
+        {x["budget"] for x in data.reported if x["method"] == name and x["source"] is None})}
+        for name in RIVALS if not METHODS[name].free}
+    series = dict([(name, points) for name, points in series.items() if len(points) > 1][:len(MARKERS)])
+    if "BIPEFT" not in series:
+        return None
+    fig, axes = curves(series, data.tasks, page, plt, "budget, parameters")
+    for ax, task in zip(axes, data.tasks):
         for name, style in (("full", ":"), ("all of S2", "--")):
             if tests := [x["test"] for x in data.of(name) if x["task"] == task]:
                 ax.axhline(np.mean(tests), color=page["soft"], lw=1.2, ls=style, label=name)
-        budgets = sorted(set().union(*seen.values()))
-        ax.set_xscale("log")
-        ax.set_xticks(budgets, [f"{b / 1000:g}k" for b in budgets])
-        ax.minorticks_off()
-        ax.set(title=task, xlabel="budget, parameters", ylabel="test score" if ax is axes[0][0] else "")
-        ax.grid(axis="y", color=page["soft"], alpha=0.25, lw=0.6)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda i: labels[i] in ("full", "all of S2"))         # these last
-    fig.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside lower center", ncols=5)
-    return fig
+    return legend_below(fig, axes[0], ("full", "all of S2"))
+
+
+def draw_rates(data, page, plt):
+    """Score against the rate of re-training; ringed: the rate that validation on other seeds chose."""
+    series = defaultdict(dict)
+    for lr, scores in data.at_rates().items():
+        for name in scores:
+            if name in CORE:
+                series[name][lr] = scores[name]
+    if not series:
+        return None
+    fig, axes = curves(series, data.tasks, page, plt, "learning rate of re-training")
+    for ax, task in zip(axes, data.tasks):
+        for i, (name, points) in enumerate(series.items()):
+            own = data.rates.get((name, data.budget))
+            if tests := [s for (of, _), s in points.get(own, {}).items() if of == task]:
+                ax.plot(own * (1 + 0.022 * (i - (len(series) - 1) / 2)), np.mean(tests), "o", ms=10, mfc="none",
+                        color=page["colours"][i], label="its chosen rate" if i == 0 else None)
+    return legend_below(fig, axes[0], ("its chosen rate",))
 
 
 def forest_rows(groups, fewest=0):
@@ -216,7 +249,7 @@ def draw_kinds(data, page, plt):
     return fig
 
 
-FIGURES = {"budgets": draw_budgets, "pairs": draw_pairs, "readings": draw_readings, "places": draw_places,
+FIGURES = {"budgets": draw_budgets, "rates": draw_rates, "pairs": draw_pairs, "readings": draw_readings, "places": draw_places,
            "kinds": draw_kinds}
 
 

@@ -21,12 +21,12 @@ import report
 NO_PEFT = not importlib.util.find_spec("peft")
 
 
-def plan_of(scores, **more):
-    """A plan whose trainings for rates have these validation scores, {lr: score}."""
+def plan_of(scores, name="LoRA"):
+    """A plan whose trainings for a method's rate have these validation scores, {lr: score}."""
     args = argparse.Namespace(tune_seeds=[100, 101], tune_tasks=["toy"], tune_budgets=[600], lr=None)
-    lines = [{"stage": "train", "method": "LoRA", "task": "toy", "budget": 600, "seed": seed, "source": None, "lr": lr,
+    lines = [{"stage": "train", "method": name, "task": "toy", "budget": 600, "seed": seed, "source": None, "lr": lr,
               "validation": score + seed} for lr, score in scores.items() for seed in (100, 101)]
-    wish = {"method": "LoRA", "task": "toy", "budget": 600, "seed": 0, "source": None, "tuning": False}
+    wish = {"method": name, "task": "toy", "budget": 600, "seed": 0, "source": None, "tuning": False}
     return compare.Plan([wish], lines, None, args)
 
 
@@ -66,7 +66,22 @@ def test_a_rate_without_finite_numbers_is_not_chosen_and_chance_does_not_choose(
     for seed in (101,):
         plan.take({"stage": "train", "key": key.replace("100", str(seed)), "error": "UsageError: not finite"})
     assert plan.rate("LoRA", 600)[0] == 2.5e-3 and plan.judge("LoRA", 600, 6e-3) == -100
-    assert plan.rate("random, best of 3", 600) == plan.rate("random", 600)
+
+
+def test_a_variant_takes_the_rate_of_bipeft():
+    plan = plan_of({1e-3: 1.0, 2.5e-3: 3.0, 6e-3: 2.0}, "BIPEFT")
+    assert plan.rate("Z = 10", 600) == plan.rate("BIPEFT", 600) and plan.rate("Z = 10", 600)[0] == 2.5e-3
+    assert plan.rate("LoRA scale 16", 600)[0] is None                                     # this one has its own
+
+
+def test_table_rates_trains_every_method_at_every_rate(tmp_path):
+    lines = run(tmp_path, "--table", "rates", "--methods", "LoRA", "random", "--rates", "1e-3", "2e-3")
+    trained = {(x["method"], x["lr"], x["seed"]) for x in lines if x["stage"] == "train"}
+    assert trained == {(name, lr, seed) for name in ("LoRA", "random") for lr in (1e-3, 2e-3) for seed in (0, 1)}
+    args = argparse.Namespace(table=["rates"], methods=None, tasks=["toy"], seeds=[0], first_seeds=1, budget=600,
+                              rates=[1e-3])
+    assert [wish["method"] for wish in compare.wanted_of(args)] == [
+        "BIPEFT", "one look", "random", "matched random", "LoRA"]
 
 
 def test_a_file_of_other_settings_is_refused(tmp_path, capsys):

@@ -63,6 +63,8 @@ def made_up(seed=0):
                                           made_up=rng.randrange(9), uncut=budget * 2))
     for seed, source, task in ((s, a, b) for s in SEEDS for a in TASKS for b in TASKS if a != b):
         lines.append(line("BIPEFT", task, seed, RATES[2], score("BIPEFT", task, 9000), source=source))
+    for name, lr, task, seed in itertools.product(("BIPEFT", "LoRA"), (RATES[1], 2e-3, RATES[3]), TASKS, SEEDS):
+        lines.append(line(name, task, seed, lr, score(name, task, 9000)))
     lines += [line(name, "qnli", 900, 1e-3, 70.0, workers=1, memory=700) for name in ("LoRA", "BIPEFT")]
     return lines + [find(name, "qnli", 900, workers=1, memory=800) for name in ("BIPEFT", "S3Delta-M")]
 
@@ -156,7 +158,7 @@ def test_reported_are_the_trainings_at_the_chosen_rate():
     scores = (0, RATES[1], 60.0), (0, RATES[2], 62.0), (900, RATES[2], 99.0)
     lines = tuned + [line("LoRA", "qnli", *score) for score in scores]
     data = report.Data(lines)
-    assert data.scores(["LoRA"]) == {"LoRA": {("qnli", 0): 62.0}} and data.left_out == 1
+    assert data.scores(["LoRA"]) == {"LoRA": {("qnli", 0): 62.0}} and len(data.scored) == 2
     assert "**0.0025: 75.0**" in report.rates(data) and "highest" not in report.rates(data)
     tuned[2]["validation"] = 80                                          # at the edge: a further one is needed
     assert "| – |" in report.rates(report.Data(tuned))
@@ -213,6 +215,32 @@ def test_a_table_has_columns_of_the_tasks_that_its_rows_share():
     assert "| BIPEFT | 70.5 ± 0.7 | 70.5 ± 0.7 | 70.5 |" in told[1]
     # 1 and 3 by seed.
     assert "| − BIPEFT | qnli | mnli | mean |" in told[2] and "| Z = 10 | +2.00 | +2.00 | +2.00 |" in told[2]
+
+
+def test_scores_by_rate_by_hand():
+    lines = [line(name, "qnli", seed, lr, score + seed) for seed in (0, 1) for name, lr, score in (
+        ("BIPEFT", 1e-3, 70.0), ("BIPEFT", 2e-3, 72.0), ("BIPEFT", 6e-3, 75.0),
+        ("LoRA", 1e-3, 68.0), ("LoRA", 6e-3, 76.0), ("LoRA", 2.5e-3, 71.0), ("random", 1e-3, 60.0))]
+    lines += [line("BIPEFT", "sst2", 0, 1e-3, 99.0)]                        # a cell that not all have
+    told = report.by_rate(report.Data(lines))
+    # random was re-trained at one rate, LoRA at 2.5e-3 without BIPEFT, and BIPEFT at 2e-3 without any other.
+    assert "| method | 0.001 | 0.006 |" in told and "random" not in told
+    assert "| BIPEFT | 70.5 | 75.5 |" in told and "| LoRA | 68.5 | 76.5 |" in told
+    # Differences of 2 in both seeds: no width, 2 of 4 sign vectors.
+    assert "| 0.001 | LoRA | +2.00 | +2.00 to +2.00 | 2 of 2 | 0.5 |" in told
+    assert "| 0.006 | LoRA | −1.00 | −1.00 to −1.00 | 0 of 2 | 0.5 |" in told
+    # A rate that was chosen is bold.
+    tuned = [line("LoRA", "qnli", 100, lr, None, validation=v) for lr, v in zip(RATES[1:], (70, 71, 75, 72))]
+    assert "| LoRA | 68.5 | **76.5** |" in report.by_rate(report.Data(lines + tuned))
+
+
+def test_seeds_that_were_added_later_have_pairs_of_their_own():
+    lines = [line(name, "qnli", seed, 1e-3, score * (1 if seed < 5 else 2)) for seed in range(10)
+             for name, score in (("BIPEFT", 30.0), ("LoRA", 29.0))]
+    before, _, later = "\n".join(report.table_1(report.Data(lines), 10_000)).partition("### Pairs on seeds 5 to 9 alone")
+    # 1 in five seeds, 2 in the other five.
+    assert "| LoRA | +1.50 | +1.50 |" in before and "| LoRA | +2.00 | +2.00 | +2.00 to +2.00 |" in later
+    assert "alone" not in "\n".join(report.table_1(report.Data(lines[:-2]), 10_000))
 
 
 def test_cost_is_of_what_ran_alone():
