@@ -11,22 +11,22 @@ Here is what is run, in which order, and on how many processes. The methods, eac
 methods.py; the encoder, the tasks, a training and the supernet that searches stand on in bench.py.
 
 Needs the project's packages; AdaLoRA also peft, AutoPEFT botorch (or bayes.py's own surrogate). A line of
-JSON a search and a training goes to --out; what has a line is not run again.
+JSON a search and a training goes to --out; what has a line there, or in --out with ".gz" added, is not run again.
 
-The rules. Every method gives a structure of at most B parameters, counted from tensors. Each is re-trained
-from fresh weights for the same steps, batches, optimiser (AdamW, linear decay) and seed: the seed decides
-splits, order, head and weights. The re-training rate is a method's own: of a ladder the one with the best mean
-validation score over tasks on --tune-seeds, which are never reported and whose test sets are not read; at
-another budget it is chosen anew, on the first of them or, at --tune-budgets, on all. The epoch is the best on
-validation, the test is read once. The head is outside of B, and learns at the method's rate. Searches see two
-halves of the training set, and learn Delta W at one rate, --search-lr; AutoPEFT and the best of three train on
-all of it, at rates of their own. B is of parameters: what a search costs is told, not equal. FTE: passes of a
-search (forward and backward) over those of one re-training; a search's validations are not counted.
+The rules. Every method gives a structure of at most B parameters, counted from tensors. Each is re-trained from
+fresh weights for the same steps, batches, optimiser (AdamW, linear decay) and seed: the seed decides splits, order,
+head and weights. The re-training rate is a method's own, at each budget: of a ladder the one with the best mean
+validation score over tasks on --tune-seeds, which are never reported and whose test sets are not read. The epoch
+is the best on validation, the test is read once. The head is outside of B, and learns at the method's rate.
+Searches see two halves of the training set, and learn Delta W at one rate, --search-lr; AutoPEFT and the best of
+three train on all of it, at rates of their own. B is of parameters: what a search costs is told, not equal. FTE:
+passes of a search (forward and backward) over those of one re-training; a search's validations are not counted.
 """
 
 import argparse
 import dataclasses
 import gc
+import gzip
 import importlib.util
 import itertools
 import json
@@ -35,6 +35,7 @@ import multiprocessing.connection
 import signal
 import sys
 import time
+import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -146,8 +147,7 @@ class Plan:
 
     def tuning(self, name, budget, lr):
         """The trainings that a rate is judged by, as wishes."""
-        seeds = self.args.tune_seeds[:None if budget in self.args.tune_budgets else 1]
-        for task, seed in itertools.product(self.args.tune_tasks, seeds):
+        for task, seed in itertools.product(self.args.tune_tasks, self.args.tune_seeds):
             yield {"method": name, "task": task, "budget": budget, "seed": seed, "source": None, "tuning": True,
                    "lr": lr}
 
@@ -509,14 +509,20 @@ def show(line, seconds):
 
 
 def read(out):
-    """The lines of a results file; a broken one, of a run that was killed, is dropped.   Raises UsageError."""
-    lines = []
+    """The lines of a results file, after those of the same file packed, "out.gz", if there is one; a broken one, of a
+    run that was killed, is dropped.   Raises UsageError.
+    """
+    lines, packed = [], out.with_name(f"{out.name}.gz")
     if out.is_dir():
         raise bipeft.UsageError(f"{out} is a folder: name a file of compare.py's lines")
-    for text in out.read_text().splitlines() if out.exists() else []:
+    try:
+        texts = gzip.decompress(packed.read_bytes()).splitlines() if packed.exists() else []
+    except (EOFError, OSError, zlib.error) as error:
+        raise bipeft.UsageError(f"{packed} can't be unpacked ({error}): move it away, or get it anew")
+    for text in texts + (out.read_bytes().splitlines() if out.exists() else []):
         try:
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
+        except ValueError:
             pass
     if not all(isinstance(x, dict) and "stage" in x for x in lines):
         raise bipeft.UsageError(f"{out} does not hold compare.py's lines: name another file")
@@ -555,7 +561,8 @@ def mistake_in(args, settings):
             return f"{tasks} holds no task {missing[0]}"
 
 
-def main(arguments=None):
+def parser_of():
+    """The command line's: its own flags, and one for each of the Settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--table", nargs="+", choices=TABLES, default=[])
@@ -569,8 +576,6 @@ def main(arguments=None):
     add("--first-seeds", type=int, default=3, help="how many seeds of the core methods come before the others")
     add("--tune-seeds", nargs="+", type=int, default=[100, 101])
     add("--tune-tasks", nargs="+", help="default: all of --tasks")
-    add("--tune-budgets", nargs="+", type=int, default=[], help="where all of --tune-seeds count, as at --budget;"
-                                                                 " at others the first")
     add("--lr", type=float, help="one re-training rate for all, instead of choosing")
     add("--budget", type=int, default=10_000)
     add("--budgets", nargs="+", type=int, default=[3_000, 25_000, 45_000], help="of --table budgets")
@@ -578,12 +583,14 @@ def main(arguments=None):
     add("--workers", type=int, default=0)
     add("--minutes", type=float, help="hand out no job that would not be done by then")
     for field in dataclasses.fields(Settings):
-        if field.name not in ("workers",):
-            flag = f"--{field.name.replace('_', '-')}"
-            if field.type is bool:
-                add(flag, action="store_true")
-            else:
-                add(flag, type=field.type, default=field.default)
+        if field.name != "workers":
+            kind = {"action": "store_true"} if field.type is bool else {"type": field.type, "default": field.default}
+            add(f"--{field.name.replace('_', '-')}", **kind)
+    return parser
+
+
+def main(arguments=None):
+    parser = parser_of()
     args = parser.parse_args(arguments)
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
     if args.small:
@@ -593,7 +600,6 @@ def main(arguments=None):
         if args.out == parser.get_default("out"):
             args.out = str(Path("runs") / "compare-small" / "compare.jsonl")
     settings, args.tune_tasks = Settings(**values), args.tune_tasks or args.tasks
-    args.tune_budgets = [args.budget, *args.tune_budgets]
     if set(args.seeds) & set(args.tune_seeds):
         parser.error("--seeds and --tune-seeds must differ: rates are chosen on seeds that are not reported")
     if mistake := mistake_in(args, settings):

@@ -258,23 +258,9 @@ def train_adalora(bench, budget, lr):
     is final, the last 2 of 6; what has E = 0 in the best one is not counted.
     Returns (best, curve, parameters, test or None).
     """
-    import peft
     T, model = bench.settings.steps, copy.deepcopy(bench.model)
-    for p in model.parameters():
-        p.requires_grad_(False)
-    d, layers = model.encoder.config.hidden_size, model.encoder.config.num_hidden_layers
-    target = budget // (2 * d + 1)                                     # triplets, of 4 matrices a layer
-    rank = max(2, math.ceil(1.5 * target / (4 * layers)))
-    config = peft.AdaLoraConfig(
-        init_r=rank, target_r=1, lora_alpha=rank, tinit=round(0.1 * T),
-        tfinal=max(1, round(0.3 * T)), deltaT=max(1, T // 60), total_step=T, lora_dropout=0.0,
-        target_modules=r".*attention\.(self\.(query|key|value)|output\.dense)")
-    torch.manual_seed(bipeft.derive(bench.seed, 30))
-    wrapped = peft.get_peft_model(model, config)
-    for p in model.classifier.parameters():
-        p.requires_grad_(True)
-    allocator = wrapped.base_model.rankallocator
-    allocator.target_bgt = target
+    of_triplet = 2 * model.encoder.config.hidden_size + 1
+    wrapped, allocator, last = with_adalora(model, budget // of_triplet, T, bipeft.derive(bench.seed, 30))
     learnt = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(learnt.values(), lr=lr, weight_decay=1e-4)
     batches, every = bipeft.stream(bench.batches(bench.splits["train"])), T // bench.settings.evaluations
@@ -291,8 +277,8 @@ def train_adalora(bench, budget, lr):
         if step % every == 0 or step == T:
             curve.append(round(bench.score("validation", wrapped), 2))
             triplets = sum(int((p != 0).sum()) for name, p in learnt.items() if "lora_E" in name)
-            if step >= T - config.tfinal and curve[-1] > best and triplets <= allocator.target_bgt:
-                best, parameters = curve[-1], triplets * (2 * d + 1)
+            if step >= last and curve[-1] > best and triplets <= allocator.target_bgt:
+                best, parameters = curve[-1], triplets * of_triplet
                 kept = {name: p.detach().clone() for name, p in learnt.items()}
     bench.passes += T
     if kept is None:
@@ -301,6 +287,27 @@ def train_adalora(bench, budget, lr):
         for name, p in learnt.items():
             p.copy_(kept[name])
     return best, curve, parameters, lambda: bench.score("test", wrapped)
+
+
+def with_adalora(model, triplets, steps, seed):
+    """(model in peft's AdaLoRA, its head learning, too; the allocator, which ends at `triplets`; the step from which
+    on their number is final).
+    """
+    import peft
+    rank = max(2, math.ceil(1.5 * triplets / (4 * model.encoder.config.num_hidden_layers)))     # 4 matrices a layer
+    config = peft.AdaLoraConfig(
+        init_r=rank, target_r=1, lora_alpha=rank, tinit=round(0.1 * steps), tfinal=max(1, round(0.3 * steps)),
+        deltaT=max(1, steps // 60), total_step=steps, lora_dropout=0.0,
+        target_modules=r".*attention\.(self\.(query|key|value)|output\.dense)")
+    for p in model.parameters():
+        p.requires_grad_(False)
+    torch.manual_seed(seed)
+    wrapped = peft.get_peft_model(model, config)
+    for p in model.classifier.parameters():
+        p.requires_grad_(True)
+    allocator = wrapped.base_model.rankallocator
+    allocator.target_bgt = triplets
+    return wrapped, allocator, steps - config.tfinal
 
 
 # ==================================================================================================

@@ -37,8 +37,7 @@ LATER = set(range(5, 10))                                 # seeds that were adde
 class Data:
     """The lines of a results file, what is reported of them, and the rate of each method.
 
-    At another budget than the main one a rate is of all tuning seeds only if all methods' there can be. Where a
-    rate is not chosen yet, the trainings at the most frequent one are reported.
+    Where a rate is not chosen yet, the trainings at the most frequent one are reported.
     """
 
     def __init__(self, lines):
@@ -48,11 +47,10 @@ class Data:
         self.tasks = list(dict.fromkeys(x["task"] for x in trained))
         self.places = next((x["places"] for x in lines if x["stage"] == "places"), [])
         seeds = sorted({x["seed"] for x in self.tuning})
+        tuned = list(dict.fromkeys(x["task"] for x in self.tuning))
+        plan = compare.Plan([], lines, None, SimpleNamespace(tune_tasks=tuned, tune_seeds=seeds))
         budgets = {x["budget"] for x in trained} if seeds else set()
-        self.rates, of_first = (self.chosen(lines, seeds, budgets, wide) for wide in (budgets, {self.budget}))
-        for b in budgets - {self.budget}:
-            if any(of_first[name, b] and not self.rates[name, b] for name in METHODS):
-                self.rates |= {(name, b): of_first[name, b] for name in METHODS}
+        self.rates = {(name, budget): plan.rate(name, budget)[0] for name in METHODS for budget in budgets}
         found = [x for x in lines if x["stage"] == "find" and x.get("method") in METHODS]
         self.searches = once(x for x in found if x["seed"] not in (*seeds, TIMED))
         self.timed = [x for x in trained + found if x["seed"] == TIMED and x["workers"] == 1]
@@ -62,12 +60,6 @@ class Data:
             at[x["method"], x["budget"]][x["lr"]] += 1
         at = {of: self.rates.get(of) or max(count, key=count.get) for of, count in at.items()}
         self.reported = [x for x in self.scored if x["lr"] == at[x["method"], x["budget"]]]
-
-    def chosen(self, lines, seeds, budgets, wide):
-        """{(method, budget): rate}, of all tuning seeds at the budgets `wide`, else of the first."""
-        tuned = list(dict.fromkeys(x["task"] for x in self.tuning))
-        plan = compare.Plan([], lines, None, SimpleNamespace(tune_tasks=tuned, tune_seeds=seeds, tune_budgets=wide))
-        return {(name, budget): plan.rate(name, budget)[0] for name in METHODS for budget in budgets}
 
     def of(self, name, budget=None, source=None):
         """A method's reported trainings.   source: the task whose structure it is, if another's."""
@@ -375,7 +367,7 @@ def main(arguments=None):
     parser.add_argument("--lines", type=Path, default=HERE / "results" / "compare.jsonl")
     parser.add_argument("--figures", type=Path, default=HERE.parent / "figures", help="the figures' folder")
     args = parser.parse_args(arguments)
-    if not args.lines.exists():
+    if not args.lines.exists() and not args.lines.with_name(f"{args.lines.name}.gz").exists():
         parser.error(f"{args.lines} does not exist: run compare.py first, or name its --out with --lines")
     try:
         data = Data(compare.read(args.lines))

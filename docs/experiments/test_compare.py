@@ -5,6 +5,7 @@
 
 import argparse
 import collections
+import gzip
 import importlib.util
 import json
 import multiprocessing
@@ -23,7 +24,7 @@ NO_PEFT = not importlib.util.find_spec("peft")
 
 def plan_of(scores, name="LoRA"):
     """A plan whose trainings for a method's rate have these validation scores, {lr: score}."""
-    args = argparse.Namespace(tune_seeds=[100, 101], tune_tasks=["toy"], tune_budgets=[600], lr=None)
+    args = argparse.Namespace(tune_seeds=[100, 101], tune_tasks=["toy"], lr=None)
     lines = [{"stage": "train", "method": name, "task": "toy", "budget": 600, "seed": seed, "source": None, "lr": lr,
               "validation": score + seed} for lr, score in scores.items() for seed in (100, 101)]
     wish = {"method": name, "task": "toy", "budget": 600, "seed": 0, "source": None, "tuning": False}
@@ -43,14 +44,6 @@ def test_a_ladder_of_rates_goes_on_while_the_best_is_at_an_edge():
     assert downwards.rate("LoRA", 600)[0] == 4e-4                          # the ladder's end
     job = downwards.next()
     assert (job["lr"], job["seed"], job["tuning"]) == (4e-4, 0, False) and downwards.next() is None
-
-
-def test_at_another_budget_the_first_seed_chooses_the_rate_or_all():
-    plan = plan_of({})
-    assert [wish["seed"] for wish in plan.tuning("LoRA", 600, 1e-3)] == [100, 101]
-    assert [wish["seed"] for wish in plan.tuning("LoRA", 300, 1e-3)] == [100]
-    plan.args.tune_budgets.append(300)
-    assert [wish["seed"] for wish in plan.tuning("LoRA", 300, 1e-3)] == [100, 101]
 
 
 def test_a_rate_without_finite_numbers_is_not_chosen_and_chance_does_not_choose():
@@ -214,15 +207,29 @@ def test_no_job_is_handed_out_that_would_not_be_done_in_time(workers, tmp_path, 
 
 def test_a_job_put_off_for_want_of_time_chooses_no_rate(tmp_path):
     args = argparse.Namespace(table=["main"], methods=["LoRA"], tasks=["toy"], seeds=[0], first_seeds=1, tune_seeds=[100],
-                              tune_tasks=["toy"], tune_budgets=[600], budget=600, lr=None, workers=1)
+                              tune_tasks=["toy"], budget=600, lr=None, workers=1)
     work = compare.Run(args, None, known(tmp_path, {"LoRA": 100.0}), minutes=1)
     assert not work.next() and len(work.plan.late) == 3
     assert work.plan.rate("LoRA", 600)[0] is None and work.plan.missing() == 1
 
 
+def test_a_run_goes_on_from_packed_lines(tmp_path):
+    lines = run(tmp_path, *TWO_TRAININGS)
+    out, packed = tmp_path / "lines.jsonl", tmp_path / "lines.jsonl.gz"
+    texts = out.read_text().splitlines(keepends=True)
+    packed.write_bytes(gzip.compress("".join(texts[:2]).encode()) + gzip.compress(texts[2].encode()))   # as by gzip >>
+    out.unlink()
+    assert compare.read(out) == lines
+    compare.main(["--small", "--out", str(out), *TWO_TRAININGS])
+    assert not out.exists()                                                               # nothing was left to do
+    report.main(["--lines", str(out), "--figures", str(tmp_path)])
+
+
 def test_what_is_no_results_file_is_told_in_one_line(tmp_path, capsys):
     (tmp_path / "other.json").write_text("[1]\n")
-    for path, told in (tmp_path, "is a folder"), (tmp_path / "other.json", "does not hold compare.py's lines"):
+    (tmp_path / "half.gz").write_bytes(gzip.compress(b"{}\n" * 99)[:-9])
+    for path, told in ((tmp_path, "is a folder"), (tmp_path / "other.json", "does not hold compare.py's lines"),
+                       (tmp_path / "half", "can't be unpacked")):
         for program, arguments in (compare, ["--small", "--table", "main", "--out"]), (report, ["--lines"]):
             with pytest.raises(SystemExit) as ended:
                 program.main([*arguments, str(path)])

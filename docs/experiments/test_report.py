@@ -166,19 +166,6 @@ def test_reported_are_the_trainings_at_the_chosen_rate():
     assert "| 0.04 | highest |" in report.rates(report.Data(tuned + more))               # the ladder's end
 
 
-def test_at_another_budget_all_tuning_seeds_count_once_all_are_there():
-    def tuned(seed, scores, budget, name="LoRA"):
-        return [line(name, "qnli", seed, lr, None, budget, validation=v) for lr, v in zip(RATES[1:4], scores)]
-    main = [x for name in ("LoRA", "BitFit") for seed in (100, 101) for x in tuned(seed, (70, 75, 71), 10_000, name)]
-    both = main + tuned(100, (70, 75, 74), 3000)
-    assert report.Data(both).rates["LoRA", 3000] == RATES[2]
-    second = tuned(101, (80, 72, 71), 3000) + [line("LoRA", "qnli", seed, RATES[0], None, 3000) for seed in (100, 101)]
-    assert report.Data(both + second).rates["LoRA", 3000] == RATES[1]                       # 75, 73.5, 72.5
-    other = tuned(100, (60, 65, 61), 3000, "random")                                        # without the second
-    rates = report.Data(both + second + other).rates
-    assert rates["LoRA", 3000] == rates["random", 3000] == RATES[2]
-
-
 def test_without_a_chosen_rate_trainings_at_one_rate_are_reported():
     lines = [line("LoRA", "qnli", seed, lr, 60 + 100 * lr) for seed, lr in ((0, 0.01), (1, 0.01), (1, 0.02))]
     assert report.Data(lines).scores(["LoRA"]) == {"LoRA": {("qnli", 0): 61.0, ("qnli", 1): 61.0}}
