@@ -750,7 +750,8 @@ MORE = {
     "AdaLoRA": Method("adalora", cheap=True),
     "random, best of 3": Method("best-random"), "AutoPEFT": Method("autopeft"),
 }
-ACROSS = "BIPEFT", "one look", "random", "LoRA", "S3Delta-M, hard"                         # of --table budgets
+ACROSS = ("BIPEFT", "one look", "random", "LoRA", "S3Delta-M, hard", "matched random", "serial adapter",
+          "S3Delta-M, lr 3e-3")                                                            # of --table budgets
 ABLATIONS = {name: Method(finder) for name, finder in {
     "entangled": "entangled", "b → d": "b-d", "d → b": "d-b", "without selection": "without",
     "s-bar at T": "without"}.items()}
