@@ -43,7 +43,7 @@ class Data:
     def __init__(self, lines):
         trained = [x for x in lines if x["stage"] == "train" and x["method"] in METHODS and "error" not in x]
         self.budget = Counter(x["budget"] for x in trained).most_common(1)[0][0] if trained else 0
-        self.tuning = [x for x in trained if x["tuning"] and x["budget"] == self.budget]
+        self.tuning = [x for x in trained if x["tuning"]]
         self.tasks = list(dict.fromkeys(x["task"] for x in trained))
         self.places = next((x["places"] for x in lines if x["stage"] == "places"), [])
         seeds = sorted({x["seed"] for x in self.tuning})
@@ -60,6 +60,10 @@ class Data:
             at[x["method"], x["budget"]][x["lr"]] += 1
         at = {of: self.rates.get(of) or max(count, key=count.get) for of, count in at.items()}
         self.reported = [x for x in self.scored if x["lr"] == at[x["method"], x["budget"]]]
+
+    def order(self, budget):
+        """A key that sorts budgets, the main one first."""
+        return budget != self.budget, budget
 
     def of(self, name, budget=None, source=None):
         """A method's reported trainings.   source: the task whose structure it is, if another's."""
@@ -136,30 +140,32 @@ def span(mean, half):
 
 
 def rates(data):
-    """Mean validation score at each rate tried, the chosen one bold."""
+    """Mean validation score at each rate tried, the chosen one bold, at each budget."""
     rows = []
-    for name in METHODS:
+    for budget, name in itertools.product(sorted({x["budget"] for x in data.tuning}, key=data.order), METHODS):
         tried = defaultdict(list)
         for x in data.tuning:
-            if x["method"] == name:
+            if (x["method"], x["budget"]) == (name, budget):
                 tried[x["lr"]].append(x["validation"])
         if tried:
-            chosen, most = data.rates[name, data.budget], max(map(len, tried.values()))
+            chosen, most = data.rates[name, budget], max(map(len, tried.values()))
             cells = [f"{lr:g}: {np.mean(s):.1f}" + (f" ({len(s)} of {most})" if len(s) < most else "")
                      for lr, s in sorted(tried.items())]
             cells = [f"**{cell}**" if lr == chosen else cell for lr, cell in zip(sorted(tried), cells)]
             edge = {min(tried): "lowest", max(tried): "highest"}.get(chosen, "")
-            rows.append([name, ", ".join(cells), "–" if chosen is None else f"{chosen:g}", edge])
-    return table(["method", "rate: mean validation score", "chosen", "edge"], rows)
+            rows.append([f"{budget:,}", name, ", ".join(cells), "–" if chosen is None else f"{chosen:g}", edge])
+    return table(["budget", "method", "rate: mean validation score", "chosen", "edge"], rows)
 
 
 def by_rate(data):
-    """Test scores of methods re-trained at the same rates, of the cells that all have at all; then the pairs."""
+    """Test scores of methods re-trained at the same rates, of the cells that all have who have as many as BIPEFT has
+    at its least; then the pairs.
+    """
     at = data.at_rates()
     names = list(dict.fromkeys(name for scores in at.values() for name in scores))
     every = [set(cells) for scores in at.values() for cells in scores.values()]
-    most = max(map(len, every), default=0)
-    common = set.intersection(*(cells for cells in every if len(cells) > most / 2)) if every else set()
+    least = min((len(scores["BIPEFT"]) for scores in at.values()), default=0)
+    common = set.intersection(*(cells for cells in every if len(cells) >= least)) if every else set()
     rows, pairs = [], []
     for name in names:
         held = {lr: [s for cell, s in at[lr].get(name, {}).items() if cell in common] for lr in at}
@@ -346,7 +352,7 @@ def report(data):
     if data.at_rates():
         parts += ["## Test scores by rate", "Bold: the chosen rate, which alone the other tables are of.", by_rate(data)]
     budgets = {x["budget"] for x in data.reported if x["method"] == "BIPEFT"}
-    for budget in sorted(budgets, key=lambda b: (b != data.budget, b)) or [0]:
+    for budget in sorted(budgets, key=data.order) or [0]:
         parts += table_1(data, budget)
     parts += family(data, "Table 2: ablations", ABLATIONS, uncut, 1)
     parts += ["## Table 3: cost, alone on the device", cost(data), "## Table 4: transfer", transfer(data)]

@@ -55,7 +55,7 @@ def curves(series, tasks, page, plt, label):
                         lw=2.4 if name == "BIPEFT" else 1.2, zorder=3 if name == "BIPEFT" else 2)
         ticks = sorted(set().union(*series.values()))
         ax.set_xscale("log")
-        ax.set_xticks(ticks, [f"{x / 1000:g}k" if x >= 1 else f"{1000 * x:g}e-3" for x in ticks])
+        ax.set_xticks(ticks, [f"{x / 1000 if x >= 1 else 1000 * x:g}" for x in ticks])
         ax.minorticks_off()
         ax.set(title=task, xlabel=label, ylabel="test score" if ax is axes[0][0] else "")
         ax.grid(axis="y", color=page["soft"], alpha=0.25, lw=0.6)
@@ -78,7 +78,7 @@ def draw_budgets(data, page, plt):
     series = dict([(name, points) for name, points in series.items() if len(points) > 1][:len(MARKERS)])
     if "BIPEFT" not in series:
         return None
-    fig, axes = curves(series, data.tasks, page, plt, "budget, parameters")
+    fig, axes = curves(series, data.tasks, page, plt, "budget, 1,000 parameters")
     for ax, task in zip(axes, data.tasks):
         for name, style in (("full", ":"), ("all of S2", "--")):
             if tests := [x["test"] for x in data.of(name) if x["task"] == task]:
@@ -95,7 +95,7 @@ def draw_rates(data, page, plt):
                 series[name][lr] = scores[name]
     if not series:
         return None
-    fig, axes = curves(series, data.tasks, page, plt, "learning rate of re-training")
+    fig, axes = curves(series, data.tasks, page, plt, "re-training rate, 1e-3")
     for ax, task in zip(axes, data.tasks):
         for i, (name, points) in enumerate(series.items()):
             own = data.rates.get((name, data.budget))
@@ -228,7 +228,7 @@ def draw_kinds(data, page, plt):
     of BIPEFT and one look at the others.
     """
     bars = {(name, budget): data.kinds(name, budget)
-            for budget in sorted({x["budget"] for x in data.searches}, key=lambda b: (b != data.budget, b))
+            for budget in sorted({x["budget"] for x in data.searches}, key=data.order)
             for name in RIVALS if data.places and data.found(name, budget)
             and (name in ("BIPEFT", "one look") or budget == data.budget and name != "matched random")}
     if not bars:
