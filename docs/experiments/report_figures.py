@@ -142,7 +142,8 @@ def forest(rows, tasks, page, plt, sides):
             ax.text(-0.02, y + 0.1, label, transform=ax.get_yaxis_transform(), ha="right", va="center",
                     color=page["soft"], style="italic")
             continue
-        at, out = (c.mean, False) if abs(c.mean) < reach else (np.sign(c.mean) * reach * 0.98, True)
+        out = abs(c.mean) + c.half > reach
+        at = np.sign(c.mean) * reach * 0.98 if out else c.mean
         ax.errorbar(at, y, xerr=0 if out else c.half, marker="><"[c.mean < 0] if out else "D", ms=6, zorder=4,
                     elinewidth=1.5, color=page["ink"], mfc=page["ink" if c.holm < 0.05 else "page"])
         half = c.half_of_seeds if len({seed for _, seed in c.pairs}) > 2 else float("nan")
