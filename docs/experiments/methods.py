@@ -507,9 +507,10 @@ def optimise(evaluate, admitted, settings, seed):
     s, rng, scores = settings, random.Random(bipeft.derive(seed, 27)), {}
     for config in rng.sample(admitted, min(s.bo_random, len(admitted))):
         scores[config] = evaluate(config)
-    while len(scores) < min(s.bo_random + s.bo_guided, len(admitted)):
+    wanted = min(s.bo_random + s.bo_guided, len(admitted))
+    while len(scores) < wanted:
         left = [c for c in admitted if c not in scores]
-        for config in bayes.propose(list(scores), list(scores.values()), left, min(4, len(left)),
+        for config in bayes.propose(list(scores), list(scores.values()), left, min(4, wanted - len(scores)),
                                     s.surrogate, bipeft.derive(seed, 28, len(scores))):
             scores[config] = evaluate(config)
     return scores

@@ -89,8 +89,8 @@ class Data:
         return {pair: count[pair] / len(found) for pair in sorted(count, key=in_order)}
 
     def at_rates(self):
-        """{rate: {name: {(task, seed): test score}}} at the main budget, of rates at which BIPEFT and another have
-        scores: each one's chosen rate, and those of --table rates.
+        """{rate: {name: {(task, seed): test score}}} at the main budget, of what was re-trained at three rates or more
+        (--table rates), where BIPEFT and another have scores.
         """
         found = defaultdict(lambda: defaultdict(dict))
         for x in self.scored:

@@ -96,6 +96,22 @@ def test_the_gradient_through_a_step_by_hand():
     assert methods.through_the_step(0.0, plus, minus, lr, eps) == pytest.approx(-1.62)
 
 
+def test_autopeft_trains_its_finalists_at_the_rate_of_s1_and_takes_the_best(bench, monkeypatch):
+    bench.open("toy", 0)
+    short, full, train = [], [], bench.train
+
+    def note(structure, lr):
+        full.append((lr, structure.modules))
+        return train(structure, lr)[0], float(len(full) == 2), None                       # the second is the best
+    monkeypatch.setattr(bench.settings, "bo_full", 3)
+    monkeypatch.setattr(bench, "train", note)
+    descend = Supernet.descend
+    monkeypatch.setattr(Supernet, "descend", lambda net, *args: (short.append(net.lr), descend(net, *args)))
+    found, told = methods.find(bench, "autopeft", 600)["AutoPEFT"]
+    assert [lr for lr, _ in full] == [methods.S1_RATE] * 3 and set(short) == {methods.INNER_RATE}
+    assert found.modules == full[1][1] and told["evaluations"] == 5
+
+
 @pytest.mark.parametrize("surrogate", ["own"] + ["botorch"] * bool(importlib.util.find_spec("botorch")))
 def test_the_surrogate_climbs(surrogate):
     every = [(a, b) for a in range(6) for b in range(6)]

@@ -209,6 +209,7 @@ def test_scores_by_rate_by_hand():
         ("BIPEFT", 1e-3, 70.0), ("BIPEFT", 2e-3, 72.0), ("BIPEFT", 6e-3, 75.0),
         ("LoRA", 1e-3, 68.0), ("LoRA", 6e-3, 76.0), ("LoRA", 2.5e-3, 71.0), ("random", 1e-3, 60.0))]
     lines += [line("BIPEFT", "sst2", 0, 1e-3, 99.0)]                        # a cell that not all have
+    lines += [line("BitFit", "qnli", 0, lr, 65.0) for lr in (1e-3, 2.5e-3, 6e-3)]         # one that has but this
     told = report.by_rate(report.Data(lines))
     # random was re-trained at one rate, LoRA at 2.5e-3 without BIPEFT, and BIPEFT at 2e-3 without any other.
     assert "| method | 0.001 | 0.006 |" in told and "random" not in told
@@ -218,6 +219,7 @@ def test_scores_by_rate_by_hand():
     assert "| 0.006 | LoRA | −1.00 | −1.00 to −1.00 | 0 of 2 | 0.5 |" in told
     # A rate that was chosen is bold.
     tuned = [line("LoRA", "qnli", 100, lr, None, validation=v) for lr, v in zip(RATES[1:], (70, 71, 75, 72))]
+    assert "| BitFit | – | – |" in told
     assert "| LoRA | 68.5 | **76.5** |" in report.by_rate(report.Data(lines + tuned))
 
 
@@ -228,6 +230,35 @@ def test_seeds_that_were_added_later_have_pairs_of_their_own():
     # 1 in five seeds, 2 in the other five.
     assert "| LoRA | +1.50 | +1.50 |" in before and "| LoRA | +2.00 | +2.00 | +2.00 to +2.00 |" in later
     assert "alone" not in "\n".join(report.table_1(report.Data(lines[:-2]), 10_000))
+
+
+def contrast_of(values):
+    """A Contrast of these differences, {(task, seed): d}."""
+    return stats.contrasts(values, {"it": dict.fromkeys(values, 0.0)})["it"]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
+def test_what_a_forest_plot_draws_and_leaves_off_its_axis():
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+    near = contrast_of({("qnli", 0): 1.0, ("qnli", 1): 2.0, ("qnli", 2): 3.0})
+    two = contrast_of({("qnli", 0): 1.0, ("sst2", 0): 1.5, ("qnli", 1): 2.0, ("sst2", 1): 1.0})
+    far = contrast_of({("qnli", 0): -30.0, ("qnli", 1): -31.0, ("qnli", 2): -32.0})
+    rows = figures.forest_rows({"some": {"near": near, "two seeds": two}, "others": {"gamma = 1": far}, "none": {}})
+    assert [label for label, _ in rows] == ["some", "near", "two seeds", "others", "gamma = 1"]
+    fig = figures.forest(rows, ["qnli", "sst2"], figures.PAGES["light"], plt, ("a", "b"))
+    ax, told = fig.axes
+    reach = 1.04 * (2 + near.half)                                          # the row far away has no part in it
+    assert ax.get_xlim() == pytest.approx((-reach, reach))
+    drawn = {line.get_ydata()[0]: (line.get_xdata()[0], line.get_marker()) for line in ax.lines
+             if len(line.get_xdata()) == 1 and line.get_marker() in "D<>" and line.get_xdata()[0] != 0}
+    assert drawn[1] == (2, "D") and drawn[4] == (pytest.approx(-0.98 * reach), "<")
+    told = [text.get_text() for text in told.texts]
+    half = 4.303 * 1 / 3**0.5                                               # of three seeds; of two none is told
+    assert told[:4] == [f"+2.00 [{2 - half:.1f}, +{2 + half:.1f}]".replace("[-", "[−"), "3 of 3", "+1.38", "4 of 4"]
+    assert told[4].startswith("−31.00 [−33.5, −28.5]") and told[5] == "0 of 3"
+    plt.close(fig)
 
 
 def test_cost_is_of_what_ran_alone():
