@@ -106,6 +106,8 @@ def check(words, monkeypatch):
         assert rest == ["-m", "venv", ".venv"]
     elif rest[0] != "bipeft.py":
         parsed(rest[0], rest[1:], monkeypatch)
+        if "--" in rest:                                          # kill.py: what follows is for bipeft.py
+            bipeft.parse(rest[rest.index("--") + 1:])
     elif rest[1:] != ["--help"]:
         bipeft.parse(rest[1:])                                    # UsageError: a flag or a value that it refuses
 
@@ -188,9 +190,9 @@ def test_every_command_is_one_that_its_program_takes(page, monkeypatch):
 
 def test_the_checks_refuse_what_they_are_there_for(monkeypatch):
     for line in ("python bipeft.py --no-such-flag", "python bipeft.py --task rte --ranks x", "make all",
-                 "python docs/examples/causal.py --nothing 3", "python docs/no_such.py", "./run_glue.sh --nothing",
+                 "python docs/examples/causal.py --nothing 3", "python docs/experiments/kill.py -- --nothing 3", "python docs/no_such.py", "./run_glue.sh --nothing",
                  "python -m pytest no_such.py", "pip install -r no.txt", "python -m http.server", "./other.sh"):
-        with pytest.raises((AssertionError, SystemExit, OSError, ValueError)):
+        with pytest.raises((AssertionError, SystemExit, OSError, ValueError)):          # UsageError is a ValueError
             check(line.split(), monkeypatch)
     assert slugs("# A `b`: c, d!\n## The 3 x's\n```text\n# no\n```\n## A b c d\n") == ["a-b-c-d", "the-3-xs", "a-b-c-d-1"]
     assert all(len(list(commands_of(page))) > 2 for page in ("README.md", "docs/performance.md", "docs/examples/README.md"))
