@@ -100,6 +100,13 @@ class Data:
         return {lr: {name: found[lr][name] for name in rated if name in found[lr]} for lr in sorted(found)
                 if "BIPEFT" in rated and len(found[lr].keys() & set(rated)) > 1 and "BIPEFT" in found[lr]}
 
+    def cells_at_rates(self):
+        """The cells of at_rates that all have, those left aside who have fewer than BIPEFT has at its least."""
+        at = self.at_rates()
+        least = min((len(scores["BIPEFT"]) for scores in at.values()), default=0)
+        every = [set(cells) for scores in at.values() for cells in scores.values()]
+        return set.intersection(*(cells for cells in every if len(cells) >= least)) if every else set()
+
     def contrasts(self, names, budget=None, sign=1, seeds=None):
         """Of BIPEFT against each of a family; what is not under the budget is a family of its own for Holm.
 
@@ -158,14 +165,9 @@ def rates(data):
 
 
 def by_rate(data):
-    """Test scores of methods re-trained at the same rates, of the cells that all have who have as many as BIPEFT has
-    at its least; then the pairs.
-    """
-    at = data.at_rates()
+    """Test scores of methods re-trained at the same rates, of the cells that all have; then all pairs."""
+    at, common = data.at_rates(), data.cells_at_rates()
     names = list(dict.fromkeys(name for scores in at.values() for name in scores))
-    every = [set(cells) for scores in at.values() for cells in scores.values()]
-    least = min((len(scores["BIPEFT"]) for scores in at.values()), default=0)
-    common = set.intersection(*(cells for cells in every if len(cells) >= least)) if every else set()
     rows, pairs = [], []
     for name in names:
         held = {lr: [s for cell, s in at[lr].get(name, {}).items() if cell in common] for lr in at}

@@ -87,12 +87,14 @@ def draw_budgets(data, page, plt):
 
 
 def draw_rates(data, page, plt):
-    """Score against the rate of re-training; ringed: the rate that validation on other seeds chose."""
-    series = defaultdict(dict)
+    """Score against the rate of re-training, of the cells that all have; ringed: the rate that validation on other
+    seeds chose.
+    """
+    series, common = defaultdict(dict), data.cells_at_rates()
     for lr, scores in data.at_rates().items():
-        for name in scores:
-            if name in CORE:
-                series[name][lr] = scores[name]
+        for name in CORE.keys() & scores.keys():
+            series[name][lr] = {cell: scores[name][cell] for cell in common & scores[name].keys()}
+    series = {name: series[name] for name in CORE if name in series}
     if not series:
         return None
     fig, axes = curves(series, data.tasks, page, plt, "re-training rate, 1e-3")
