@@ -43,7 +43,7 @@ class Data:
     def __init__(self, lines):
         trained = [x for x in lines if x["stage"] == "train" and x["method"] in METHODS and "error" not in x]
         self.budget = Counter(x["budget"] for x in trained).most_common(1)[0][0] if trained else 0
-        self.tuning = [x for x in trained if x["tuning"]]
+        self.tuning = once(x for x in trained if x["tuning"])
         self.tasks = list(dict.fromkeys(x["task"] for x in trained))
         self.places = next((x["places"] for x in lines if x["stage"] == "places"), [])
         seeds = sorted({x["seed"] for x in self.tuning})
@@ -53,7 +53,7 @@ class Data:
         self.rates = {(name, budget): plan.rate(name, budget)[0] for name in METHODS for budget in budgets}
         found = [x for x in lines if x["stage"] == "find" and x.get("method") in METHODS]
         self.searches = once(x for x in found if x["seed"] not in (*seeds, TIMED))
-        self.timed = [x for x in trained + found if x["seed"] == TIMED and x["workers"] == 1]
+        self.timed = once(x for x in trained + found if x["seed"] == TIMED and x["workers"] == 1)
         self.scored = once(x for x in trained if not x["tuning"] and x["seed"] not in (*seeds, TIMED))
         at = defaultdict(Counter)
         for x in self.scored:
@@ -182,6 +182,26 @@ def by_rate(data):
             + table(["rate of both", "BIPEFT −", "mean", "over seeds", "above", "p"], pairs))
 
 
+def elsewhere(data):
+    """Mean test scores of trainings at a rate that was not chosen, and of the same cells at the chosen one: those that
+    are not in by_rate.
+    """
+    shown_there, rows = {(name, lr) for lr, scores in data.at_rates().items() for name in scores}, []
+    of = defaultdict(dict)
+    for x in data.scored:
+        if x["source"] is None and not (x["budget"] == data.budget and (x["method"], x["lr"]) in shown_there):
+            of[x["budget"], x["method"], x["lr"]][x["task"], x["seed"]] = x["test"]
+    for (budget, name, lr), cells in sorted(of.items()):
+        own = data.scores([name], budget)[name]
+        both = [(score, own[cell]) for cell, score in cells.items() if cell in own]
+        if lr != data.rates.get((name, budget), lr) and both:
+            here, there = np.mean(both, 0)
+            rows.append([f"{budget:,}", name, f"{lr:g}", len(both), f"{here:.1f}", f"{there:.1f}"])
+    head = ["budget", "method", "rate", "trainings", "mean", "the same at its chosen rate"]
+    return f"Other trainings at rates that were not chosen:\n\n{table(head, rows)}" if rows else (
+        "There are no other trainings at rates that were not chosen.")
+
+
 def score_table(data, names, budget=None, extra=()):
     """A row a method: scores, sizes, cost.   extra: (heading, function of the method's searches) each.
 
@@ -256,7 +276,7 @@ def cost(data):
 
 def transfer(data):
     """Table 4: structures found on one task, trained on another, and paired with the task's own. In the last
-    row each of these stands in as many pairs as there are other tasks, so that its interval is too narrow.
+    row each of these stands in as many pairs as there are other tasks: its interval over pairs is too narrow.
     """
     own = data.scores(["BIPEFT"]).get("BIPEFT", {})
     moved = {source: {(x["task"], x["seed"]): x["test"] for x in data.of("BIPEFT", source=source)}
@@ -352,7 +372,8 @@ def report(data):
     uncut = [("uncut", lambda of: shown([x.get("uncut") for x in of], 0))]
     parts = ["## Rates, chosen on seeds that are not reported", rates(data)]
     if data.at_rates():
-        parts += ["## Test scores by rate", "Bold: the chosen rate, which alone the other tables are of.", by_rate(data)]
+        parts += ["## Test scores by rate", "Bold: the chosen rate, which alone the other tables are of.",
+                  by_rate(data), elsewhere(data)]
     budgets = {x["budget"] for x in data.reported if x["method"] == "BIPEFT"}
     for budget in sorted(budgets, key=data.order) or [0]:
         parts += table_1(data, budget)
@@ -362,7 +383,8 @@ def report(data):
             ("made up", lambda of: mean([x.get("made_up") for x in of], 0)),
             ("shared", lambda of: shown(shared(data, of), 2))]
     parts += family(data, "Tables 6–9, and own readings", SENSITIVITY, used, -1)
-    parts += ["steps: when a search ends; made up: triggers carried out then; shared: places, by Jaccard, with BIPEFT's.",
+    parts += ["steps: when a search ends; made up: triggers carried out then; shared: places, by Jaccard, with "
+              "BIPEFT's.",
               "## What is kept", "Jaccard: places that two structures share, over the places of either.",
               agreement(data), "Modules by kind, and by rank where it has one: means over searches.",
               kept(data)]

@@ -39,20 +39,25 @@ def in_order(pair):
 
 
 def curves(series, tasks, page, plt, label):
-    """A panel a task, a line a method: mean test scores, with 95 % t intervals over seeds, of three or more.
+    """A panel a task, a line a method: mean test scores, with 95 % t intervals over seeds, of three or more, which the
+    panel may cut off.
 
     series: {method: {x: {(task, seed): score}}}, of at most len(MARKERS) methods.   label: of the x axis.
     """
     fig, axes = plt.subplots(1, len(tasks), figsize=(8.3, 3.9), squeeze=False, layout="constrained")
     for ax, task in zip(axes[0], tasks):
+        means = []
         for i, (name, points) in enumerate(series.items()):
             tests = {x: [s for (of, _), s in cells.items() if of == task] for x, cells in sorted(points.items())}
             tests = {x: values for x, values in tests.items() if values}
+            means += [np.mean(values) for values in tests.values()]
             ax.errorbar([x * (1 + 0.022 * (i - (len(series) - 1) / 2)) for x in tests],
                         [np.mean(values) for values in tests.values()],
                         [half_width(values) if len(values) > 2 else 0 for values in tests.values()],
                         label=name, color=page["colours"][i], marker=MARKERS[i], ms=4.5, elinewidth=0.8,
                         lw=2.4 if name == "BIPEFT" else 1.2, zorder=3 if name == "BIPEFT" else 2)
+        low, high = min(means), max(means)
+        ax.set_ylim(low - 0.3 * (high - low), high + 0.3 * (high - low))
         ticks = sorted(set().union(*series.values()))
         ax.set_xscale("log")
         ax.set_xticks(ticks, [f"{x / 1000 if x >= 1 else 1000 * x:g}" for x in ticks])
@@ -66,23 +71,30 @@ def legend_below(fig, ax, last=()):
     """One legend for all panels.   last: labels that come at its end."""
     handles, labels = ax.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: labels[i] in last)
-    fig.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside lower center", ncols=5)
+    fig.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside lower center",
+               ncols=6 if len(labels) == 6 else 5, columnspacing=1.2)
     return fig
 
 
 def draw_budgets(data, page, plt):
-    """Figure 3: score against budget; as lines across what is outside of the budget."""
+    """Figure 3: score against budget, on the seeds that BIPEFT has at all; as lines across what is outside of the
+    budget.
+    """
     series = {name: {b: data.scores([name], b)[name] for b in sorted(
         {x["budget"] for x in data.reported if x["method"] == name and x["source"] is None})}
         for name in RIVALS if not METHODS[name].free}
     series = dict([(name, points) for name, points in series.items() if len(points) > 1][:len(MARKERS)])
     if "BIPEFT" not in series:
         return None
+    common = set.intersection(*map(set, series["BIPEFT"].values()))
+    series = {name: {b: {cell: s for cell, s in cells.items() if cell in common} for b, cells in points.items()}
+              for name, points in series.items()}
     fig, axes = curves(series, data.tasks, page, plt, "budget, 1,000 parameters")
     for ax, task in zip(axes, data.tasks):
         for name, style in (("full", ":"), ("all of S2", "--")):
-            if tests := [x["test"] for x in data.of(name) if x["task"] == task]:
+            if tests := [x["test"] for x in data.of(name) if x["task"] == task and (task, x["seed"]) in common]:
                 ax.axhline(np.mean(tests), color=page["soft"], lw=1.2, ls=style, label=name)
+                ax.set_ylim(top=max(ax.get_ylim()[1], np.mean(tests) + 0.05 * np.ptp(ax.get_ylim())))
     return legend_below(fig, axes[0], ("full", "all of S2"))
 
 
@@ -103,7 +115,7 @@ def draw_rates(data, page, plt):
             own = data.rates.get((name, data.budget))
             if tests := [s for (of, _), s in points.get(own, {}).items() if of == task]:
                 ax.plot(own * (1 + 0.022 * (i - (len(series) - 1) / 2)), np.mean(tests), "o", ms=10, mfc="none",
-                        color=page["colours"][i], label="its chosen rate" if i == 0 else None)
+                        color=page["ink"], label="its chosen rate" if i == 0 else None)
     return legend_below(fig, axes[0], ("its chosen rate",))
 
 
@@ -127,7 +139,7 @@ def forest(rows, tasks, page, plt, sides):
                  for name, c in rows if c and name not in FAR], default=0)
     if not reach:
         return None
-    fig, (ax, told) = plt.subplots(1, 2, figsize=(8.3, 1 + 0.31 * len(rows)), width_ratios=[3, 1.3],
+    fig, (ax, told) = plt.subplots(1, 2, figsize=(8.3, 1 + 0.31 * len(rows)), width_ratios=[3, 1.5],
                                    sharey=True, layout="constrained")
     told.axis("off")
     told.set_xlim(0, 1)
@@ -151,7 +163,7 @@ def forest(rows, tasks, page, plt, sides):
         half = c.half_of_seeds if len({seed for _, seed in c.pairs}) > 2 else float("nan")
         if not out and half == half:
             ax.errorbar(at, y, xerr=half, elinewidth=0.6, capsize=2, color=page["ink"])
-        span = f" [{signed(c.mean - half, 1)}, {signed(c.mean + half, 1)}]" if half == half else ""
+        span = f" [{signed(c.mean - half)}, {signed(c.mean + half)}]" if half == half else ""
         told.text(0, y, signed(c.mean) + span, va="center")
         told.text(1, y, f"{c.above} of {len(c.pairs)}", va="center", ha="right")
     told.text(0, -0.9, "mean, 95 % over seeds", color=page["soft"])
@@ -246,14 +258,15 @@ def draw_kinds(data, page, plt):
         left += widths
     ax.set_yticks(range(len(bars)), [f"{budget:,}: {name}" for name, budget in bars])
     ax.invert_yaxis()
+    ax.margins(x=0.02)
     ax.set_xlabel("modules kept, mean over searches; a number after a kind is the rank")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=8, columnspacing=1.2,
                handlelength=1)
     return fig
 
 
-FIGURES = {"budgets": draw_budgets, "rates": draw_rates, "pairs": draw_pairs, "readings": draw_readings, "places": draw_places,
-           "kinds": draw_kinds}
+FIGURES = {"budgets": draw_budgets, "rates": draw_rates, "pairs": draw_pairs, "readings": draw_readings,
+           "places": draw_places, "kinds": draw_kinds}
 
 
 def draw(data, folder):

@@ -9,18 +9,30 @@ import numpy as np
 
 def sign_flip(differences):
     """Exact two-sided p of paired differences (Fisher 1935): the share of sign vectors s with
-    |sum(s d)| >= |sum(d)|. Above 20 pairs of 2^20 random ones.
+    |sum(s d)| >= |sum(d)|. Above 40 pairs of 2^20 random ones.
+
+    Of each half of the pairs all signed sums are made; how many of one half reach far enough with a sum of the
+    other is looked up among its sorted ones.
     """
-    d = np.array(differences)
-    if len(d) <= 20:
-        sums = np.zeros(1)
-        for value in d:
-            sums = np.concatenate([sums + value, sums - value])
-    else:
+    d = np.array(differences, dtype=float)
+    limit = abs(d.sum()) - 1e-9
+    if len(d) > 40:
         rng = np.random.default_rng(0)
         signs = (rng.integers(0, 2, (2**12, len(d))) * 2 - 1 for _ in range(2**8))
         sums = np.concatenate([[d.sum()], *(s @ d for s in signs)])
-    return float((np.abs(sums) >= abs(d.sum()) - 1e-9).mean())
+        return float((np.abs(sums) >= limit).mean())
+    halves = []
+    for part in (d[::2], d[1::2]):
+        sums = np.zeros(1)
+        for value in part:
+            sums = np.concatenate([sums + value, sums - value])
+        halves.append(np.sort(sums))
+    one, other = halves
+    if limit <= 0:
+        return 1.0
+    above = len(other) - np.searchsorted(other, limit - one, "left")
+    below = np.searchsorted(other, -limit - one, "right")
+    return float((above.sum() + below.sum()) / (len(one) * len(other)))
 
 
 def holm(values):
@@ -82,7 +94,8 @@ class Contrast:
 def contrasts(base, others, sign=1):
     """{name: Contrast} of sign · (base - other) over shared cells, where these are two or more; and Holm.
 
-    base: {cell: score}.   others: {name: {cell: score}}, of a family that is fixed beforehand.
+    base: {cell: score}.   others: {name: {cell: score}}, of a family that is fixed beforehand.   A cell: (task, seed),
+    or (task, (seed, more)) where a seed has several of a task.
     """
     found = {}
     for name, scores in others.items():
@@ -91,7 +104,7 @@ def contrasts(base, others, sign=1):
             d = list(pairs.values())
             by_seed = defaultdict(list)
             for (_, seed), value in pairs.items():
-                by_seed[seed].append(value)
+                by_seed[seed[0] if isinstance(seed, tuple) else seed].append(value)
             means = [np.mean(values) for values in by_seed.values()]
             found[name] = Contrast(pairs, float(np.mean(d)), half_width(d), half_width(means), sign_flip(d))
     for name, p in holm({name: c.p for name, c in found.items()}).items():

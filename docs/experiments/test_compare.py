@@ -206,8 +206,8 @@ def test_no_job_is_handed_out_that_would_not_be_done_in_time(workers, tmp_path, 
 
 
 def test_a_job_put_off_for_want_of_time_chooses_no_rate(tmp_path):
-    args = argparse.Namespace(table=["main"], methods=["LoRA"], tasks=["toy"], seeds=[0], first_seeds=1, tune_seeds=[100],
-                              tune_tasks=["toy"], budget=600, lr=None, workers=1)
+    args = argparse.Namespace(table=["main"], methods=["LoRA"], tasks=["toy"], seeds=[0], first_seeds=1,
+                              tune_seeds=[100], tune_tasks=["toy"], budget=600, lr=None, workers=1)
     work = compare.Run(args, None, known(tmp_path, {"LoRA": 100.0}), minutes=1)
     assert not work.next() and len(work.plan.late) == 3
     assert work.plan.rate("LoRA", 600)[0] is None and work.plan.missing() == 1

@@ -6,6 +6,7 @@
 import importlib.util
 import itertools
 import json
+import math
 import random
 
 import numpy as np
@@ -81,10 +82,17 @@ def test_sign_flip_and_holm_by_hand():
     assert ranks == {"a": 1.25, "b": 1.75, "c": 3} and cells == 2
 
 
-def test_sign_flip_of_many_pairs_is_near_the_exact_one():
-    # Of 21 equal differences: |sum| >= 21 in 2 of 2^21. Of 21 ones, 10 negative: each sum is odd, >= 1.
-    assert stats.sign_flip([1.0] * 21) < 1e-5
-    assert stats.sign_flip([1.0] * 11 + [-1.0] * 10) == 1
+def test_sign_flip_of_many_pairs():
+    # Of n equal differences the sum of n signs reaches n in 2 of 2^n, n - 2 in 2 + 2n; 0 is reached by all.
+    assert stats.sign_flip([1.0] * 30) == 2 / 2**30 and stats.sign_flip([0.5] * 29 + [-0.5]) == 62 / 2**30
+    assert stats.sign_flip([1.0] * 11 + [-1.0] * 10) == 1 == stats.sign_flip([1.0, -1.0] * 4)
+    rng = np.random.default_rng(0)
+    few = rng.normal(0.3, 1, 11)
+    every = [np.dot(signs, few) for signs in itertools.product((1, -1), repeat=11)]
+    assert stats.sign_flip(few) == np.mean(np.abs(every) >= abs(few.sum()) - 1e-9)
+    many = rng.normal(0.2, 1, 41)                                                 # drawn: near to a normal's
+    assert stats.sign_flip(many) == pytest.approx(
+        math.erfc(abs(many.sum()) / np.sqrt(2 * (many**2).sum())), abs=0.01)
 
 
 def test_students_quantiles_are_those_of_a_table():
@@ -112,6 +120,10 @@ def test_contrasts_by_hand():
     assert (found["a"].mean, found["a"].p, found["a"].holm, found["a"].above) == (2, 0.25, 0.5, 3)
     assert (found["b"].mean, found["b"].p, found["b"].holm, found["b"].above) == (0, 1, 1, 1)
     assert stats.contrasts(base, {"a": {x: 4.0, y: 5.0}}, -1)["a"].mean == -1.5
+    # A seed with two of a task is one seed: means 2 and 4, as far from 3 as 12.706 · 1.414 / 1.414.
+    two = {("qnli", (0, "mnli")): 1.0, ("qnli", (0, "sst2")): 3.0, ("qnli", (1, "mnli")): 4.0}
+    found = stats.contrasts(two, {"a": dict.fromkeys(two, 0.0)})["a"]
+    assert found.half_of_seeds == pytest.approx(12.706, rel=1e-4)
 
 
 def test_jaccard_by_hand():
@@ -214,6 +226,16 @@ def test_scores_by_rate_by_hand():
     # random was re-trained at one rate, LoRA at 2.5e-3 without BIPEFT, and BIPEFT at 2e-3 without any other.
     assert "| method | 0.001 | 0.006 |" in told and "random" not in told
     assert "| BIPEFT | 70.5 | 75.5 |" in told and "| LoRA | 68.5 | 76.5 |" in told
+    # What is at a rate without BIPEFT, or at one of a few, is told beside the chosen or most frequent rate.
+    assert "random" not in report.elsewhere(report.Data(lines))
+    other = [line("LoRA", "qnli", seed, lr, score, 3000) for seed, lr, score in (
+        (0, 1e-3, 50.0), (1, 1e-3, 52.0), (0, 6e-3, 40.0))]
+    tuned = [line("LoRA", "qnli", 100, lr, None, b, validation=v) for b in (3000, 10_000)
+             for lr, v in zip(RATES[1:], (70, 71, 70))]
+    assert "| 10,000 | LoRA | 0.001 |" not in report.elsewhere(report.Data(lines + tuned))
+    tuned = [line("LoRA", "qnli", 100, lr, None, 3000, validation=v) for lr, v in zip(RATES, (70, 71, 70, 69))]
+    tuned += [line("LoRA", "qnli", 100, lr, None, validation=v) for lr, v in zip(RATES[1:], (70, 71, 70))]
+    assert "| 3,000 | LoRA | 0.006 | 1 | 40.0 | 50.0 |" in report.elsewhere(report.Data(lines + other + tuned))
     # Differences of 2 in both seeds: no width, 2 of 4 sign vectors.
     assert "| 0.001 | LoRA | +2.00 | +2.00 to +2.00 | 2 of 2 | 0.5 |" in told
     assert "| 0.006 | LoRA | −1.00 | −1.00 to −1.00 | 0 of 2 | 0.5 |" in told
@@ -226,7 +248,8 @@ def test_scores_by_rate_by_hand():
 def test_seeds_that_were_added_later_have_pairs_of_their_own():
     lines = [line(name, "qnli", seed, 1e-3, score * (1 if seed < 5 else 2)) for seed in range(10)
              for name, score in (("BIPEFT", 30.0), ("LoRA", 29.0))]
-    before, _, later = "\n".join(report.table_1(report.Data(lines), 10_000)).partition("### Pairs on seeds 5 to 9 alone")
+    told = "\n".join(report.table_1(report.Data(lines), 10_000))
+    before, _, later = told.partition("### Pairs on seeds 5 to 9 alone")
     # 1 in five seeds, 2 in the other five.
     assert "| LoRA | +1.50 | +1.50 |" in before and "| LoRA | +2.00 | +2.00 | +2.00 to +2.00 |" in later
     assert "alone" not in "\n".join(report.table_1(report.Data(lines[:-2]), 10_000))
@@ -256,8 +279,8 @@ def test_what_a_forest_plot_draws_and_leaves_off_its_axis():
     assert drawn[1] == (2, "D") and drawn[4] == (pytest.approx(-0.98 * reach), "<")
     told = [text.get_text() for text in told.texts]
     half = 4.303 * 1 / 3**0.5                                               # of three seeds; of two none is told
-    assert told[:4] == [f"+2.00 [{2 - half:.1f}, +{2 + half:.1f}]".replace("[-", "[−"), "3 of 3", "+1.38", "4 of 4"]
-    assert told[4].startswith("−31.00 [−33.5, −28.5]") and told[5] == "0 of 3"
+    assert told[:4] == [f"+2.00 [{2 - half:.2f}, +{2 + half:.2f}]".replace("[-", "[−"), "3 of 3", "+1.38", "4 of 4"]
+    assert told[4:6] == ["−31.00 [−33.48, −28.52]", "0 of 3"]
     plt.close(fig)
 
 
