@@ -190,7 +190,8 @@ def test_every_command_is_one_that_its_program_takes(page, monkeypatch):
 
 def test_the_checks_refuse_what_they_are_there_for(monkeypatch):
     for line in ("python bipeft.py --no-such-flag", "python bipeft.py --task rte --ranks x", "make all",
-                 "python docs/examples/causal.py --nothing 3", "python docs/experiments/kill.py -- --nothing 3", "python docs/no_such.py", "./run_glue.sh --nothing",
+                 "python docs/examples/causal.py --nothing 3", "python docs/experiments/kill.py -- --nothing 3",
+                 "python docs/no_such.py", "./run_glue.sh --nothing",
                  "python -m pytest no_such.py", "pip install -r no.txt", "python -m http.server", "./other.sh"):
         with pytest.raises((AssertionError, SystemExit, OSError, ValueError)):          # UsageError is a ValueError
             check(line.split(), monkeypatch)

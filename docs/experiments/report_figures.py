@@ -44,7 +44,7 @@ def curves(series, tasks, page, plt, label):
 
     series: {method: {x: {(task, seed): score}}}, of at most len(MARKERS) methods.   label: of the x axis.
     """
-    fig, axes = plt.subplots(1, len(tasks), figsize=(8.3, 3.9), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(1, len(tasks), figsize=(8.3, 4.6), squeeze=False, layout="constrained")
     for ax, task in zip(axes[0], tasks):
         means = []
         for i, (name, points) in enumerate(series.items()):
@@ -182,7 +182,7 @@ def draw_pairs(data, page, plt):
     groups = {"within the budget": {name: c for name, c in found.items() if not METHODS[name].free},
               "outside of the budget": {name: c for name, c in found.items() if METHODS[name].free},
               "ablations of BIPEFT": data.contrasts(ABLATIONS)}
-    groups = {heading: dict(sorted(group.items(), key=lambda row: -row[1].mean)) for heading, group in groups.items()}
+    groups = {heading: dict(sorted(group.items(), key=lambda row: row[1].mean)) for heading, group in groups.items()}
     return forest(forest_rows(groups, FEWEST), data.tasks, page, plt, ("method", "BIPEFT"))
 
 
