@@ -284,6 +284,25 @@ def test_what_a_forest_plot_draws_and_leaves_off_its_axis():
     plt.close(fig)
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
+@pytest.mark.parametrize("draw, at", [(figures.draw_budgets, "budget"), (figures.draw_rates, "rate")])
+def test_a_line_is_of_the_cells_that_all_its_points_have(draw, at):
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+    points = {"budget": ((1e-3, 3000), (1e-3, 10_000)), "rate": ((1e-3, 10_000), (2e-3, 10_000), (6e-3, 10_000))}[at]
+    lines = [line(name, "qnli", seed, lr, score + 10 * seed + i, budget)
+             for name, score in (("BIPEFT", 70), ("LoRA", 60)) for i, (lr, budget) in enumerate(points)
+             for seed in range(2 if i else 1)]                                                # seed 1: not at the first
+    lines += [line("BIPEFT", "qnli", seed, 1e-3, 70.0, 10_000, source="sst2") for seed in range(9)]  # the main budget's
+    fig = draw(report.Data(lines), figures.PAGES["light"], plt)
+    drawn = {bars.get_label(): list(bars[0].get_ydata()) for bars in fig.axes[0].containers}
+    assert drawn == {"BIPEFT": [70 + i for i in range(len(points))], "LoRA": [60 + i for i in range(len(points))]}
+    low, high = 60, 70 + len(points) - 1
+    assert fig.axes[0].get_ylim() == pytest.approx((low - 0.3 * (high - low), high + 0.3 * (high - low)))
+    plt.close(fig)
+
+
 def test_cost_is_of_what_ran_alone():
     timed = [find("BIPEFT", "qnli", 900, workers=1, seconds=30.0), find("BIPEFT", "qnli", 900, seconds=99.0),
              line("BIPEFT", "qnli", 900, 1e-3, 70.0, workers=1, seconds=20.0, memory=650),
