@@ -101,7 +101,7 @@ class Data:
                 if "BIPEFT" in rated and len(found[lr].keys() & set(rated)) > 1 and "BIPEFT" in found[lr]}
 
     def cells_at_rates(self):
-        """The cells of at_rates that all have, those left aside who have fewer than BIPEFT has at its least."""
+        """The cells that all of at_rates share; what has fewer than BIPEFT at any rate is left aside."""
         at = self.at_rates()
         least = min((len(scores["BIPEFT"]) for scores in at.values()), default=0)
         every = [set(cells) for scores in at.values() for cells in scores.values()]
@@ -230,9 +230,9 @@ def score_table(data, names, budget=None, extra=()):
 
 def contrast_table(found, tasks, head="BIPEFT −"):
     """A row a Contrast: means by task, over all pairs, its interval, and tests."""
-    tasks, rows = [task for task in tasks if any(task == of for c in found.values() for of, _ in c.pairs)], []
+    tasks, rows = [task for task in tasks if any(task == of for c in found.values() for of, *_ in c.pairs)], []
     for name, c in found.items():
-        by_task = [[d for (of, _), d in c.pairs.items() if of == task] for task in tasks]
+        by_task = [[d for (of, *_), d in c.pairs.items() if of == task] for task in tasks]
         spans = [span(c.mean, half) for half in (c.half, c.half_of_seeds)]
         rows.append([name, *(signed(np.mean(d)) if d else "–" for d in by_task), signed(c.mean), *spans,
                      f"{c.above} of {len(c.pairs)}", f"{c.p:.2g}", f"{c.holm:.2g}"])
@@ -290,8 +290,8 @@ def transfer(data):
         cells = {**{cell: score for cell, score in own.items() if cell[0] == source}, **moved[source]}
         by_task = [[s for (on, _), s in cells.items() if on == task] for task in data.tasks]
         rows.append([source, *map(shown, by_task)])
-    every = {(task, (seed, source)): s for source in data.tasks for (task, seed), s in moved[source].items()}
-    itself = {cell: own[cell[0], cell[1][0]] for cell in every if (cell[0], cell[1][0]) in own}
+    every = {(*cell, source): s for source in data.tasks for cell, s in moved[source].items()}
+    itself = {cell: own[cell[:2]] for cell in every if cell[:2] in own}
     found = {**contrasts(own, moved, -1), **contrasts(itself, {"any other": every}, -1)}
     return (table(["found on", *data.tasks], rows) + "\n\n"
             + contrast_table(found, data.tasks, "found on, − the task's own"))

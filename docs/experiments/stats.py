@@ -11,8 +11,8 @@ def sign_flip(differences):
     """Exact two-sided p of paired differences (Fisher 1935): the share of sign vectors s with
     |sum(s d)| >= |sum(d)|. Above 40 pairs of 2^20 random ones.
 
-    Of each half of the pairs all signed sums are made; how many of one half reach far enough with a sum of the
-    other is looked up among its sorted ones.
+    Of each half of the pairs all signed sums are made; with how many of the other half's one falls short is looked
+    up among these, sorted.
     """
     d = np.array(differences, dtype=float)
     limit = abs(d.sum()) - 1e-9
@@ -28,11 +28,9 @@ def sign_flip(differences):
             sums = np.concatenate([sums + value, sums - value])
         halves.append(np.sort(sums))
     one, other = halves
-    if limit <= 0:
-        return 1.0
-    above = len(other) - np.searchsorted(other, limit - one, "left")
-    below = np.searchsorted(other, -limit - one, "right")
-    return float((above.sum() + below.sum()) / (len(one) * len(other)))
+    short = np.searchsorted(other, limit - one, "left") - np.searchsorted(other, -limit - one, "right")
+    pairs = len(one) * len(other)
+    return float((pairs - short.clip(0).sum()) / pairs)
 
 
 def holm(values):
@@ -95,7 +93,7 @@ def contrasts(base, others, sign=1):
     """{name: Contrast} of sign · (base - other) over shared cells, where these are two or more; and Holm.
 
     base: {cell: score}.   others: {name: {cell: score}}, of a family that is fixed beforehand.   A cell: (task, seed),
-    or (task, (seed, more)) where a seed has several of a task.
+    and what else tells it from others of these.
     """
     found = {}
     for name, scores in others.items():
@@ -103,8 +101,8 @@ def contrasts(base, others, sign=1):
         if len(pairs) > 1:
             d = list(pairs.values())
             by_seed = defaultdict(list)
-            for (_, seed), value in pairs.items():
-                by_seed[seed[0] if isinstance(seed, tuple) else seed].append(value)
+            for (_, seed, *_), value in pairs.items():
+                by_seed[seed].append(value)
             means = [np.mean(values) for values in by_seed.values()]
             found[name] = Contrast(pairs, float(np.mean(d)), half_width(d), half_width(means), sign_flip(d))
     for name, p in holm({name: c.p for name, c in found.items()}).items():

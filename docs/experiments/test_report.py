@@ -87,6 +87,9 @@ def test_sign_flip_of_many_pairs():
     assert stats.sign_flip([1.0] * 30) == 2 / 2**30 and stats.sign_flip([0.5] * 29 + [-0.5]) == 62 / 2**30
     assert stats.sign_flip([1.0] * 11 + [-1.0] * 10) == 1 == stats.sign_flip([1.0, -1.0] * 4)
     rng = np.random.default_rng(0)
+    for _ in range(20):                                                 # ties are ties, too, where tenths round
+        tenths = rng.integers(-9, 10, 12)
+        assert stats.sign_flip(tenths / 10) == stats.sign_flip(tenths)
     few = rng.normal(0.3, 1, 11)
     every = [np.dot(signs, few) for signs in itertools.product((1, -1), repeat=11)]
     assert stats.sign_flip(few) == np.mean(np.abs(every) >= abs(few.sum()) - 1e-9)
@@ -121,7 +124,7 @@ def test_contrasts_by_hand():
     assert (found["b"].mean, found["b"].p, found["b"].holm, found["b"].above) == (0, 1, 1, 1)
     assert stats.contrasts(base, {"a": {x: 4.0, y: 5.0}}, -1)["a"].mean == -1.5
     # A seed with two of a task is one seed: means 2 and 4, as far from 3 as 12.706 · 1.414 / 1.414.
-    two = {("qnli", (0, "mnli")): 1.0, ("qnli", (0, "sst2")): 3.0, ("qnli", (1, "mnli")): 4.0}
+    two = {("qnli", 0, "mnli"): 1.0, ("qnli", 0, "sst2"): 3.0, ("qnli", 1, "mnli"): 4.0}
     found = stats.contrasts(two, {"a": dict.fromkeys(two, 0.0)})["a"]
     assert found.half_of_seeds == pytest.approx(12.706, rel=1e-4)
 
@@ -216,6 +219,25 @@ def test_a_table_has_columns_of_the_tasks_that_its_rows_share():
     assert "| − BIPEFT | qnli | mnli | mean |" in told[2] and "| Z = 10 | +2.00 | +2.00 | +2.00 |" in told[2]
 
 
+def test_moves_of_a_seed_are_one_seed():
+    # Seed 0: 1 and 3 above the task's own, seed 1: 5 and 7. Over the seeds' means 2 and 6: 4, 12.706 · 2.828 / 1.414.
+    own = {("qnli", 0): 70.0, ("mnli", 0): 60.0, ("qnli", 1): 72.0, ("mnli", 1): 64.0}
+    moved = {("qnli", "mnli", 0): 71.0, ("mnli", "qnli", 0): 63.0, ("qnli", "mnli", 1): 77.0, ("mnli", "qnli", 1): 71.0}
+    lines = [line("BIPEFT", *cell, 1e-3, test) for cell, test in own.items()]
+    lines += [line("BIPEFT", task, seed, 1e-3, test, source=source) for (task, source, seed), test in moved.items()]
+    (row,) = [row for row in report.transfer(report.Data(lines)).splitlines() if row.startswith("| any other")]
+    assert row.startswith("| any other | +3.00 | +5.00 | +4.00 |") and "| −21.41 to +29.41 | 4 of 4 |" in row
+
+
+def test_rates_of_each_budget_are_told_apart_and_each_line_counts_once():
+    lines = [line("LoRA", "qnli", seed, lr, None, budget, validation=v + 10 * (budget < 9000)) for budget in (10_000, 3000)
+             for seed, scores in ((100, (70, 72, 71)), (101, (71, 72, 70))) for lr, v in zip(RATES[1:4], scores)]
+    told = report.rates(report.Data(lines + lines[:1]))                                   # 70, 71 and not 70, 70, 71
+    assert told.splitlines()[2:] == [
+        "| 10,000 | LoRA | 0.001: 70.5, **0.0025: 72.0**, 0.006: 70.5 | 0.0025 |  |",
+        "| 3,000 | LoRA | 0.001: 80.5, **0.0025: 82.0**, 0.006: 80.5 | 0.0025 |  |"]
+
+
 def test_scores_by_rate_by_hand():
     lines = [line(name, "qnli", seed, lr, score + seed) for seed in (0, 1) for name, lr, score in (
         ("BIPEFT", 1e-3, 70.0), ("BIPEFT", 2e-3, 72.0), ("BIPEFT", 6e-3, 75.0),
@@ -230,6 +252,7 @@ def test_scores_by_rate_by_hand():
     assert "random" not in report.elsewhere(report.Data(lines))
     other = [line("LoRA", "qnli", seed, lr, score, 3000) for seed, lr, score in (
         (0, 1e-3, 50.0), (1, 1e-3, 52.0), (0, 6e-3, 40.0))]
+    other.append(line("LoRA", "qnli", 1, 6e-3, 90.0, 3000, source="sst2"))                 # moved: not of this table
     tuned = [line("LoRA", "qnli", 100, lr, None, b, validation=v) for b in (3000, 10_000)
              for lr, v in zip(RATES[1:], (70, 71, 70))]
     assert "| 10,000 | LoRA | 0.001 |" not in report.elsewhere(report.Data(lines + tuned))
@@ -295,11 +318,14 @@ def test_a_line_is_of_the_cells_that_all_its_points_have(draw, at):
              for name, score in (("BIPEFT", 70), ("LoRA", 60)) for i, (lr, budget) in enumerate(points)
              for seed in range(2 if i else 1)]                                                # seed 1: not at the first
     lines += [line("BIPEFT", "qnli", seed, 1e-3, 70.0, 10_000, source="sst2") for seed in range(9)]  # the main budget's
+    lines += [line("full", "qnli", seed, 1e-4, 90.0 + 100 * seed) for seed in (0, 1)]                # a line across
     fig = draw(report.Data(lines), figures.PAGES["light"], plt)
     drawn = {bars.get_label(): list(bars[0].get_ydata()) for bars in fig.axes[0].containers}
     assert drawn == {"BIPEFT": [70 + i for i in range(len(points))], "LoRA": [60 + i for i in range(len(points))]}
     low, high = 60, 70 + len(points) - 1
-    assert fig.axes[0].get_ylim() == pytest.approx((low - 0.3 * (high - low), high + 0.3 * (high - low)))
+    bottom, top = fig.axes[0].get_ylim()
+    assert bottom == pytest.approx(low - 0.3 * (high - low))
+    assert 90 < top < 95 if at == "budget" else top == pytest.approx(high + 0.3 * (high - low))
     plt.close(fig)
 
 
@@ -307,6 +333,7 @@ def test_cost_is_of_what_ran_alone():
     timed = [find("BIPEFT", "qnli", 900, workers=1, seconds=30.0), find("BIPEFT", "qnli", 900, seconds=99.0),
              line("BIPEFT", "qnli", 900, 1e-3, 70.0, workers=1, seconds=20.0, memory=650),
              line("LoRA", "qnli", 900, 1e-3, 70.0, workers=1, seconds=12.0)]
+    timed.insert(0, find("BIPEFT", "qnli", 900, workers=1, seconds=60.0))                  # was run again since
     told = report.cost(report.Data(timed))
     assert "| BIPEFT | search | 30.00 | 1.50 | 2.50 | 1,200 | – |" in told
     assert "| BIPEFT | training | 20.00 | 1.00 | 1.67 | 600 | 650 |" in told
@@ -344,7 +371,8 @@ def test_what_is_not_under_the_budget_is_a_family_of_its_own():
 
 
 @pytest.mark.parametrize("page, lines", [("compare_tables.md", "compare.jsonl"),
-                                         ("compare_t5_tables.md", "compare-t5.jsonl")])
+                                         ("compare_t5_tables.md", "compare-t5.jsonl"),
+                                         ("compare_cola_tables.md", "compare-cola.jsonl")])
 def test_the_pages_of_all_tables_are_what_the_report_prints(page, lines):
     told = report.report(report.Data(compare.read(report.HERE / "results" / lines)))
     head, _, rest = (report.HERE / page).read_text().partition("\n## ")
