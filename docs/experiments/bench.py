@@ -110,11 +110,17 @@ def prepare(model, data_dir, settings):
     import pandas
     from transformers import AutoModel, AutoTokenizer, T5ForConditionalGeneration
     folder, arrays, t5 = Path(settings.folder), {}, settings.family == "t5"
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    advice = ": give a folder with config, weights and tokenizer, of --family's kind"
+    with bipeft.failing(f"{model} can't be loaded", advice):
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        backbone = T5ForConditionalGeneration.from_pretrained(model, dtype=torch.float16) if t5 else (
+            AutoModel.from_pretrained(model, add_pooling_layer=False, dtype=torch.float16))
     for task, files in {"qnli": ("validation",), "mnli": ("validation_matched",), "sst2": ("train", "validation"),
                         "rte": ("train", "validation"), "cola": ("train", "validation")}.items():
         for number, name in enumerate(files):
-            rows = pandas.read_parquet(Path(data_dir) / task / f"{name}.parquet")
+            path = Path(data_dir) / task / f"{name}.parquet"
+            with bipeft.failing(f"{path} can't be read", ": --data-dir holds <task>/<split>.parquet, as the hub's"):
+                rows = pandas.read_parquet(path)
             if task == "sst2" and number == 0:                      # 8,000 are trained on, 500 validate
                 rows = rows.sample(settings.train_rows + 4000, random_state=0)
             texts = [rows[field].tolist() for field in bipeft.TASKS[task].fields]
@@ -128,8 +134,6 @@ def prepare(model, data_dir, settings):
     if t5:
         arrays["answers"] = np.array([tokenizer(digit).input_ids[0] for digit in "012"])
     np.savez_compressed(folder / "tasks.npz", **arrays)
-    backbone = T5ForConditionalGeneration.from_pretrained(model, dtype=torch.float16) if t5 else (
-        AutoModel.from_pretrained(model, add_pooling_layer=False, dtype=torch.float16))
     backbone.save_pretrained(folder / "model")
     for file in sorted(folder.rglob("*.*")):
         print(f"{file}  {file.stat().st_size / 2**20:.1f} MiB")

@@ -24,6 +24,7 @@ passes of a search (forward and backward) over those of one re-training; a searc
 """
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import gzip
@@ -35,7 +36,6 @@ import multiprocessing.connection
 import signal
 import sys
 import time
-import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -92,6 +92,8 @@ def train(bench, job):
     else:
         structure = (find(bench, method.finder, job["budget"])[job["method"]][0] if method.cheap
                      else bench.decode(job.pop("structure"), job["budget"]))
+        if not structure.modules and not method.free:
+            raise bipeft.UsageError(f"no module of {job['method']} fits into a budget of {job['budget']}")
         with scaled_lora(SCALES.get(method.finder)):
             bench.passes = 0
             peft, best, curve = bench.train(structure, job["lr"], method.whole)
@@ -247,15 +249,16 @@ def key_of(job):
 
 def wanted_of(args):
     """All trainings of the tables asked for, the important ones first; those for rates follow from them."""
-    installed = {name: METHODS[name] for name in args.methods or METHODS
-                 if METHODS[name].finder != "adalora" or importlib.util.find_spec("peft")}
+    missing = "it is for --family bert" if args.family != "bert" else (
+        None if importlib.util.find_spec("peft") else "peft is not installed")
+    installed = {name for name in args.methods or METHODS if not missing or METHODS[name].finder != "adalora"}
 
     def of(names, seeds, budget=args.budget, tasks=args.tasks, **more):
         for seed, name, task in itertools.product(seeds, [n for n in names if n in installed], tasks):
             yield {"method": name, "task": task, "budget": budget, "seed": seed, "source": None, "tuning": False,
                    **more}
     if "AdaLoRA" in (args.methods or METHODS) and "AdaLoRA" not in installed:
-        print("AdaLoRA is left out: peft is not installed")
+        print(f"AdaLoRA is left out: {missing}")
     first, rest = args.seeds[:args.first_seeds], args.seeds[args.first_seeds:]
     for table in args.table:
         if table == "main":
@@ -292,14 +295,14 @@ def work(settings, number, pipe):
     signal.signal(signal.SIGINT, signal.SIG_IGN)                    # Ctrl-C is for the one that hands out
     if settings.device == "auto" and torch.cuda.is_available():
         settings = dataclasses.replace(settings, device=f"cuda:{number % torch.cuda.device_count()}")
-    bench = Bench(settings)
-    pipe.send([first_line(bench)])
-    broken = 0
-    while broken < 2 and (job := pipe.recv()) is not None:
-        lines = attempt(bench, job)
-        strange = "error" in lines[0] and not lines[0]["error"].startswith("UsageError")
-        broken = broken + 1 if strange else 0                       # twice in a row: no job is safe here
-        pipe.send(lines)
+    bench, broken = Bench(settings), 0
+    with contextlib.suppress(EOFError, ConnectionError):            # the one that hands out is gone
+        pipe.send([first_line(bench)])
+        while broken < 2 and (job := pipe.recv()) is not None:
+            lines = attempt(bench, job)
+            strange = "error" in lines[0] and not lines[0]["error"].startswith("UsageError")
+            broken = broken + 1 if strange else 0                   # twice in a row: no job is safe here
+            pipe.send(lines)
 
 
 def first_line(bench):
@@ -343,7 +346,7 @@ class Results:
 
     def __init__(self, out, workers):
         self.out, self.lines, self.longest = out, read(out), defaultdict(float)
-        if out.exists() and not out.read_text().endswith("\n"):
+        if out.exists() and not out.read_bytes().endswith(b"\n"):
             with out.open("a") as file:
                 file.write("\n")                                    # of a run that was killed in a line
         for line in self.lines:
@@ -363,8 +366,9 @@ class Results:
 
     def add(self, line):
         self.lines.append(line)
-        with self.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        with bipeft.failing(f"--out {self.out} can't be written", ": name another file", OSError):
+            with self.out.open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
     def add_first(self, line):
         """Takes a worker's first line; raises if the file's is of other settings."""
@@ -373,6 +377,8 @@ class Results:
             self.add(line)
         elif there.get("settings", line["settings"]) != line["settings"]:
             raise bipeft.UsageError(f"{self.out} is of other settings, {there['settings']}: give another --out")
+        elif there["places"] != line["places"]:
+            raise bipeft.UsageError(f"{self.out} is of a model with other places: give another --out")
 
 
 class Run:
@@ -382,6 +388,8 @@ class Run:
         self.results = Results(out, args.workers)
         lines = self.results.lines
         self.plan, self.started = Plan(list(wanted_of(args)), lines, settings, args), time.time()
+        if not self.plan.wanted:
+            raise bipeft.UsageError("no training is asked for: --table has none of --methods that can be run here")
         self.budgeted = math.inf if minutes is None else minutes * 60
         print(f"{len(self.plan.wanted)} trainings asked for, "
               f"{sum(line.get('stage') == 'train' for line in lines)} lines there")
@@ -489,6 +497,8 @@ def carry_out_all(args, settings, out, minutes):
             print(f"stopped after {minutes:g} minutes; {len(crew.busy)} jobs were under way")
         crew.end()
     print(f"{run.seconds():.0f} s; not done: {run.plan.missing()} trainings")
+    if args.workers and not crew.idle and not crew.busy:
+        sys.exit(f"no worker is left; the same command goes on from {out}")
     return run.results.lines
 
 
@@ -508,6 +518,9 @@ def show(line, seconds):
           f"B {line['budget']}  seed {line['seed']}  {told}", flush=True)
 
 
+LINE = {"stage", "task", "budget", "seed"}                      # what every line but the first has
+
+
 def read(out):
     """The lines of a results file, after those of the same file packed, "out.gz", if there is one; a broken one, of a
     run that was killed, is dropped.   Raises UsageError.
@@ -515,16 +528,15 @@ def read(out):
     lines, packed = [], out.with_name(f"{out.name}.gz")
     if out.is_dir():
         raise bipeft.UsageError(f"{out} is a folder: name a file of compare.py's lines")
-    try:
-        texts = gzip.decompress(packed.read_bytes()).splitlines() if packed.exists() else []
-    except (EOFError, OSError, zlib.error) as error:
-        raise bipeft.UsageError(f"{packed} can't be unpacked ({error}): move it away, or get it anew")
-    for text in texts + (out.read_bytes().splitlines() if out.exists() else []):
-        try:
+    with bipeft.failing(f"{packed} can't be unpacked", ": move it away, or get it anew"):
+        parts = [gzip.decompress(packed.read_bytes()).splitlines()] if packed.exists() else []
+    with bipeft.failing(f"{out} can't be read", ": name another file", OSError):
+        parts += [out.read_bytes().splitlines()] if out.exists() else []
+    for text in itertools.chain(*parts):
+        with contextlib.suppress(ValueError):
             lines.append(json.loads(text))
-        except ValueError:
-            pass
-    if not all(isinstance(x, dict) and "stage" in x for x in lines):
+    strange = any(part and not part[0].startswith(b'{"') for part in parts)         # what is broken began as a line
+    if strange or not all(isinstance(x, dict) and (x.get("stage") == "places" or LINE <= x.keys()) for x in lines):
         raise bipeft.UsageError(f"{out} does not hold compare.py's lines: name another file")
     return [x for x in lines if x.get("error", "UsageError").startswith("UsageError")]    # others are tried again
 
@@ -534,17 +546,31 @@ def read(out):
 # ==================================================================================================
 
 
+class Parser(argparse.ArgumentParser):
+    """One that tells a mistake in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def file_of_lines(text):
+    """An argparse type: the path of a results file, which "x.gz" names, too: the packed lines of x."""
+    path = Path(text.removesuffix(".gz"))
+    if not path.name:
+        raise argparse.ArgumentTypeError("name a file")
+    return path
+
+
 def mistake_in(args, settings):
     """What is wrong with the arguments, in a line, or None."""
-    tasks = Path(settings.folder) / "tasks.npz"
-    if settings.family not in ("bert", "t5"):
-        return f"--family {settings.family}: give bert or t5"
-    for flag, value, least in (("--workers", args.workers, 0), ("--budget", args.budget, 1),
-                               ("--budgets", min(args.budgets), 1)):
-        if value < least:
-            return f"{flag} {value}: give {least} or more"
-    if args.minutes is not None and args.minutes <= 0:
-        return f"--minutes {args.minutes:g}: give more than 0"
+    if set(args.seeds) & set(args.tune_seeds):
+        return "--seeds and --tune-seeds must differ: rates are chosen on seeds that are not reported"
+    for flag, value, most, of in (("--evaluations", settings.evaluations, settings.steps, "--steps"),
+                                  ("--warmup", settings.warmup, settings.search_steps, "--search-steps")):
+        if value > most:
+            return f"{flag} {value}: give at most {of}, {most}"
+    if settings.surrogate == "botorch" and not importlib.util.find_spec("botorch"):
+        return "--surrogate botorch: it is not installed; give own, or auto"
     if args.prepare:
         for flag, folder in (("--model", args.model), ("--data-dir", args.data_dir)):
             if not folder or not Path(folder).is_dir():
@@ -552,39 +578,62 @@ def mistake_in(args, settings):
     elif not args.table:
         return "nothing to do: give --table, --prepare or --small"
     elif not settings.small:
-        if not tasks.exists():
-            return f"{tasks} does not exist: run --prepare first, or name its --folder"
+        return mistake_in_folder(args, settings)
+    elif other := {*args.tasks, *args.tune_tasks} - {"toy"}:
+        return f"--small has the task toy alone, not {min(other)}"
+
+
+def mistake_in_folder(args, settings):
+    """What is wrong with --folder, in a line, or None.   Raises UsageError if it can't be read."""
+    tasks, model = (Path(settings.folder) / name for name in ("tasks.npz", "model"))
+    if missing := [str(path) for path in (tasks, model) if not path.exists()]:
+        return f"{missing[0]} does not exist: run --prepare first, or name its --folder"
+    with bipeft.failing(f"{tasks} can't be read", ": run --prepare again"):
         stored = set(np.load(tasks).files)
-        if (settings.family == "t5") != ("answers" in stored):
-            return f"{settings.folder} was not prepared with --family {settings.family}: give another --folder"
-        if missing := [task for task in (*args.tasks, *args.tune_tasks) if f"{task}.0.ids" not in stored]:
-            return f"{tasks} holds no task {missing[0]}"
+    if (settings.family == "t5") != ("answers" in stored):
+        return f"{settings.folder} was not prepared with --family {settings.family}: give another --folder"
+    if missing := [task for task in (*args.tasks, *args.tune_tasks) if f"{task}.0.ids" not in stored]:
+        return f"{tasks} holds no task {missing[0]}"
+
+
+# The flags of Settings: choices, and what numbers they take, where it is not 1 or more.
+COUNT, FROM_0, POSITIVE = bipeft.within(int, 1), bipeft.within(int, 0), bipeft.within(float, 1e-12)
+CHOICES = {"family": ("bert", "t5"), "dtype": ("float32", "bfloat16", "float16"),
+           "surrogate": ("auto", "botorch", "own")}
+TYPES = {"warmup": FROM_0, "bo_guided": FROM_0, "search_lr": POSITIVE, "bo_share": bipeft.within(float, 1e-12, 1)}
+
+# What --small is of, unless a flag says otherwise.
+SMALL_ARGS = {**SMALL, "table": list(TABLES), "tasks": ["toy"], "budget": 600, "budgets": [300], "seeds": [0, 1],
+              "first_seeds": 1, "out": Path("runs") / "compare-small" / "compare.jsonl"}
 
 
 def parser_of():
     """The command line's: its own flags, and one for each of the Settings."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--table", nargs="+", choices=TABLES, default=[])
     add("--prepare", action="store_true")
     add("--model", help="for --prepare: the encoder's folder")
     add("--data-dir", help="for --prepare: the folder that holds <task>/<split>.parquet")
-    add("--out", default=str(HERE / "results" / "compare.jsonl"))
+    add("--out", type=file_of_lines, default=HERE / "results" / "compare.jsonl")
     add("--tasks", nargs="+", default=["qnli", "mnli", "sst2"])
     add("--methods", nargs="+", choices=list(METHODS), help="of --table's, these alone")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    add("--first-seeds", type=int, default=3, help="how many seeds of the core methods come before the others")
-    add("--tune-seeds", nargs="+", type=int, default=[100, 101])
+    add("--seeds", nargs="+", type=FROM_0, default=[0, 1, 2, 3, 4])
+    add("--first-seeds", type=FROM_0, default=3, help="how many seeds of the core methods come before the others")
+    add("--tune-seeds", nargs="+", type=FROM_0, default=[100, 101])
     add("--tune-tasks", nargs="+", help="default: all of --tasks")
-    add("--lr", type=float, help="one re-training rate for all, instead of choosing")
-    add("--budget", type=int, default=10_000)
-    add("--budgets", nargs="+", type=int, default=[3_000, 25_000, 45_000], help="of --table budgets")
-    add("--rates", nargs="+", type=float, default=[1e-3, 2.5e-3, 6e-3, 1.5e-2], help="of --table rates: each for all")
-    add("--workers", type=int, default=0)
-    add("--minutes", type=float, help="hand out no job that would not be done by then")
+    add("--lr", type=POSITIVE, help="one re-training rate for all, instead of choosing")
+    add("--budget", type=COUNT, default=10_000)
+    add("--budgets", nargs="+", type=COUNT, default=[3_000, 25_000, 45_000], help="of --table budgets")
+    add("--rates", nargs="+", type=POSITIVE, default=[1e-3, 2.5e-3, 6e-3, 1.5e-2],
+        help="of --table rates: each for all")
+    add("--workers", type=FROM_0, default=0)
+    add("--minutes", type=POSITIVE, help="hand out no job that would not be done by then")
     for field in dataclasses.fields(Settings):
         if field.name != "workers":
-            kind = {"action": "store_true"} if field.type is bool else {"type": field.type, "default": field.default}
+            kind = {"action": "store_true"} if field.type is bool else {
+                "default": field.default, "choices": CHOICES.get(field.name),
+                "type": TYPES.get(field.name, COUNT if field.type is int else str)}
             add(f"--{field.name.replace('_', '-')}", **kind)
     return parser
 
@@ -592,29 +641,26 @@ def parser_of():
 def main(arguments=None):
     parser = parser_of()
     args = parser.parse_args(arguments)
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
     if args.small:
-        values |= SMALL
-        args.tasks, args.budget, args.budgets, args.seeds, args.first_seeds = ["toy"], 600, [300], [0, 1], 1
-        args.table = args.table or list(TABLES)
-        if args.out == parser.get_default("out"):
-            args.out = str(Path("runs") / "compare-small" / "compare.jsonl")
-    settings, args.tune_tasks = Settings(**values), args.tune_tasks or args.tasks
-    if set(args.seeds) & set(args.tune_seeds):
-        parser.error("--seeds and --tune-seeds must differ: rates are chosen on seeds that are not reported")
-    if mistake := mistake_in(args, settings):
-        parser.error(mistake)
-    if args.prepare:
-        prepare(args.model, args.data_dir, settings)
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if args.table:
-        try:
-            carry_out_all(args, settings, out, args.minutes)
-        except bipeft.UsageError as mistake:
-            parser.error(str(mistake))
-        except KeyboardInterrupt:
-            sys.exit(f"stopped; the same command goes on from {out}")
+        parser.set_defaults(**SMALL_ARGS)
+        args = parser.parse_args(arguments)
+    settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
+    args.tune_tasks = args.tune_tasks or args.tasks
+    try:
+        if mistake := mistake_in(args, settings):
+            parser.error(mistake)
+        if settings.device != "auto":
+            bipeft.choose_device(settings.device)
+        if args.prepare:
+            prepare(args.model, args.data_dir, settings)
+        if args.table:
+            with bipeft.failing(f"--out {args.out} can't be written", ": name another file", OSError):
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+            carry_out_all(args, settings, args.out, args.minutes)
+    except bipeft.UsageError as mistake:
+        parser.error(str(mistake))
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; the same command goes on from {args.out}")
 
 
 if __name__ == "__main__":

@@ -393,17 +393,19 @@ def report(data):
 
 def main(arguments=None):
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--lines", type=Path, default=HERE / "results" / "compare.jsonl")
+    parser = compare.Parser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--lines", type=compare.file_of_lines, default=HERE / "results" / "compare.jsonl")
     parser.add_argument("--figures", type=Path, default=HERE.parent / "figures", help="the figures' folder")
     args = parser.parse_args(arguments)
     if not args.lines.exists() and not args.lines.with_name(f"{args.lines.name}.gz").exists():
         parser.error(f"{args.lines} does not exist: run compare.py first, or name its --out with --lines")
     try:
         data = Data(compare.read(args.lines))
+        print(report(data), "## Figures", "", sep="\n\n", end="")
+        with bipeft.failing(f"--figures {args.figures} can't be written", ": name another folder", OSError):
+            print("\n".join(draw(data, args.figures)))
     except bipeft.UsageError as mistake:
         parser.error(str(mistake))
-    print(report(data), "## Figures", "\n".join(draw(data, args.figures)), sep="\n\n")
 
 
 if __name__ == "__main__":

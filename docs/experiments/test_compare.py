@@ -18,6 +18,7 @@ import pytest
 
 import compare
 import report
+from bench import SMALL, Settings
 
 NO_PEFT = not importlib.util.find_spec("peft")
 
@@ -72,7 +73,7 @@ def test_table_rates_trains_every_method_at_every_rate(tmp_path):
     trained = {(x["method"], x["lr"], x["seed"]) for x in lines if x["stage"] == "train"}
     assert trained == {(name, lr, seed) for name in ("LoRA", "random") for lr in (1e-3, 2e-3) for seed in (0, 1)}
     args = argparse.Namespace(table=["rates"], methods=None, tasks=["toy"], seeds=[0], first_seeds=1, budget=600,
-                              rates=[1e-3])
+                              rates=[1e-3], family="bert")
     assert [wish["method"] for wish in compare.wanted_of(args)] == [
         "BIPEFT", "one look", "random", "matched random", "LoRA"]
 
@@ -85,18 +86,48 @@ def test_a_file_of_other_settings_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, told", [
-    ([], "nothing to do"), (["--table", "main", "--folder", "nowhere"], "run --prepare first"),
-    (["--prepare", "--model", "nowhere"], "--prepare needs --model"),
-    (["--small", "--family", "t6"], "give bert or t5"), (["--small", "--workers", "-1"], "give 0 or more"),
-    (["--small", "--minutes", "0"], "give more than 0"), (["--table", "main", "--budget", "0"], "give 1 or more"),
-    (["--table", "main", "--folder", "HERE", "--tasks", "wic"], "holds no task wic"),
-    (["--table", "main", "--folder", "HERE", "--tasks", "rte", "--family", "t5"], "not prepared with --family t5")])
+    ("", "nothing to do"), ("--table main --folder nowhere", "run --prepare first"),
+    ("--prepare --model nowhere", "--prepare needs --model"),
+    ("--prepare --model HERE --data-dir HERE", "can't be loaded"),
+    ("--small --family t6", "--family: invalid choice"), ("--small --dtype float8", "--dtype: invalid choice"),
+    ("--small --surrogate other", "--surrogate: invalid choice"), ("--small --table none", "--table: invalid choice"),
+    ("--small --workers -1", "must lie in 0 .."), ("--small --minutes 0", "must lie in 1e-12 .."),
+    ("--small --budget 0", "must lie in 1 .."), ("--small --budgets 300 0", "must lie in 1 .."),
+    ("--small --rates 1e-3 0", "must lie in"), ("--small --rates nan", "must lie in"), ("--small --lr -1", "must lie in"),
+    ("--small --lr inf", "must lie in"), ("--small --search-lr nan", "must lie in"), ("--small --seeds -1", "must lie in"),
+    ("--small --steps 0", "must lie in"), ("--small --evaluations 13", "at most --steps, 12"),
+    ("--small --warmup 13", "at most --search-steps, 12"), ("--small --warmup -1", "must lie in 0 .."),
+    ("--small --batch-size 0", "must lie in"), ("--small --bo-full 0", "must lie in"),
+    ("--small --bo-share 2", "must lie in 1e-12 .. 1"), ("--small --seeds 100", "must differ"),
+    ("--small --tune-tasks none", "the task toy alone, not none"), ("--small --device tpu", "--device tpu can't be used"),
+    ("--small --table cost --methods full", "no training is asked for"),
+    ("--small --family t5 --table main --methods AdaLoRA", "no training is asked for"),
+    ("--small --out HERE/rte.jsonl/x", "can't be written"), ("--small --out HERE/.gz/", "is a folder"),
+    ("--table main --folder HERE --tasks wic", "holds no task wic"),
+    ("--table main --folder HERE/half", "can't be read"),
+    ("--table main --folder HERE --tasks rte --family t5", "not prepared with --family t5")])
 def test_a_mistake_is_one_line(arguments, told, tmp_path, capsys):
-    np.savez(tmp_path / "tasks.npz", **{"rte.0.ids": np.zeros(3)})
+    for folder in (tmp_path, tmp_path / "half"):
+        (folder / "model").mkdir(parents=True)
+        np.savez(folder / "tasks.npz", **{"rte.0.ids": np.zeros(3)})
+    (tmp_path / "half" / "tasks.npz").write_bytes(b"not")
+    (tmp_path / ".gz").mkdir()
+    (tmp_path / "rte.jsonl").write_text("")
     with pytest.raises(SystemExit) as stopped:
-        compare.main([str(tmp_path) if word == "HERE" else word for word in arguments])
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 2 and told in last and last.startswith("usage") is False
+        compare.main([word.replace("HERE", str(tmp_path)) for word in arguments.split()])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and told in line and "error: " in line
+
+
+def test_flags_of_a_small_run_count(tmp_path):
+    lines = run(tmp_path, "--table", "main", "--methods", "LoRA", "--lr", "1e-3", "--seeds", "7", "--budget", "500",
+                "--steps", "6")
+    assert [(x["seed"], x["budget"], x["passes"]) for x in lines[1:]] == [(7, 500, 6)]
+
+
+def test_nothing_that_fits_is_told(tmp_path, capsys):
+    (_, line) = run(tmp_path, "--table", "main", "--methods", "LoRA", "--lr", "1e-3", "--seeds", "0", "--budget", "1")
+    assert line["error"] == "UsageError: no module of LoRA fits into a budget of 1"
 
 
 def run(tmp_path, *more):
@@ -174,6 +205,26 @@ def test_a_job_that_no_worker_outlives_is_given_up_and_the_run_ends(tmp_path, fa
     assert [x["seed"] for x in run(tmp_path, *TWO_TRAININGS, "--workers", "1")[len(lines):]] == [0]
 
 
+def test_without_any_worker_left_a_run_says_so(tmp_path, fake_workers, capsys):
+    fake_workers(lambda number, job: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, *TWO_TRAININGS, "--workers", "1")
+    assert "no worker is left; the same command goes on" in ended.value.code
+    assert "not done: 2 trainings" in capsys.readouterr().out
+
+
+def test_a_worker_leaves_quietly_when_the_one_that_hands_out_is_gone(capfd):
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    worker = compare.mp.get_context("spawn").Process(target=compare.work, args=(
+        Settings(**SMALL), 0, theirs))
+    worker.start()
+    theirs.close()
+    assert ours.recv()[0]["stage"] == "places"
+    ours.close()
+    worker.join(20)
+    assert worker.exitcode == 0 and "Traceback" not in capfd.readouterr().err
+
+
 def test_workers_are_stopped_in_time(tmp_path, fake_workers, capsys):
     fake_workers(lambda number, job: time.sleep(60))
     started = time.time()
@@ -207,7 +258,8 @@ def test_no_job_is_handed_out_that_would_not_be_done_in_time(workers, tmp_path, 
 
 def test_a_job_put_off_for_want_of_time_chooses_no_rate(tmp_path):
     args = argparse.Namespace(table=["main"], methods=["LoRA"], tasks=["toy"], seeds=[0], first_seeds=1,
-                              tune_seeds=[100], tune_tasks=["toy"], budget=600, lr=None, workers=1)
+                              tune_seeds=[100], tune_tasks=["toy"], budget=600, lr=None, workers=1,
+                              family="bert")
     work = compare.Run(args, None, known(tmp_path, {"LoRA": 100.0}), minutes=1)
     assert not work.next() and len(work.plan.late) == 3
     assert work.plan.rate("LoRA", 600)[0] is None and work.plan.missing() == 1
@@ -226,14 +278,49 @@ def test_a_run_goes_on_from_packed_lines(tmp_path):
 
 
 def test_what_is_no_results_file_is_told_in_one_line(tmp_path, capsys):
-    (tmp_path / "other.json").write_text("[1]\n")
-    (tmp_path / "half.gz").write_bytes(gzip.compress(b"{}\n" * 99)[:-9])
+    kept = {"other.json": b"[1]\n", "few.jsonl": b'{"stage": "train"}\n', "code.py": b"a = 1\nb = 2\n",
+            "half.gz": gzip.compress(b"{}\n" * 99)[:-9], "text.gz": gzip.compress(b"a = 1\n"), "no.gz": b"text"}
+    for name, held in kept.items():
+        (tmp_path / name).write_bytes(held)
     for path, told in ((tmp_path, "is a folder"), (tmp_path / "other.json", "does not hold compare.py's lines"),
-                       (tmp_path / "half", "can't be unpacked")):
+                       (tmp_path / "few.jsonl", "does not hold"), (tmp_path / "code.py", "does not hold"),
+                       (tmp_path / "half", "can't be unpacked"), (tmp_path / "no.gz", "can't be unpacked"),
+                       (tmp_path / "text", "does not hold"), ("", "name a file")):
         for program, arguments in (compare, ["--small", "--table", "main", "--out"]), (report, ["--lines"]):
             with pytest.raises(SystemExit) as ended:
                 program.main([*arguments, str(path)])
-            assert ended.value.code == 2 and told in capsys.readouterr().err.splitlines()[-1]
+            (line,) = capsys.readouterr().err.splitlines()
+            assert ended.value.code == 2 and told in line
+    assert all((tmp_path / name).read_bytes() == held for name, held in kept.items())
+
+
+def test_a_line_that_was_broken_in_a_letter_is_dropped(tmp_path):
+    lines = run(tmp_path, *TWO_TRAININGS)
+    out = tmp_path / "lines.jsonl"
+    out.write_bytes(out.read_bytes()[:-5] + "é".encode()[:1])
+    compare.main(["--small", "--out", str(out), *TWO_TRAININGS])
+    assert [{**x, "seconds": 0} for x in compare.read(out)] == [{**x, "seconds": 0} for x in lines]
+
+
+def test_a_file_of_another_models_places_is_refused(tmp_path, capsys):
+    run(tmp_path, *TWO_TRAININGS)
+    out = tmp_path / "lines.jsonl"
+    out.write_text(out.read_text().replace(".layer.1.", ".layer.7."))
+    with pytest.raises(SystemExit):
+        run(tmp_path, *TWO_TRAININGS)
+    assert "of a model with other places" in capsys.readouterr().err
+
+
+def test_figures_that_cant_be_written_are_told_after_the_tables(tmp_path, capsys):
+    run(tmp_path, *TWO_TRAININGS)
+    capsys.readouterr()
+    if not importlib.util.find_spec("matplotlib"):
+        pytest.skip("needs matplotlib")
+    with pytest.raises(SystemExit) as ended:
+        report.main(["--lines", str(tmp_path / "lines.jsonl.gz"), "--figures", str(tmp_path / "lines.jsonl")])
+    told = capsys.readouterr()
+    assert ended.value.code == 2 and "can't be written" in told.err and "| LoRA |" in told.out
+
 
 
 def test_a_run_says_what_it_is_on(monkeypatch):
