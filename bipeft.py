@@ -370,15 +370,21 @@ class Searchable(nn.Module):
     roles = ()            # the roles of the places that take this module, as in section 3
     ranked = True         # False: there is nothing to choose a rank of, and q_n is the same for all k
     factors = {}          # tensor's name: "gate", "mask" or "gate·mask"; the others stay as they are
-    architecture = None   # {"gate": [], "mask": [R, 1], "gate·mask": [R, 1]} in a search; None: all ones
-    active = True         # False: what a shut gate adds is zero, so it is not computed
+    architecture = None   # in a search, for the present pass: {"gate": [], "mask": [R, 1], "gate·mask": [R, 1],
+                          # "computed": a bool, and a copy of each of its tensors in the backbone's format}
 
     def weight(self, name, x):
         """One of the module's tensors in the dtype of x; in a search, under the present architecture."""
-        w = getattr(self, name)
-        if self.architecture is not None and name in self.factors:
+        if self.architecture is None:
+            return getattr(self, name).to(x.dtype)
+        w = self.architecture[name]
+        if name in self.factors:
             w = w * self.architecture[self.factors[name]]
         return w.to(x.dtype)
+
+    def computed(self):
+        """False in a pass that skips the module: what a shut gate adds is zero."""
+        return self.architecture is None or self.architecture["computed"]
 
     def attach(self, place, role):
         """Hooks it to the place, whose output it changes.   Returns a handle, which undoes that."""
@@ -386,7 +392,7 @@ class Searchable(nn.Module):
 
     def after(self, place, args, kwargs, output):
         """The hook.   output: the place's; a tuple has it first."""
-        if not self.active:
+        if not self.computed():
             return output
         x = first_input(args, kwargs)
         if isinstance(output, tuple):
@@ -492,7 +498,7 @@ class ParallelAdapter(SerialAdapter):
 
     def before(self, place, args, kwargs):
         """The hook.   args: what the block computed, and x."""
-        if not self.active:
+        if not self.computed():
             return args, kwargs
         hidden, x = args
         return (hidden, self(x, x)), kwargs
@@ -575,7 +581,7 @@ class Prefix(Searchable):
 
     def before(self, place, args, kwargs):
         """The hook."""
-        if self.active:
+        if self.computed():
             kwargs = {**kwargs, "prefix": self(first_input(args, kwargs))}
         return args, kwargs
 
@@ -964,21 +970,29 @@ class Space(Peft):
 
         gate: [N], 0 or 1.   ranks: [N, K], rows summing to 1; with gradients where they are wanted.
         computed: [N] bool, False for what is to be skipped; None: all modules are computed, shut ones, too.
+        Returns {parameter: its copy in the backbone's format}, whose gradients are the pass's. All are cast
+        together, gates and masks multiplied for all modules at once: a kernel for each would cost more.
         """
-        mask = ranks @ self.leading                                            # [N, R]
+        dtype = next(self.model.parameters()).dtype
+        mask = (ranks @ self.leading).to(dtype)                                # [N, R]
+        gate = gate.to(dtype)
         both = gate[:, None] * mask                                            # [N, R]
-        of_modules = zip(gate.unbind(), mask[:, :, None].unbind(), both[:, :, None].unbind())
-        for module, (g, m, gm) in zip(self.modules, of_modules):
-            module.architecture = {"gate": g, "mask": m, "gate·mask": gm}
-        if computed is not None:
-            for module, on in zip(self.modules, computed.tolist()):
-                module.active = on
+        if computed is None:
+            computed = torch.ones(len(self))
+        factors = zip(gate.unbind(), mask[:, :, None].unbind(), both[:, :, None].unbind(), computed.tolist())
+        cast = iter(flatten(self.tensors).to(dtype).split([p.numel() for p in self.tensors]))
+        copies = {}
+        for module, (g, m, gm, on) in zip(self.modules, factors):
+            module.architecture = {"gate": g, "mask": m, "gate·mask": gm, "computed": bool(on)}
+            for name, p in module.named_parameters():
+                copies[p] = next(cast).view(p.shape).requires_grad_()
+                module.architecture[name] = copies[p]
+        return copies
 
     def leave(self):
         """Ends the last architecture: every attached module is whole, at the largest rank."""
         for module in self.modules:
             module.architecture = None
-            module.active = True
 
     def structure(self, kept, choice, budget, backbone=""):
         """The Structure of the kept modules.   kept: b, N bools.   choice: k*, N indices."""
@@ -1040,21 +1054,24 @@ def forward_backward(model, peft, gate, ranks, batch, inputs, skip=True):
     A search asks no more of the network: whoever can do it faster gives it another function.
     Raises UsageError for a module that was to be computed and got no gradient.
     """
+    copies = {}
     if gate is not None:
         computed = peft.kept if gate.requires_grad else gate > 0
-        peft.enter(gate, ranks, computed if skip else None)
-    for p in inputs:
-        p.grad = None                                           # nothing leaks from one pass into the next
+        copies = peft.enter(gate, ranks, computed if skip else None)
+    leaves = [copies.get(p, p) for p in inputs]
+    for leaf in leaves:
+        leaf.grad = None                                        # nothing leaks from one pass into the next
     loss = loss_of(model(**batch))
     if loss.requires_grad:
         with reentrant_is_refused():
-            loss.backward(inputs=inputs)
-    owed = {id(p) for module in peft.modules if module.active for p in module.parameters()}
-    for p in inputs:
-        if p.grad is None:
-            if id(p) in owed:
-                raise UsageError(NOT_REACHED)
-            p.grad = torch.zeros_like(p)
+            loss.backward(inputs=leaves)
+    owed = {p for module in peft.modules if module.computed() for p in module.parameters()}
+    gradients = []
+    for p, leaf in zip(inputs, leaves):
+        if leaf.grad is None and p in owed:
+            raise UsageError(NOT_REACHED)
+        gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+    give_gradients(inputs, flatten(gradients).to(inputs[0].dtype))
     return loss.detach()
 
 
@@ -1233,7 +1250,7 @@ class Search:
 
     def magnitude(self, gradients):
         """Eq. (2) for the present weights. |M_n| is q_n at k*, the largest until one is fixed [D13]."""
-        weights = flatten(self.weights)[:self.space.size].detach()
+        weights = flatten(self.weights)[:self.space.size]
         counts = self.space.param_counts.gather(1, self.choice[:, None]).squeeze(1)
         return magnitude(weights, gradients, self.space.lengths, counts)
 
@@ -1332,9 +1349,16 @@ def require_attached(model, peft):
                              "and detach them afterwards")
 
 
+@torch.no_grad()
 def flatten(tensors):
-    """Tensors end to end, [P]."""
+    """Tensors' numbers end to end, [P]."""
     return torch.cat([t.flatten() for t in tensors])
+
+
+def give_gradients(tensors, flat):
+    """Makes parts of a vector the gradients of tensors, in their order."""
+    for p, part in zip(tensors, flat.split([p.numel() for p in tensors])):
+        p.grad = part.view(p.shape)
 
 
 def descend(optimizer, parameter, open_rows):
@@ -1968,7 +1992,8 @@ class CudaGraphs:
     """`forward_backward` as CUDA graphs, one for each shape of batch and each choice of what is held.
 
     A graph is a recording of kernels: replayed, it does the same to what its tensors hold by then. It
-    computes every module, shut or removed, and multiplies it by zero.
+    computes every module, shut or removed, and multiplies it by zero. The first call of a shape runs plainly,
+    the second records, the others replay.
     """
 
     def __init__(self):
@@ -1981,33 +2006,36 @@ class CudaGraphs:
         if gate is not None:
             given.update(gate=gate, ranks=ranks)
         key = tuple((name, t.shape, t.requires_grad) for name, t in given.items())
-        if key not in self.graphs:
+        if key not in self.graphs:              # what libraries set up at first must not be recorded
+            self.graphs[key] = None
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                loss = forward_backward(model, peft, gate, ranks, batch, inputs, skip=False)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return loss
+        if self.graphs[key] is None:
             self.graphs[key] = self.record(model, peft, given, inputs)
         graph, fixed, loss, gradients = self.graphs[key]
         for name, t in given.items():
             fixed[name].detach().copy_(t)
         graph.replay()
-        for p, gradient in zip(inputs, gradients):
+        sampled = [t for t in given.values() if t.requires_grad]    # gate or ranks, drawn of inputs[0], Θ or Φ
+        for p, gradient in zip(inputs[len(sampled):], gradients[len(sampled):]):
             p.grad = gradient
-        for t in (gate, ranks):
-            if t is not None and t.requires_grad:                   # inputs[0] is Θ or Φ; on through the sampling
-                (inputs[0].grad,) = torch.autograd.grad(t, inputs[0], gradients[0])
+        for t in sampled:
+            inputs[0].grad = torch.autograd.grad(t, inputs[0], gradients[0])[0]
         return loss
 
     def record(self, model, peft, given, inputs):
         """(graph, the tensors that it reads, the loss, the gradients)."""
         fixed = {name: t.detach().clone().requires_grad_(t.requires_grad) for name, t in given.items()}
-        sampled = [t for t in fixed.values() if t.requires_grad]    # gate or ranks, in place of Θ or Φ
+        sampled = [t for t in fixed.values() if t.requires_grad]    # they stand for Θ or Φ
         leaves = [*sampled, *inputs[len(sampled):]]
         batch = dict(fixed)
         gate = batch.pop("gate", None)
         ranks = batch.pop("ranks", None)
         state = torch.cuda.get_rng_state()
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):                        # what libraries set up at first is not recorded
-            forward_backward(model, peft, gate, ranks, batch, leaves, skip=False)
-        torch.cuda.current_stream().wait_stream(self.stream)
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()                                    # of what the first call took
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             loss = forward_backward(model, peft, gate, ranks, batch, leaves, skip=False)
