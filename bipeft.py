@@ -14,31 +14,31 @@ Section 1 is Eq. (1)-(10), 2 and 3 are the search spaces, 4 is Algorithm 1; 5-8 
 them, of which 1-4 need nothing. [D7] is decision 7 of docs/decisions.md, taken where the paper is
 open. Ratios are parts per ten thousand, the paper's %%.
 
-    paper        in the code                            shape     meaning
-    N, K         len(space), len(space.ranks)                     candidate modules; candidate ranks
-    Dim, R       space.dim, space.ranks[-1]             [K]       candidate ranks; the largest of them
-    Θ            theta                                  [N, 2]    binary architecture weights: remove, keep
-    Φ            phi                                    [N, K]    rank architecture weights
-    ΔW           space.tensors                                    weights of the PEFT modules
-    W_0          model                                            the pretrained backbone, frozen
-    G(D)         train_gradients, val_gradients         [P]       gradients of ΔW on D_tra and on D_val
-    f            train_magnitude, val_magnitude         [N]       Eq. 2
-    α            gradient_cosine                        [N]       Eq. 3
-    s, s̄         current, smoothed                      [N]       Eq. 1, Eq. 4
-    I_t          indicators[-1]                         [N]       importance indicator, 0 or 1
-    β_t, τ, H    beta, tau, window                                Eq. 5, stability; its threshold; steps it looks at
-    t, T, z, Z   steps_done, steps, triggers_done, triggers       steps, and triggers, so far and at most
-    p_n          probability                            [N]       that a module is kept
-    q_n          space.param_counts                     [N, K]    parameters of module n at each rank
-    C_n          expected_sizes                         [N]       Eq. 8, expected parameters of a module
-    E_t, R_z     expected, reduction                              Eq. 7, expected parameters; Eq. 6, what is to go
-    b            kept                                   [N]       1: the module is kept
-    d            fixed                                  [N]       1: its rank is fixed, it has none, or it is removed
-    k*           choice                                 [N]       index of the fixed rank; the largest until then
-    λ            instability                            [N]       Eq. 9, low for a settled rank
-    v            potential                              [N]       the rank that a module would have now
-    Y_z          quota                                            Eq. 10, how many ranks to fix at this trigger
-    B            budget                                           in parameters
+    paper        in the code                        shape    meaning
+    N, K         len(space), len(space.ranks)                candidate modules; candidate ranks
+    Dim, R       space.dim, space.ranks[-1]         [K]      candidate ranks; the largest of them
+    Θ            theta                              [N, 2]   binary architecture weights: remove, keep
+    Φ            phi                                [N, K]   rank architecture weights
+    ΔW           space.tensors                               weights of the PEFT modules
+    W_0          model                                       the pretrained backbone, frozen
+    G(D)         train_gradients, val_gradients     [P]      gradients of ΔW on D_tra and on D_val
+    f            train_magnitude, val_magnitude     [N]      Eq. 2
+    α            gradient_cosine                    [N]      Eq. 3
+    s, s̄         current, smoothed                  [N]      Eq. 1, Eq. 4
+    I_t          indicators[-1]                     [N]      importance indicator, 0 or 1
+    β_t, τ, H    beta, tau, window                           Eq. 5, stability; its threshold; its steps
+    t, T, z, Z   steps_done, steps, triggers_done, triggers  steps, and triggers, so far and at most
+    p_n          probability                        [N]      that a module is kept
+    q_n          space.param_counts                 [N, K]   parameters of module n at each rank
+    C_n          expected_sizes                     [N]      Eq. 8, expected parameters of a module
+    E_t, R_z     expected, reduction                         Eq. 7, expected parameters; Eq. 6, what goes
+    b            kept                               [N]      1: the module is kept
+    d            fixed                              [N]      1: its rank is fixed; it has none; it is gone
+    k*           choice                             [N]      index of the fixed rank; the largest until then
+    λ            instability                        [N]      Eq. 9, low for a settled rank
+    v            potential                          [N]      the rank that a module would have now
+    Y_z          quota                                       Eq. 10, how many ranks to fix at a trigger
+    B            budget                                      in parameters
 """
 
 import argparse
@@ -52,7 +52,6 @@ import math
 import os
 import random
 import re
-import shutil
 import string
 import sys
 import time
@@ -166,15 +165,19 @@ def importance_indicator(smoothed, expected_sizes, kept, budget):
     Walks the kept modules in descending s̄, adding up C_n, and stops at the first that would pass B [D2].
     smoothed: s̄, [N].   expected_sizes: C_n, [N].   kept: b, [N] bool.   budget: B.   Returns I.
     """
-    order = smoothed.masked_fill(~kept, -math.inf).argsort(descending=True, stable=True)   # removed: last
-    fits = running_sum(expected_sizes[order]) <= budget
-    return torch.zeros_like(kept).scatter(0, order, fits & kept[order])
+    order = smoothed.argsort(descending=True, stable=True)
+    return first_that_fit(order, expected_sizes, kept, budget)
 
 
-def running_sum(values):
-    """The sum up to and with each value, [N] of [N]."""
+def first_that_fit(order, sizes, kept, limit):
+    """Those kept modules that come first in an order, as long as their sizes add up to a limit at most.
+
+    order: [N] int.   sizes, kept: [N].   Returns [N] bool.
+    """
+    sizes = (sizes * kept)[order]
     # A product with a triangle of ones: on a GPU the rounding of cumsum differs from run to run.
-    return torch.ones(len(values), len(values), dtype=values.dtype, device=values.device).tril() @ values
+    running_sum = torch.ones(len(sizes), len(sizes), dtype=sizes.dtype, device=sizes.device).tril() @ sizes
+    return torch.zeros_like(kept).scatter(0, order, running_sum <= limit) & kept
 
 
 def stability(indicators, window):
@@ -185,13 +188,12 @@ def stability(indicators, window):
     indicators: the latest I, oldest first, [at least 1, N]; the last H + 1 are read.   window: H.
     Returns β_t, a scalar in 0 .. 1; 0 with fewer than H + 1 indicators (not stable yet).
     """
-    if len(indicators) < max(1, window) + 1:
-        return torch.zeros((), dtype=torch.float64, device=indicators.device)
-    ones = indicators[-(window + 1):].double()
-    before, now = ones[:-1], ones[1:]                                                  # [H, N] each
-    norms = (before.sum(1) * now.sum(1)).sqrt()                  # |v|^2 of zeros and ones is their sum
-    cosines = (before * now).sum(1) / norms.clamp(min=1)                               # [H]
-    return torch.where(before.sum(1) + now.sum(1) == 0, 1.0, cosines).mean()
+    if len(indicators) < window + 1:
+        return torch.zeros(())
+    before = indicators[-(window + 1):-1].double()                                     # [H, N]
+    now = indicators[-window:].double()                                                # [H, N]
+    cosines = F.cosine_similarity(before, now)                                         # [H]; of zeros 0
+    return torch.where((before == now).all(1), 1.0, cosines).mean()
 
 
 def expected_reduction(expected, budget, triggers, triggers_done):
@@ -232,9 +234,7 @@ def modules_to_remove(smoothed, probability, expected_sizes, kept, reduction):
     most R_z, and stops at the first that does not fit [D2]: it stays in the next E_t.   smoothed: s̄.
     probability: p.   expected_sizes: C.   kept: b.   All [N].   reduction: R_z.   Returns [N] bool.
     """
-    order = smoothed.masked_fill(~kept, math.inf).argsort(stable=True)                 # removed ones last
-    fits = running_sum((probability * expected_sizes)[order]) <= reduction
-    return torch.zeros_like(kept).scatter(0, order, fits & kept[order])
+    return first_that_fit(smoothed.argsort(stable=True), probability * expected_sizes, kept, reduction)
 
 
 def rank_instability(history):
@@ -370,8 +370,8 @@ class Searchable(nn.Module):
     roles = ()            # the roles of the places that take this module, as in section 3
     ranked = True         # False: there is nothing to choose a rank of, and q_n is the same for all k
     factors = {}          # tensor's name: "gate", "mask" or "gate·mask"; the others stay as they are
-    architecture = None   # in a search, for the present pass: {"gate": [], "mask": [R, 1], "gate·mask": [R, 1],
-                          # "computed": a bool, and a copy of each of its tensors in the backbone's format}
+    architecture = None   # in a search, what `Space.enter` gives it for a pass: its factors, "computed", and
+                          # a copy of each of its tensors in the backbone's format
 
     def weight(self, name, x):
         """One of the module's tensors in the dtype of x; in a search, under the present architecture."""
@@ -417,9 +417,7 @@ class LoRA(Searchable):
 
     def forward(self, x, y):
         """x: [..., in], the layer's input.   y: [..., out], its output.   Returns the new y."""
-        A = self.weight("A", x)
-        B = self.weight("B", x)
-        return y + F.linear(x, A) @ B
+        return y + F.linear(x, self.weight("A", x)) @ self.weight("B", x)
 
 
 class LowRankAdapter(Searchable):
@@ -491,7 +489,7 @@ class ParallelAdapter(SerialAdapter):
         return y + self.bottleneck(x)
 
     def attach(self, place, role):
-        """BERT's block is no module of its own. Its end is handed x, as the residual; there the adapter adds."""
+        """BERT's block is no module of its own. Its end is handed x, as the residual, to which it adds."""
         if role == "residual":
             return place.register_forward_pre_hook(self.before, with_kwargs=True)
         return super().attach(place, role)
@@ -526,8 +524,8 @@ class BitFit(Searchable):
 class LNFit(Searchable):
     """A trainable delta on a layer norm's weight w.   Parameters: d.
 
-    (w + delta) · x/rms(x) = y + delta · x/rms(x), so that w, in Gemma 1 + w, stays untouched; an nn.LayerNorm
-    has its own for x/rms(x). delta starts at zero; the gate scales it [D31].
+    (w + delta) · x/rms(x) = y + delta · x/rms(x), so that w, in Gemma 1 + w, stays untouched; an
+    nn.LayerNorm has its own for x/rms(x). delta starts at zero; the gate scales it [D31].
     """
 
     roles = ("norm",)
@@ -695,7 +693,8 @@ def t5_places(model):
     """T5's, as in S3Delta [D25, D26]: no cross-attention projection, but its layer norm. T5-large has 122
     norms, 48 self-attentions, 48 feed-forward blocks and 288 linear layers: N = 916 in S2, 144 in S1.
     """
-    return places_in(model, "layer_norm", T5_SUBLAYER, ("encoder.final_layer_norm", "decoder.final_layer_norm"))
+    final = ("encoder.final_layer_norm", "decoder.final_layer_norm")
+    return places_in(model, "layer_norm", T5_SUBLAYER, final)
 
 
 def bert_places(model):
@@ -1002,7 +1001,8 @@ class Space(Peft):
             if kept[n]:
                 place, _, kind = name.rpartition(".")
                 rank = self.ranks[choice[n]] if KINDS[kind].ranked else None
-                modules.append({"name": place, "kind": kind, "rank": rank, "parameters": counts[n][choice[n]]})
+                modules.append({"name": place, "kind": kind, "rank": rank,
+                                "parameters": counts[n][choice[n]]})
         also_trained = sum(p.numel() for p in self.head.parameters.values())
         return Structure(backbone, self.geometry, self.space, list(self.ranks), budget, modules, also_trained)
 
@@ -1122,10 +1122,10 @@ class Search:
         self.theta = (1e-3 * torch.randn(n, 2, generator=generator)).to(device).requires_grad_()
         self.phi = (1e-3 * torch.randn(n, k, generator=generator)).to(device).requires_grad_()
         decay = settings.weight_decay
-        rate = settings.arch_lr
+        adam = {"lr": settings.arch_lr, "betas": (0.5, 0.999), "weight_decay": decay, "fused": True}
         self.weight_optimizer = torch.optim.AdamW(self.weights, weight_decay=decay, fused=True)
-        self.theta_optimizer = torch.optim.Adam([self.theta], rate, (0.5, 0.999), weight_decay=decay, fused=True)
-        self.phi_optimizer = torch.optim.Adam([self.phi], rate, (0.5, 0.999), weight_decay=decay, fused=True)
+        self.theta_optimizer = torch.optim.Adam([self.theta], **adam)
+        self.phi_optimizer = torch.optim.Adam([self.phi], **adam)
         self.optimizers = [self.weight_optimizer, self.theta_optimizer, self.phi_optimizer]
 
         # Decisions: b, all kept; d, fixed where there is no rank; k*, the largest.
@@ -1144,8 +1144,8 @@ class Search:
 
     def step(self, train_batch, theta_batch, phi_batch):
         """One step t, the body of Algorithm 1's loop.   Batches: dicts of tensors.   Returns a log line."""
-        settings = self.settings
-        space = self.space
+        settings, space = self.settings, self.space
+        space.kept = self.kept                                  # what is removed costs nothing
         noise = self.draw()                                     # of one architecture a step [D8]
 
         # "Update ΔW by gradient descent" on D_tra (3.5, first order), the sample as constants.
@@ -1175,8 +1175,7 @@ class Search:
         # "Accumulate the sensitivity score of each PEFT module": Eq. 1-4. A removed one keeps its last s̄.
         gradient_cosine = alignment(train_gradients, val_gradients, space.lengths)
         current = sensitivity(train_magnitude, val_magnitude, gradient_cosine)
-        smoothed = smooth(self.smoothed, current, settings.gamma)
-        self.smoothed = torch.where(self.kept, smoothed, self.smoothed)
+        self.smoothed = torch.where(self.kept, smooth(self.smoothed, current, settings.gamma), self.smoothed)
 
         # "Calculate module importance indicator I_t" (3.2.2); "evaluate model stability β_t" (Eq. 5).
         indicator = importance_indicator(self.smoothed, self.expected_sizes(), self.kept, self.budget)
@@ -1204,7 +1203,6 @@ class Search:
         removed = modules_to_remove(self.smoothed, probability, sizes, self.kept, reduction)
         self.kept = self.kept & ~removed
         self.fixed = self.fixed | removed
-        self.space.kept = self.kept                             # from now on it costs nothing
 
         # "Evaluate dimension stability λ", over the steps since the last trigger (Eq. 9).
         instability = rank_instability(torch.stack(self.history))
@@ -1345,8 +1343,8 @@ def require_attached(model, peft):
     inside = {id(p) for p in model.parameters()}
     for name, p in peft.named_weights().items():
         if id(p) not in inside:
-            raise UsageError(f"{name} is not on this model: attach the modules to the model that is to learn, "
-                             "and detach them afterwards")
+            raise UsageError(f"{name} is not on this model: attach the modules to the model that is to "
+                             "learn, and detach them afterwards")
 
 
 @torch.no_grad()
@@ -1362,7 +1360,7 @@ def give_gradients(tensors, flat):
 
 
 def descend(optimizer, parameter, open_rows):
-    """A step of Θ or Φ, of its open rows, [N] bool, alone: frozen ones feel neither decay nor momentum [D18]."""
+    """A step of Θ or Φ, of its open rows, [N] bool, alone: others feel neither decay nor momentum [D18]."""
     before = parameter.detach().clone()
     parameter.grad *= open_rows[:, None]
     optimizer.step()
@@ -1581,8 +1579,8 @@ def read_split(name, split, data_dir, needed=True):
         if not files:
             if not needed:
                 return None
-            raise UsageError(f"there is no {folders[0] / split}.parquet, .jsonl or .csv: --data-dir names the "
-                             "folder of its folder")
+            raise UsageError(f"there is no {folders[0] / split}.parquet, .jsonl or .csv: "
+                             "--data-dir names the folder around")
         where = files[0]
         reader = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv"}[Path(where).suffix]
         source = {"path": reader, "data_files": {split: where}}
@@ -1702,8 +1700,9 @@ def toy_splits(seed):
 def toy_tokenizer():
     """A tokenizer of the toy's words."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    words = " ".join(["<pad> </s> <unk> <mask> good bad toy sentence: found the not and so", *TOY_WORDS.values()])
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words.split()))}
+    words = "<pad> </s> <unk> <mask> good bad toy sentence: found the not and so".split()
+    words += " ".join(TOY_WORDS.values()).split()
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -1835,19 +1834,14 @@ def predict(model, tokenizer, tokens, batch_size, device):
     texts = {}
     by_length = sorted(range(len(tokens)), key=lambda i: len(tokens[i][0]))
     for indices in cut(by_length, batch_size):
-        inputs = [tokens[i][0] for i in indices]
+        batch = collate([(tokens[i][0][::-1], [0]) for i in indices], device)
+        ids = batch["input_ids"].flip(1)                        # padded on the left, where nothing goes on
+        mask = batch["attention_mask"].flip(1)
+        start = ids.shape[1]                                    # a causal model gives its prompt back
+        cache = None
         if model.config.is_encoder_decoder:
-            batch = collate([(ids, [0]) for ids in inputs], device)
-            ids = batch["input_ids"]
-            mask = batch["attention_mask"]
             start = 0
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())        # stacks may differ in depth
-        else:                                                   # padded on the left, where it goes on
-            batch = collate([(ids[::-1], [0]) for ids in inputs], device)
-            ids = batch["input_ids"].flip(1)
-            mask = batch["attention_mask"].flip(1)
-            start = ids.shape[1]
-            cache = None
         made = model.generate(ids, attention_mask=mask, num_beams=1, do_sample=False, max_new_tokens=longest,
                               use_cache=True, past_key_values=cache, pad_token_id=tokenizer.pad_token_id)
         for i, text in zip(indices, tokenizer.batch_decode(made[:, start:], skip_special_tokens=True)):
@@ -1977,12 +1971,7 @@ def load_structure(path):
     with failing(f"{path} is no structure.json of this program"):
         stored = json.loads(Path(path).read_text())
         structure = Structure(**{f.name: stored[f.name] for f in dataclasses.fields(Structure)})
-        kinds = kinds_of(structure.space, structure.ranks)
-        for m in structure.modules:
-            allowed = structure.ranks if KINDS[m["kind"]].ranked else [None]
-            if m["kind"] not in kinds or m["rank"] not in allowed:
-                raise ValueError(f"{m['name']}.{m['kind']} of rank {m['rank']} is not of its space and ranks")
-        if not 0 < structure.parameters <= structure.budget < math.inf:
+        if not 0 < structure.parameters <= structure.budget:
             raise ValueError(f"it holds {structure.parameters:,} parameters for a budget of "
                              f"{structure.budget:,}")
         return structure
@@ -1999,48 +1988,43 @@ class CudaGraphs:
     def __init__(self):
         self.graphs = {}
         self.pool = torch.cuda.graph_pool_handle()                  # memory that all graphs share
-        self.stream = torch.cuda.Stream()
 
     def __call__(self, model, peft, gate, ranks, batch, inputs):
-        given = dict(batch)
-        if gate is not None:
-            given.update(gate=gate, ranks=ranks)
-        key = tuple((name, t.shape, t.requires_grad) for name, t in given.items())
+        given = [t for t in (gate, ranks, *batch.values()) if t is not None]
+        key = tuple((t.shape, t.requires_grad) for t in given)
         if key not in self.graphs:              # what libraries set up at first must not be recorded
             self.graphs[key] = None
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                loss = forward_backward(model, peft, gate, ranks, batch, inputs, skip=False)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return loss
+            return forward_backward(model, peft, gate, ranks, batch, inputs, skip=False)
         if self.graphs[key] is None:
-            self.graphs[key] = self.record(model, peft, given, inputs)
-        graph, fixed, loss, gradients = self.graphs[key]
-        for name, t in given.items():
-            fixed[name].detach().copy_(t)
+            self.graphs[key] = self.record(model, peft, gate, ranks, batch, inputs)
+        graph, read, loss, gradients = self.graphs[key]
+        for own, t in zip(read, given):
+            own.detach().copy_(t)
         graph.replay()
-        sampled = [t for t in given.values() if t.requires_grad]    # gate or ranks, drawn of inputs[0], Θ or Φ
-        for p, gradient in zip(inputs[len(sampled):], gradients[len(sampled):]):
-            p.grad = gradient
+        sampled = [t for t in given if t.requires_grad]             # gate or ranks, drawn of Θ or Φ
         for t in sampled:
             inputs[0].grad = torch.autograd.grad(t, inputs[0], gradients[0])[0]
+        for p, gradient in zip(inputs[len(sampled):], gradients[len(sampled):]):
+            p.grad = gradient
         return loss
 
-    def record(self, model, peft, given, inputs):
+    def record(self, model, peft, gate, ranks, batch, inputs):
         """(graph, the tensors that it reads, the loss, the gradients)."""
-        fixed = {name: t.detach().clone().requires_grad_(t.requires_grad) for name, t in given.items()}
-        sampled = [t for t in fixed.values() if t.requires_grad]    # they stand for Θ or Φ
-        leaves = [*sampled, *inputs[len(sampled):]]
-        batch = dict(fixed)
-        gate = batch.pop("gate", None)
-        ranks = batch.pop("ranks", None)
+        read = [t.clone() for t in batch.values()]
+        batch = dict(zip(batch, read))
+        if gate is not None:
+            gate = gate.detach().clone().requires_grad_(gate.requires_grad)
+            ranks = ranks.detach().clone().requires_grad_(ranks.requires_grad)
+            read = [gate, ranks, *read]
+        sampled = [t for t in read if t.requires_grad]              # they stand for Θ or Φ
+        inputs = [*sampled, *inputs[len(sampled):]]
         state = torch.cuda.get_rng_state()
         torch.cuda.empty_cache()                                    # of what the first call took
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            loss = forward_backward(model, peft, gate, ranks, batch, leaves, skip=False)
-        torch.cuda.set_rng_state(state)                             # a replay draws what the pass would have drawn
-        return graph, fixed, loss, [p.grad for p in leaves]
+        with torch.cuda.graph(graph, pool=self.pool):
+            loss = forward_backward(model, peft, gate, ranks, batch, inputs, skip=False)
+        torch.cuda.set_rng_state(state)                             # a replay draws as the pass would have
+        return graph, read, loss, [p.grad for p in inputs]
 
 
 def fused_norm(norm, x):
@@ -2181,7 +2165,7 @@ def choose_device(name):
 
 
 def choose_pass(settings, model, device):
-    """Who computes losses and gradients, a function as `forward_backward`."""
+    """Who computes the losses and gradients of a phase, a function as `forward_backward`."""
     if device.type == "cpu" or settings.eager:
         return forward_backward
     fuse_norms(model)
@@ -2205,6 +2189,8 @@ class Record:
         there = [self.path / name for name in self.FILES if (self.path / name).exists()]
         if there and not settings.fresh:
             self.stored = self.read(there[0], device)                 # the checkpoint, else the metrics
+        if "phase" in self.stored:
+            print(f"going on from {there[0]}", flush=True)
 
     def read(self, path, device):
         """What checkpoint.pt or metrics.json holds.   Raises UsageError if damaged, or of another run."""
@@ -2253,19 +2239,15 @@ class Record:
         (self.path / "checkpoint.pt").unlink(missing_ok=True)
 
     def after_step(self, step, left, text, state, keep):
-        """Shows how it goes, for good if keep, and saves at times.
+        """Shows how it goes every ten seconds, and if keep; saves at times.
 
         step: done in this phase.   left: steps to go.   state: a function that gives the state.
         """
         if step % self.settings.save_every == 0:
             self.save(state())
-        terminal = sys.stdout.isatty()
-        if keep or time.monotonic() - self.shown_at > (0.2 if terminal else 10):
+        if keep or time.monotonic() - self.shown_at > 10:
             self.shown_at = time.monotonic()
-            text += f"  left {clock(left * self.elapsed() / step)}"
-            if terminal:
-                text = f"\r\033[K{text[:shutil.get_terminal_size().columns - 1]}"
-            print(text, end="" if terminal and not keep else "\n", flush=True)
+            print(f"{text}  left {clock(left * self.elapsed() / step)}", flush=True)
 
 
 class Work:
@@ -2290,14 +2272,15 @@ class Work:
 
     def score(self, split):
         """The task's score, in per cent, of what the model generates for a split."""
-        texts = predict(self.model, self.tokenizer, self.tokens[split], 8 * self.settings.batch_size, self.device)
+        texts = predict(self.model, self.tokenizer, self.tokens[split], 8 * self.settings.batch_size,
+                        self.device)
         return METRICS[self.task.metric](texts, [e.answers for e in self.splits[split]])
 
 
 def run_search(work, record, run_pass):
     """The search, or what is left of it.   Returns a Structure."""
     settings = work.settings
-    # "We equally split the original training set into two parts" (appendix B): one for ΔW, one for Θ and Φ.
+    # "We equally split the original training set into two parts" (appendix B): for ΔW, and for Θ and Φ.
     tokens = work.tokens["train"]
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(derive(settings.seed, 11)))
     weight_half = work.batches([tokens[i] for i in order[0::2]], 12)
@@ -2309,8 +2292,8 @@ def run_search(work, record, run_pass):
     search = Search(work.model, space, settings, steps, warmup, run_pass)
     print(f"search: {len(space)} modules of {', '.join(kinds_of(settings.space))}, "
           f"{space.param_counts[:, -1].sum():,} parameters at rank {settings.ranks[-1]}\n"
-          f"budget {search.budget:,} ({1e4 * search.budget / work.size:.2f} of 10,000), at most {steps} steps, "
-          f"triggers from step {max(warmup, settings.window) + 1} on", flush=True)
+          f"budget {search.budget:,} ({1e4 * search.budget / work.size:.2f} of 10,000), at most {steps} "
+          f"steps, triggers from step {max(warmup, settings.window) + 1} on", flush=True)
     state = record.begin("search", log=[])
     if state is not None:
         search.load_state_dict(state)
@@ -2365,12 +2348,9 @@ def run(settings, choose_pass):
     if settings.task == "toy":
         torch.set_num_threads(1)                # so small a model only waits for further threads
     work = Work(settings, device)
-    run_pass = choose_pass(settings, work.model, device)
     counts = ", ".join(f"{len(examples):,} {key}" for key, examples in work.splits.items())
     print(f"{settings.task}, seed {settings.seed}: {counts}; {settings.model}, {work.size:,} parameters, "
           f"{settings.dtype} on {device}", flush=True)
-    if "phase" in record.stored:
-        print(f"going on from {record.path / 'checkpoint.pt'}", flush=True)
 
     # The search, unless a structure is there: found before the run was killed, or given.
     search_seconds = record.stored.get("search_seconds", 0.0)
@@ -2379,7 +2359,7 @@ def run(settings, choose_pass):
     elif settings.structure is not None:
         structure = load_structure(settings.structure)
     else:
-        structure = run_search(work, record, run_pass)
+        structure = run_search(work, record, choose_pass(settings, work.model, device))
         search_seconds = record.elapsed()
 
     # Fresh modules of that structure, trained on all of train.
@@ -2387,26 +2367,32 @@ def run(settings, choose_pass):
     state = record.begin("train", structure=dataclasses.asdict(structure), search_seconds=search_seconds)
     save_structure(structure, record.path / "structure.json")
     print(picture(structure, work.model), flush=True)
-    validation = run_training(work, record, peft, state, run_pass)
+    validation = run_training(work, record, peft, state, choose_pass(settings, work.model, device))
     train_seconds = record.elapsed()
     save_weights(peft, record.path / "peft.safetensors")
 
-    # The one look at the test set: with the modules, without them, and the most frequent answer's score.
-    test = work.score("test")
-    peft.detach()
-    untouched = work.score("test")
-    frequent = Counter(e.target for e in work.splits["train"]).most_common(1)[0][0]
-    answers = [e.answers for e in work.splits["test"]]
-    metrics = {"task": settings.task, "metric": work.task.metric, "seed": settings.seed,
-               "space": settings.space, "validation": validation, "test": test, "test_untouched": untouched,
-               "test_most_frequent": METRICS[work.task.metric]([frequent] * len(answers), answers),
-               "modules": len(peft), "parameters": peft.size, "budget": structure.budget,
-               "backbone_parameters": work.size, "per_ten_thousand": 1e4 * peft.size / work.size,
-               "search_seconds": search_seconds, "train_seconds": train_seconds,
-               "ratio": search_seconds / train_seconds, "settings": record.identity, "versions": versions(device)}
+    # The one look at the test set.
+    metrics = {"task": settings.task, "seed": settings.seed, "space": structure.space, "modules": len(peft),
+               "parameters": peft.size, "budget": structure.budget, "backbone_parameters": work.size,
+               "per_ten_thousand": 1e4 * peft.size / work.size, "search_seconds": search_seconds,
+               "train_seconds": train_seconds, "ratio": search_seconds / train_seconds,
+               "settings": record.identity, "versions": versions(device), "validation": validation,
+               **test(work, peft)}
     record.finish(metrics)
     print(f"{results(metrics)}\nwritten to {record.path}", flush=True)
     return metrics
+
+
+def test(work, peft):
+    """Test scores: with the modules, without them, and of the most frequent answer. Takes the modules off."""
+    metric = METRICS[work.task.metric]
+    scores = {"metric": work.task.metric, "test": work.score("test")}
+    peft.detach()
+    scores["test_untouched"] = work.score("test")
+    frequent = Counter(e.target for e in work.splits["train"]).most_common(1)[0][0]
+    answers = [e.answers for e in work.splits["test"]]
+    scores["test_most_frequent"] = metric([frequent] * len(answers), answers)
+    return scores
 
 
 def versions(device):
