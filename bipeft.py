@@ -957,7 +957,8 @@ class Space(Peft):
         self.dim = torch.tensor(ranks)                                                          # [K]
         self.leading = (torch.arange(ranks[-1]) < self.dim[:, None]).float()                    # [K, R]
         self.kept = torch.ones(len(self), dtype=torch.bool)                       # [N], as a search has it
-        self.to(self.tensors[0].device)
+        self.weights = [(m, name, p) for m in self.modules for name, p in m.named_parameters()]
+        self.to(self.weights[0][2].device)
 
     def to(self, device):
         """Moves the tables above, where the model has moved."""
@@ -969,22 +970,24 @@ class Space(Peft):
 
         gate: [N], 0 or 1.   ranks: [N, K], rows summing to 1; with gradients where they are wanted.
         computed: [N] bool, False for what is to be skipped; None: all modules are computed, shut ones, too.
-        Returns {parameter: its copy in the backbone's format}, whose gradients are the pass's. All are cast
-        together, gates and masks multiplied for all modules at once: a kernel for each would cost more.
+        Returns {parameter: its copy in the backbone's format}, for modules that are computed. They are cast
+        together, and gates and masks multiplied for all modules at once: kernels for each would cost more.
         """
         dtype = next(self.model.parameters()).dtype
         mask = (ranks @ self.leading).to(dtype)                                # [N, R]
         gate = gate.to(dtype)
         both = gate[:, None] * mask                                            # [N, R]
         if computed is None:
-            computed = torch.ones(len(self))
+            computed = torch.ones(len(self), dtype=torch.bool)
         factors = zip(gate.unbind(), mask[:, :, None].unbind(), both[:, :, None].unbind(), computed.tolist())
-        cast = iter(flatten(self.tensors).to(dtype).split([p.numel() for p in self.tensors]))
-        copies = {}
         for module, (g, m, gm, on) in zip(self.modules, factors):
-            module.architecture = {"gate": g, "mask": m, "gate·mask": gm, "computed": bool(on)}
-            for name, p in module.named_parameters():
-                copies[p] = next(cast).view(p.shape).requires_grad_()
+            module.architecture = {"gate": g, "mask": m, "gate·mask": gm, "computed": on}
+        copies = {}
+        weights = [p for _, _, p in self.weights]
+        parts = flatten(weights).to(dtype).split([p.numel() for p in weights])
+        for (module, name, p), part in zip(self.weights, parts):
+            if module.architecture["computed"]:
+                copies[p] = part.view(p.shape).requires_grad_()
                 module.architecture[name] = copies[p]
         return copies
 
@@ -1058,20 +1061,23 @@ def forward_backward(model, peft, gate, ranks, batch, inputs, skip=True):
     if gate is not None:
         computed = peft.kept if gate.requires_grad else gate > 0
         copies = peft.enter(gate, ranks, computed if skip else None)
-    leaves = [copies.get(p, p) for p in inputs]
-    for leaf in leaves:
-        leaf.grad = None                                        # nothing leaks from one pass into the next
+    for p in inputs:
+        p.grad = None                                           # nothing leaks from one pass into the next
     loss = loss_of(model(**batch))
     if loss.requires_grad:
         with reentrant_is_refused():
-            loss.backward(inputs=leaves)
-    owed = {p for module in peft.modules if module.computed() for p in module.parameters()}
-    gradients = []
-    for p, leaf in zip(inputs, leaves):
-        if leaf.grad is None and p in owed:
-            raise UsageError(NOT_REACHED)
-        gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
-    give_gradients(inputs, flatten(gradients).to(inputs[0].dtype))
+            loss.backward(inputs=[copies.get(p, p) for p in inputs])
+    if gate is not None:
+        peft.leave()
+    weights = [p for p in inputs if p in copies]
+    gradients = [copies[p].grad for p in weights]
+    missing = [p for p in inputs if p not in copies and p.grad is None]
+    if any(gradient is None for gradient in gradients) or (missing and gate is None):
+        raise UsageError(NOT_REACHED)
+    if weights:
+        give_gradients(weights, flatten(gradients).to(weights[0].dtype))
+    if missing:                                                 # of skipped modules
+        give_gradients(missing, torch.zeros_like(flatten(missing)))
     return loss.detach()
 
 
@@ -1150,8 +1156,8 @@ class Search:
 
         # "Update ΔW by gradient descent" on D_tra (3.5, first order), the sample as constants.
         gate, ranks = self.sample(noise)
-        train_loss = self.run_pass(
-            self.model, space, gate.detach(), ranks.detach(), train_batch, self.weights)
+        losses = [self.run_pass(
+            self.model, space, gate.detach(), ranks.detach(), train_batch, self.weights)]
         train_gradients = self.gradients()                      # w and G of one moment [D1]
         train_magnitude = self.magnitude(train_gradients)
         self.weight_optimizer.param_groups[0]["lr"] = settings.lr * (1 - self.steps_done / self.steps)
@@ -1159,8 +1165,8 @@ class Search:
 
         # "Optimize Θ and Φ iteratively" (3.5): Θ on D_val, under the same sample with Φ held, in a pass
         # that gives G(D_val), too [D8]...
-        theta_loss = self.run_pass(
-            self.model, space, gate, ranks.detach(), theta_batch, [self.theta, *self.weights])
+        losses.append(self.run_pass(
+            self.model, space, gate, ranks.detach(), theta_batch, [self.theta, *self.weights]))
         val_gradients = self.gradients()
         val_magnitude = self.magnitude(val_gradients)
         descend(self.theta_optimizer, self.theta, self.kept)
@@ -1168,7 +1174,8 @@ class Search:
         # ... then Φ on the next batch, with the new Θ held, under the same noise.
         if self.open_ranks:
             gate, ranks = self.sample(noise)
-            self.run_pass(self.model, space, gate.detach(), ranks, phi_batch, [self.phi])
+            losses.append(self.run_pass(
+                self.model, space, gate.detach(), ranks, phi_batch, [self.phi]))
             descend(self.phi_optimizer, self.phi, ~self.fixed)
         self.history.append(self.rank_weights())
 
@@ -1188,7 +1195,7 @@ class Search:
         reduction = None
         if beta >= settings.tau and self.steps_done > max(self.warmup, settings.window):
             reduction = float(self.select())
-        return self.log_line(train_loss, theta_loss, beta, expected, reduction)
+        return self.log_line(losses, beta, expected, reduction)
 
     def select(self):
         """A trigger, the body of Algorithm 1's `if`: selects modules, then ranks.   Returns R_z."""
@@ -1271,15 +1278,13 @@ class Search:
             return self.kept.double()
         return keep_probability(self.theta.detach(), self.kept)
 
-    def log_line(self, train_loss, theta_loss, beta, expected, reduction):
+    def log_line(self, losses, beta, expected, reduction):
         """A step's line of the log, in Python's numbers.   Raises UsageError if one is not finite."""
-        line = {"step": self.steps_done, "loss_train": float(train_loss), "loss_theta": float(theta_loss),
+        require_finite(float(sum(losses) + self.smoothed.sum()), f"the loss at search step {self.steps_done}")
+        return {"step": self.steps_done, "loss_train": float(losses[0]), "loss_theta": float(losses[1]),
                 "beta": float(beta), "expected": float(expected), "reduction": reduction,
                 "kept": int(self.kept.sum()), "fixed": int((self.kept & self.fixed).sum()),
                 "triggers": self.triggers_done}
-        require_finite(line["loss_train"] + line["loss_theta"] + float(self.smoothed.sum()),
-                       f"the loss or the sensitivity at search step {self.steps_done}")
-        return line
 
     def run(self, train_batches, val_batches, backbone="", after_step=None):
         """Algorithm 1's loop, from where the state is to the end.   Arguments and result: as for `search`."""
