@@ -760,21 +760,30 @@ def places_by_kind(model, kinds, places=None):
     return found
 
 
+def network_around(model, part):
+    """The network of transformers that holds a part of a model.   Raises UsageError if there is none."""
+    for m in model.modules():
+        if isinstance(m, transformers.PreTrainedModel) and part in m.modules():
+            return m
+    raise UsageError("a prefix needs a network of transformers around it, which hands its pairs on")
+
+
 class Bare:
     """What a backbone was before the first modules were attached; all that are attached share it."""
 
     def __init__(self, model):
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.attention = []                             # (backbone, its implementation of attention)
+        self.heads = []                                 # [Head]
         for p in self.trained:
             p.requires_grad_(False)
 
     def use_prefix_attention(self, model, prefix):
         """Has the backbone that holds a prefix compute its attention with `prefix_attention`."""
-        backbones = [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
-        around = next(m for m in backbones if prefix in m.modules())
-        for m in backbones:
-            if m in around.modules() and m.config._attn_implementation != "bipeft_prefix":
+        networks = [m for m in network_around(model, prefix).modules()
+                    if isinstance(m, transformers.PreTrainedModel)]
+        for m in networks:
+            if m.config._attn_implementation != "bipeft_prefix":
                 self.attention.append((m, m.config._attn_implementation))
         for m, _ in self.attention:     # each by itself: not every release hands it on to T5's stacks
             m.set_attn_implementation("bipeft_prefix")
@@ -784,7 +793,8 @@ class Bare:
         for p in self.trained:
             p.requires_grad_(True)
         for m, implementation in self.attention:
-            m.set_attn_implementation(implementation)
+            if m.config._attn_implementation == "bipeft_prefix":
+                m.set_attn_implementation(implementation)
 
 
 class Peft:
@@ -805,6 +815,8 @@ class Peft:
             if hasattr(holder_of(found[name, kind][0]), f"bipeft_{kind}"):
                 raise UsageError(f"{name} has a module of kind '{kind}' already: take it off by its "
                                  "detach(), or all that the model has by bipeft.detach(model)")
+            if kind == "prefix":
+                network_around(model, found[name, kind][0])
         self.model = model
         self.kinds = [kind for _, kind, _ in chosen]
         self.names = [f"{name}.{kind}" for name, kind, _ in chosen]
@@ -822,6 +834,7 @@ class Peft:
             module.bare = bare
             module.handle = module.attach(place, role)
             holder_of(place).add_module(f"bipeft_{kind}", module)
+        bare.heads.append(self.head)
         if "prefix" in self.kinds:
             bare.use_prefix_attention(model, self.modules[self.kinds.index("prefix")])
         self.head.begin()
@@ -845,7 +858,7 @@ class Peft:
 
     def detach(self):
         """Takes off what it attached: without other modules the backbone computes bit for bit as before."""
-        self.head.end(self.model)
+        self.head.end()
         take_off(self.model, self.modules)
 
 
@@ -857,45 +870,57 @@ class Head:
     """
 
     def __init__(self, model, paths):
-        self.parts = []                                         # modules
+        networks = [name for name, m in model.named_modules() if isinstance(m, transformers.PreTrainedModel)]
+        within = f"{networks[0]}." if networks else ""          # a wrapper's name is not stored
+        named = {name: p for name, p in model.named_parameters() if "bipeft_" not in name}
         self.parameters = {}                                    # {name: parameter}
         for path in paths:
-            inside = {name: p for name, p in model.named_parameters() if f"{name}.".startswith(f"{path}.")}
+            inside = {name: p for name, p in named.items() if f"{name}.".startswith(f"{path}.")}
             if not inside:
                 raise UsageError(f"the model has no parameters '{path}' to be trained beside the modules")
-            self.parameters.update(inside)
-            if path in inside:
-                path = path.rpartition(".")[0]
-            self.parts.append(model.get_submodule(path))
+            self.parameters.update({name.removeprefix(within): p for name, p in inside.items()})
+        own = set(self.parameters.values())
+        self.layers = [m for m in model.modules() if own & set(m.parameters(recurse=False))]
+        self.rest = [p for p in named.values() if p not in own]     # the first tells the network's format
         self.before = copies(self.parameters.values())
-        self.handles = []
+        self.hooks = []                                         # (layer, its hook)
 
     def begin(self):
         """Has it learn."""
-        for part in self.parts:
-            if next(part.parameters()).dtype in (torch.bfloat16, torch.float16):
-                self.handles.append(part.float().register_forward_pre_hook(into_own_format))
+        narrow = (torch.bfloat16, torch.float16)
+        layers = [m for m in self.layers if next(m.parameters(recurse=False)).dtype in narrow]
+        for layer in layers:
+            convert(layer, torch.float32)
+            self.hooks.append((layer, layer.register_forward_pre_hook(self.enter)))
+            self.hooks.append((layer, layer.register_forward_hook(self.leave)))
         for p in self.parameters.values():
             p.requires_grad_(True)
 
-    def end(self, model):
+    def enter(self, layer, args):
+        """A hook: a layer's inputs in the format of its parameters."""
+        dtype = next(layer.parameters(recurse=False)).dtype
+        return tuple(x.to(dtype) if torch.is_floating_point(x) else x for x in args)
+
+    def leave(self, layer, args, output):
+        """A hook: its output in the format of the network."""
+        return output.to(self.rest[0].dtype)
+
+    def end(self):
         """Puts its numbers back, in the format that the network has now."""
-        frozen = next(p for p in model.parameters() if not p.requires_grad)
-        for handle in self.handles:
-            handle.remove()
-        for part in self.parts:
-            part.to(frozen.dtype)
+        for layer, hook in self.hooks:
+            hook.remove()
+            convert(layer, self.rest[0].dtype)
         put_back(self.parameters.values(), self.before)
         for p in self.parameters.values():
             p.requires_grad_(False)
         self.parameters = {}                                    # a second call changes nothing
-        self.parts = []
+        self.hooks = []
 
 
-def into_own_format(part, args):
-    """A hook: a module's inputs in the format of its parameters."""
-    dtype = next(part.parameters()).dtype
-    return tuple(x.to(dtype) if torch.is_floating_point(x) else x for x in args)
+def convert(layer, dtype):
+    """Another format for a layer's own parameters, but not for those of its children."""
+    for p in layer.parameters(recurse=False):
+        p.data = p.data.to(dtype)
 
 
 def holder_of(place):
@@ -912,18 +937,23 @@ def attached_to(model):
 
 def take_off(model, modules):
     """Takes attached modules off, and puts back what attaching had changed once none is left."""
+    was_attached = attached_to(model)
     for holder in list(model.modules()):
         for name, module in list(holder.named_children()):
             if module in modules:
                 module.handle.remove()
                 delattr(holder, name)
-    if modules and not attached_to(model):
-        modules[0].bare.restore()
+    if was_attached and not attached_to(model):
+        was_attached[0].bare.restore()
 
 
 def detach(model):
-    """Takes every attached module off a model, whoever attached it."""
-    take_off(model, attached_to(model))
+    """Takes every attached module off a model, whoever attached it, and puts its head's numbers back."""
+    modules = attached_to(model)
+    for module in modules[:1]:
+        for head in module.bare.heads:
+            head.end()
+    take_off(model, modules)
 
 
 def count_of(module):
