@@ -1,23 +1,37 @@
-"""Tests of the pages: links, lines, commands and code of README.md and docs/.   python -m pytest -q docs/test_pages.py
+"""Tests of the pages: links, lines, commands, code and names of README.md and docs/.
 
-A command is parsed by the parser of the program that it names, and nothing is run but `./run_glue.sh --dry-run`. What
-is neither a checked command, nor code that test_bipeft.py runs, nor what a command above it printed, nor a formula, is
-a failure; of the walk-through test_walkthrough.py checks the blocks.
+    python -m pytest -q docs/test_pages.py
+
+The code of README.md and copying.md is run. A command is parsed by the parser of the program that it names, and none is
+run but `./run_glue.sh --dry-run`. What is neither a checked command, nor code that is run, nor what a command above it
+printed, nor a formula, is a failure; of the walk-through test_walkthrough.py checks the blocks.
 """
 
 import argparse
+import ast
+import functools
+import inspect
+import io
 import itertools
+import json
+import math
 import os
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+import tokenize
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlparse
 
 import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -26,6 +40,7 @@ import bipeft                                                                   
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md")
                               if ".pytest_cache" not in p.parts)]
 WALK = "docs/walkthrough.md"               # quotes bipeft.py and shows a run: test_walkthrough.py checks either
+RUN = ("README.md", "docs/copying.md")     # whose code is run below
 HOSTS = {"arxiv.org", "github.com"}
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES)
 
@@ -53,8 +68,8 @@ def commands_of(page):
 
 
 def slugs(text):
-    """The anchors that GitHub gives a page's headings."""
-    found = []
+    """The anchors of a page: those that GitHub gives its headings, and its own."""
+    found = re.findall(r'<a id="(\w+)"></a>', text)
     for heading in re.findall(r"^#+ (.*)", blocks_of(text)[1], re.MULTILINE):
         slug = re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading).lower()).replace(" ", "-")
         again = sum(re.sub(r"-\d+$", "", other) == slug for other in found)
@@ -153,9 +168,7 @@ def test_links_lead_somewhere(page):
 
 @EVERY_PAGE
 def test_every_block_is_a_command_or_code_that_is_run_or_what_a_command_printed(page):
-    tests = (ROOT / "test_bipeft.py").read_text()
-    text = (ROOT / page).read_text()
-    blocks, prose = blocks_of(text)
+    blocks, prose = blocks_of((ROOT / page).read_text())
     assert not re.search(r"```|~~~|<pre|<code|\n\n(    |\t)\S", prose), "a block of another form"
     for number, (language, code, before) in enumerate(blocks):
         if language == "math":
@@ -163,8 +176,7 @@ def test_every_block_is_a_command_or_code_that_is_run_or_what_a_command_printed(
         elif page == WALK and language in ("python", "text"):
             pass
         elif language == "python":
-            compile(code, f"{page}, block {number}", "exec")
-            assert f'code_of("{page}")' in tests, "test_bipeft.py runs the code of this page"
+            assert page in RUN, f"block {number} is code of a page whose code no test runs"
         elif language == "text":
             assert "```bash" in before, "what a command of the same section printed"
         else:
@@ -195,5 +207,202 @@ def test_the_checks_refuse_what_they_are_there_for(monkeypatch):
                  "python -m pytest no_such.py", "pip install -r no.txt", "python -m http.server", "./other.sh"):
         with pytest.raises((AssertionError, SystemExit, OSError, ValueError)):          # UsageError is a ValueError
             check(line.split(), monkeypatch)
+    assert slugs('1. <a id="d1"></a>**A.** b\n') == ["d1"]
     assert slugs("# A `b`: c, d!\n## The 3 x's\n```text\n# no\n```\n## A b c d\n") == ["a-b-c-d", "the-3-xs", "a-b-c-d-1"]
     assert all(len(list(commands_of(page))) > 2 for page in ("README.md", "docs/performance.md", "docs/examples/README.md"))
+
+
+# The code of the pages
+
+
+def code_of(page):
+    """The blocks of Python in a page, compiled."""
+    blocks = blocks_of((ROOT / page).read_text())[0]
+    return [compile(code, f"{page}, block {number}", "exec") for number, (language, code, _) in enumerate(blocks)
+            if language == "python"]
+
+
+def tiny_bert():
+    """A random BERT of two layers with a classification head, and two batches for it."""
+    config = transformers.BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                     intermediate_size=64, num_labels=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, ids = transformers.BertForSequenceClassification(config).eval(), torch.randint(1, 50, (2, 4, 10))
+    return model, [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": i[:, 0] % 2} for i in ids]
+
+
+@pytest.fixture
+def kinds(monkeypatch):
+    """KINDS, to which a page's code may add."""
+    monkeypatch.setattr(bipeft, "KINDS", dict(bipeft.KINDS))
+
+
+def test_the_code_of_copying_md_runs(kinds):
+    equations, loop, kind, its_test, *others = code_of("docs/copying.md")
+    with torch.random.fork_rng():
+        exec(equations, names := {})
+        assert (names["smoothed"] != 0).all()
+        exec(loop, names := {})                                                # needs nothing of the block before
+        assert max(line for *_, line in loop.co_lines()) <= 30                 # a gist
+        assert 0 < names["structure"].parameters <= 800 and len(names["trained"]) > 2      # of the head alone: 2
+        for block in (kind, its_test):
+            exec(block, names)
+        assert names["structure"].parameters <= 300 and "ia3" in {m["kind"] for m in names["structure"].modules}
+        for block in others:
+            exec(block, names)
+    assert len(names["space"]) == 42 and names["structure"].parameters <= 1500
+
+
+def test_the_loop_of_copying_md_trains_the_modules_and_the_head():
+    # the batches after the first find other weights than those that `apply` made
+    loop, seen = code_of("docs/copying.md")[1], []
+
+    def step(self, closure=None):
+        seen.append([p.detach().clone() for p in self.param_groups[0]["params"]])
+        real(self, closure)
+
+    real = torch.optim.AdamW.step
+    with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        exec(loop, names := {})
+    first, last = seen[-8], seen[-1]
+    assert len(first) == len(names["trained"]) and not any(map(torch.equal, first, last))
+
+
+def test_the_kind_of_module_in_copying_md_is_one_like_any_other(kinds):
+    exec(code_of("docs/copying.md")[2], {"bipeft": bipeft})                    # the class, and the line
+    model, batches = tiny_bert()
+
+    def logits():
+        with torch.no_grad():
+            return model(**batches[0]).logits
+
+    untouched, space = logits(), bipeft.Space(model, "ia3")
+    # q_n is d_out at every rank: in each of two layers q, k, v, o and the last have 32, the one before it 64
+    assert sorted(map(tuple, space.param_counts.tolist())) == 10 * [(32,) * 3] + 2 * [(64,) * 3]
+    assert not space.ranked.any() and space.param_counts[:, 0].sum() == space.size
+    for p in space.tensors:
+        nn.init.normal_(p, 0, 0.5, generator=torch.Generator().manual_seed(0))
+    some, whole = torch.zeros(len(space)), torch.eye(3)[2:].expand(len(space), 3)
+    space.enter(some, whole)
+    assert torch.equal(logits(), untouched)                                   # shut, and computed: exactly y
+    some[3] = 1
+    space.enter(some, whole)
+    assert not torch.equal(logits(), untouched)
+    space.detach()
+    assert torch.equal(logits(), untouched)
+
+
+def test_equations_and_kinds_of_modules_can_be_lifted_out_by_themselves():
+    # what copying.md says that they need: section 1 torch alone; a class its base and a few functions
+    source = Path(bipeft.__file__).read_text()
+    equations = source[source.index("# 1. The equations"):source.index("# 2. The searchable modules")]
+    exec(equations, lifted := {"math": math, "torch": torch, "F": F})
+    page, found = blocks_of((ROOT / "docs/copying.md").read_text())[0][0][1], {}
+    for name, of in (("bipeft", bipeft), ("lifted", SimpleNamespace(**lifted))):
+        with torch.random.fork_rng():
+            exec(page.replace("import bipeft\n", ""), names := {"bipeft": of})
+        found[name] = names["smoothed"]
+    assert torch.equal(found["bipeft"], found["lifted"])
+    for kind, cls in bipeft.KINDS.items():
+        if kind == "prefix":                                                   # its attention is transformers'
+            continue
+        classes = [c for c in reversed(cls.__mro__) if c.__module__ == "bipeft"]
+        parts = [*classes, bipeft.zeros, bipeft.kaiming, bipeft.width, bipeft.first_input]
+        names = {"math": math, "torch": torch, "F": F, "nn": nn}
+        exec("\n\n".join(map(inspect.getsource, parts)), names)
+        place = nn.LayerNorm(32) if kind == "lnfit" else nn.Linear(32, 32)
+        module, x = names[cls.__name__](place, 4), torch.randn(5, 32)
+        bare, handle = place(x), module.attach(place, cls.roles[0])
+        assert torch.equal(place(x), bare)                                     # at first the zero function
+        nn.init.ones_(list(module.parameters())[-1])
+        assert not torch.allclose(place(x), bare)
+        handle.remove()
+        assert torch.equal(place(x), bare)
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """A small run where the README's code looks for one, in the folder that is then the current one."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = bipeft.toy_tokenizer()
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, pad_token_id=0,
+        eos_token_id=1, decoder_start_token_id=0))
+    for part in (model, tokenizer):
+        part.save_pretrained("model")
+    for split, examples in bipeft.toy_splits(0).items():
+        lines = [json.dumps({"source": e.source, "target": e.target}) for e in examples[:8]]
+        Path(f"{split}.jsonl").write_text("\n".join(lines))
+    assert bipeft.main("--task custom --data-dir . --model model --space lora,bitfit --budget 400 --triggers 2 --epochs 1 "
+                       "--batch-size 4 --device cpu --out runs/rte-s2-0".split()) == 0
+
+
+def test_the_code_of_the_readme_runs(finished, monkeypatch, capsys):
+    load, library = code_of("README.md")
+    capsys.readouterr()
+    exec(load, names := {})
+    assert set(capsys.readouterr().out.split()) <= set(names["tokenizer"].get_vocab()) and len(names["peft"]) > 0
+
+    model, batches = tiny_bert()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    search = functools.partial(bipeft.search, triggers=2, window=1, tau=0.0)
+    monkeypatch.setattr(bipeft, "search", lambda *args, **kwargs: search(       # the page's budget is of a larger one
+        *args, **{**kwargs, "budget": 1000, "steps": 4, "warmup": 1}))
+    exec(library, names := {"model": model, "train_batches": batches, "val_batches": batches, "batches": batches,
+                            "evaluate": lambda: 0.0})
+    assert 0 < names["structure"].parameters <= 1000 and names["structure"].also_trained > 0
+    names["peft"].detach()
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(p, after[name]) for name, p in before.items())
+
+
+# The names of the pages
+
+
+def names_of_points():
+    """{number of a point of decisions.md: the names behind its arrow}."""
+    points = (ROOT / "docs/decisions.md").read_text().partition("## The paper, the authors' code")[0]
+    found = re.findall(r"^(\d+)\. <a id=\"d(\d+)\"></a>(.*?)(?=\n\d+\. |\n\n|\Z)", points, re.DOTALL | re.MULTILINE)
+    assert all(number == anchor for number, anchor, _ in found)
+    return {int(number): re.findall("`(.+?)`", text.partition("→")[2]) for number, _, text in found}
+
+
+def test_every_name_that_the_pages_point_to_exists():
+    named = sum(names_of_points().values(), [])
+    for arrow in re.findall("→((?:[\\s,]*`[^`]+`)+)", (ROOT / "docs/performance.md").read_text()):
+        named += re.findall("`(.+?)`", arrow)
+    tests = (ROOT / "test_bipeft.py").read_text()
+    table = (ROOT / "README.md").read_text().partition("## Beside the paper")[2].partition("\n## ")[0]
+    for _, _, code, cell, _ in (row.split("|") for row in table.strip().splitlines()[2:]):
+        named += re.findall("`(.+?)`", code)
+        assert [name for name in re.findall("`(.+?)`", cell) if f"\ndef {name}(" not in tests] == []
+    for name in named:
+        functools.reduce(getattr, name.split("."), bipeft)                     # AttributeError: a name to be mended
+    assert len(named) > 100
+
+
+def test_every_decision_in_the_file_is_a_point_that_names_the_place():
+    source, points, seen = Path(bipeft.__file__).read_text(), names_of_points(), []
+    assert list(points) == list(range(1, len(points) + 1))
+
+    def within(body, name=""):
+        """(first line, last line, qualified name) of every class and function."""
+        for node in body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                yield node.lineno, node.end_lineno, name + node.name
+                yield from within(node.body, f"{name}{node.name}.")
+
+    places = list(within(ast.parse(source).body))
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in (tokenize.COMMENT, tokenize.STRING):
+            continue
+        for match in re.finditer(r"\[D\d+(?:, D\d+)*\]", token.string):
+            line = token.start[0] + token.string[:match.start()].count("\n")
+            here = [name for first, last, name in places if first <= line <= last]
+            for number in map(int, re.findall(r"\d+", match[0])):
+                # the head of the file explains the form by one of them
+                assert not here or any(f"{name}.".startswith(f"{here[-1]}.") for name in points[number]), (line, number)
+                seen.append(number)
+    assert len(seen) > 30 and {1, 2, 3, 4, 5, 6, 7, 8, 10, 11} <= set(seen)

@@ -8,9 +8,11 @@ import json
 import re
 import sys
 import textwrap
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import torch
 
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
@@ -18,7 +20,8 @@ import bipeft                                                                   
 
 PAGE = (DOCS / "walkthrough.md").read_text()
 NUMBERS = json.loads((DOCS / "figures" / "walkthrough.json").read_text())
-PROSE = " ".join(re.sub(r"^```.*?^```$", "", PAGE, flags=re.DOTALL | re.MULTILINE).split())
+BY_HAND = PAGE.partition("## One trigger by hand\n")[2].partition("\n## ")[0]            # these numbers are no run's
+PROSE = " ".join(re.sub(r"^```.*?^```$", "", PAGE.replace(BY_HAND, ""), flags=re.DOTALL | re.MULTILINE).split())
 
 
 def test_quoted_code_is_the_files():
@@ -52,10 +55,43 @@ def test_every_figure_is_shown_and_small():
 
 
 def test_every_decision_that_is_linked_exists():
-    points = set(re.findall(r"^(\d+)\. ", (DOCS / "decisions.md").read_text(), re.MULTILINE))
-    linked = re.findall(r"\[decision (\d+)\]\(decisions\.md\)", PAGE)
-    assert len(linked) > 15 and set(linked) <= points
+    points = set(re.findall(r'^(\d+)\. <a id="d\1"></a>', (DOCS / "decisions.md").read_text(), re.MULTILINE))
+    linked = re.findall(r"\[decision (\d+)\]\(decisions\.md#d(\d+)\)", PAGE)
+    assert len(linked) > 15 and all(number == anchor and number in points for number, anchor in linked)
     assert len(linked) == PAGE.count("](decisions.md")
+
+
+def test_the_trigger_by_hand_is_what_the_equations_give():
+    rows = [[cell.strip() for cell in line.split("|")[1:6]] for line in BY_HAND.splitlines() if line.startswith("| $")]
+    rows = {name.strip("$"): [[Fraction(x) for x in cell.split(", ")] for cell in cells if cell]
+            for name, *cells in rows}
+    assert list(rows) == ["q_n", r"\mathrm{softmax}(\Phi_j)", r"\mathrm{softmax}(\Phi_t)", "C_n", "p_n", "p_n C_n",
+                          r"\bar s_n", r"\sigma_n", r"\mathrm{KL}_n", r"\lambda_n", "v_{z-1}", "v_z"]
+    q, then, now, sizes, p, pc, smoothed, *_ = tables = [
+        torch.tensor([[float(x) for x in cell] for cell in row], dtype=torch.float64) for row in rows.values()]
+    size, p, smoothed, none = sizes[:, 0], p[:, 0], smoothed[:, 0], torch.full((1, 2), 0.5)      # D has no rank
+    then, now, kept, choice = torch.cat([then, none]), torch.cat([now, none]), torch.ones(4).bool(), torch.ones(4).long()
+    fixed, ranked, dim = torch.tensor([0, 0, 0, 1]).bool(), torch.tensor([1, 1, 1, 0]).bool(), torch.tensor([1, 2])
+
+    assert torch.allclose(bipeft.expected_size(now.log(), q, fixed, choice), size)
+    expected = bipeft.expected_parameters(p, size)
+    reduction = bipeft.expected_reduction(expected, 36, 2, 0)
+    assert torch.equal(p * size, pc[:, 0]) and f"= {expected:.0f}." in BY_HAND and f"= {reduction:.0f}." in BY_HAND
+    removed = bipeft.modules_to_remove(smoothed, p, size, kept, reduction)
+    assert removed.tolist() == [False, False, False, True]
+
+    instability = bipeft.rank_instability(torch.stack([then, now]))
+    sigma, divergence = (then - now).abs()[:3, 0] / 2, (then * (then / now).log()).sum(1)[:3]
+    assert torch.allclose(tables[7][:, 0], sigma) and torch.allclose(sigma * divergence, instability[:3])
+    for name, exact in ((r"\mathrm{KL}_n", divergence), (r"\lambda_n", instability)):
+        cells = next(line for line in BY_HAND.splitlines() if line.startswith(f"| ${name}$")).split("|")[2:5]
+        assert [f"{x:.{len(cell.strip()) - 2}f}" for x, cell in zip(exact, cells)] == [cell.strip() for cell in cells]
+    v_before, v = (bipeft.potential_ranks(phi.log(), dim, kept & ranked & ~removed, fixed, choice) for phi in (then, now))
+    assert [v_before.tolist(), v.tolist()] == [tables[10][:, 0].tolist(), tables[11][:, 0].tolist()]
+    cosine = float(torch.nn.functional.cosine_similarity(v_before, v, 0))
+    assert f"= {cosine:.3f}." in BY_HAND and f"⌊{3 * cosine / 2:.2f}⌋" in BY_HAND
+    quota = bipeft.rank_quota(v_before, v, fixed | removed, 2)
+    assert quota == 1 and bipeft.ranks_to_fix(instability, fixed | removed, quota).tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("fact", NUMBERS["facts"])
@@ -74,9 +110,11 @@ def test_no_number_of_the_page_is_from_elsewhere():
 
 
 def test_the_pages_blocks_of_text_are_the_runs_picture_and_all_of_algorithm_1():
-    grid = [line.rstrip() for line in NUMBERS["picture"] if not line.startswith("  ") or line.startswith("    ")]
+    lines = [line.rstrip() for line in NUMBERS["picture"]]
+    rows = lines[:next(i for i, line in enumerate(lines) if "a number:" in line)]
+    kept = [line for line in rows if re.search(r"  (\d|x)\b", line)]                  # others are left out
     algorithm, picture = re.findall(r"^```text\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
-    assert len(grid) > 5 and picture.splitlines() == grid
+    assert len(kept) > 5 and picture.splitlines() == kept
     equations = re.findall(r"(\d+)(?:-(\d+))?$", "\n".join(re.findall(r"Eq\. ([\d-]+)", algorithm)), re.MULTILINE)
     assert [n for a, b in equations for n in range(int(a), int(b or a) + 1)] == list(range(1, 11))
 
