@@ -245,7 +245,7 @@ def rank_instability(history):
     """
     sigma = history.std(0, correction=0)                                               # [N, K]
     first, last = history[0], history[-1]
-    divergence = torch.xlogy(first, first / last).sum(1)                               # 0 · log 0 is 0
+    divergence = (torch.xlogy(first, first) - torch.xlogy(first, last)).sum(1)         # 0 · log 0 is 0
     return sigma.mean(1) * divergence
 
 
@@ -863,8 +863,8 @@ class Peft:
 
 
 class Head:
-    """What of the network's own learns beside the modules. In a 16-bit network small steps of it would be
-    lost: it computes in float32 as long as it learns.
+    """What of the network's own learns beside the modules [D73]. In a 16-bit network small steps of it
+    would be lost: it computes in float32 as long as it learns.
 
     paths: of modules or parameters, such as "classifier".   Raises UsageError for one that is not there.
     """
@@ -986,9 +986,9 @@ class Space(Peft):
         self.ranked = torch.tensor([KINDS[kind].ranked for kind in self.kinds])                 # [N]
         self.dim = torch.tensor(ranks)                                                          # [K]
         self.leading = (torch.arange(ranks[-1]) < self.dim[:, None]).float()                    # [K, R]
-        self.kept = torch.ones(len(self), dtype=torch.bool)                       # [N], as a search has it
-        self.weights = [(m, name, p) for m in self.modules for name, p in m.named_parameters()]
-        self.to(self.weights[0][2].device)
+        self.kept = torch.ones(len(self), dtype=torch.bool)          # [N], False once a search removed it
+        self.entries = [(m, name, p) for m in self.modules for name, p in m.named_parameters()]
+        self.to(self.entries[0][2].device)
 
     def to(self, device):
         """Moves the tables above, where the model has moved."""
@@ -1013,9 +1013,9 @@ class Space(Peft):
         for module, (g, m, gm, on) in zip(self.modules, factors):
             module.architecture = {"gate": g, "mask": m, "gate·mask": gm, "computed": on}
         copies = {}
-        weights = [p for _, _, p in self.weights]
+        weights = [p for _, _, p in self.entries]
         parts = flatten(weights).to(dtype).split([p.numel() for p in weights])
-        for (module, name, p), part in zip(self.weights, parts):
+        for (module, name, p), part in zip(self.entries, parts):
             if module.architecture["computed"]:
                 copies[p] = part.view(p.shape).requires_grad_()
                 module.architecture[name] = copies[p]
@@ -1060,7 +1060,7 @@ class Structure:
 
 def apply(model, structure, seed=0, places=None, also_train=()):
     """A structure's modules, with fresh weights, on a model: a Peft, whose arguments the others are.
-    Raises UsageError if the model lacks one of its places, or a count is not that of the built tensors.
+    Raises UsageError if the model lacks one of its places, or a count is not that of the tensors [D68].
     """
     chosen = [(m["name"], m["kind"], m["rank"] or 1) for m in structure.modules]
     peft = Peft(model, chosen, seed, places, also_train)
@@ -1076,6 +1076,29 @@ def apply(model, structure, seed=0, places=None, also_train=()):
 # 4. Algorithm 1, whose lines stand in quotation marks
 # ==================================================================================================
 
+# A trigger by hand. A, B, C: LoRA on linear layers of 4 + 4, 16 + 16 and 8 + 8. D: LNFit on a norm of 16, no
+# rank. Dim = (1, 2), B = 36, Z = 2, and it is the first trigger: z = 0.
+#              A         B         C         D
+# q_n          8, 16     32, 64    16, 32    16, 16
+# softmax(Φ)   1/4, 3/4  2/3, 1/3  3/8, 5/8            at j, the step of the last trigger
+#              3/4, 1/4  3/4, 1/4  1/4, 3/4            at t, now
+# C_n          10        40        28        16        Eq. 8: A, 8 · 3/4 + 16 · 1/4
+# p_n          1/2       3/4       3/4       1/2       of softmax(Θ)
+# p_n · C_n    5         30        21        8         Eq. 7: E_t = 5 + 30 + 21 + 8 = 64
+# s̄_n          3         2         4         1         Eq. 6: R_z = (64 - 36) / (2 - 0) = 14
+# From the lowest s̄ up: D goes (8); B does not fit (8 + 30 > 14), and that is the end, although A (8 + 5)
+# would fit: it is more sensitive than B.
+# σ_n          1/4       1/24      1/16                of either rank: half of its weight's move
+# KL_n         .549      .0174     .0381               A: 1/4 ln 1/3 + 3/4 ln 3 = 1/2 ln 3
+# λ_n          .137      .0007     .0024               Eq. 9: σ_n · KL_n
+# v_{z-1}      2         1         2         0         the rank of the larger weight at j
+# v_z          1         1         2         0         at t: cos = (2 + 1 + 4) / √(9 · 6) = .953
+# Eq. 10: Y_z = floor(3 · .953 / (2 - 0)) = 1. The lowest λ is B's: its rank gets fixed, at 1.
+
+
+NOT_REACHED = ("no gradient reaches the attached modules: the model must compute its loss with them, and "
+               "gradient checkpointing needs use_reentrant=False")
+
 
 def forward_backward(model, peft, gate, ranks, batch, inputs, skip=True):
     """A forward and a backward pass, after which the gradients of some tensors stand in their `grad`.
@@ -1083,9 +1106,9 @@ def forward_backward(model, peft, gate, ranks, batch, inputs, skip=True):
     gate, ranks: the architecture, [N] and [N, K], detached where it is held; None in re-training, where
     modules are whole.   batch: what the model takes, a dict of tensors.   inputs: the tensors, of ΔW, Θ or
     Φ; where the loss does not depend on one, its gradient is zero.   skip: shut modules are not computed,
-    unless the gates' gradients are wanted; removed ones never.   Returns the loss.
+    unless the gates' gradients are wanted [D9]; removed ones never [D36].   Returns the loss.
     A search asks no more of the network: whoever can do it faster gives it another function.
-    Raises UsageError for a module that was to be computed and got no gradient.
+    Raises UsageError for a module that was to be computed and got no gradient [D79].
     """
     copies = {}
     if gate is not None:
@@ -1109,10 +1132,6 @@ def forward_backward(model, peft, gate, ranks, batch, inputs, skip=True):
     if missing:                                                 # of skipped modules
         give_gradients(missing, torch.zeros_like(flatten(missing)))
     return loss.detach()
-
-
-NOT_REACHED = ("no gradient reaches the attached modules: the model must compute its loss with them, and "
-               "gradient checkpointing needs use_reentrant=False")
 
 
 @contextlib.contextmanager
@@ -1180,32 +1199,31 @@ class Search:
 
     def step(self, train_batch, theta_batch, phi_batch):
         """One step t, the body of Algorithm 1's loop.   Batches: dicts of tensors.   Returns a log line."""
-        settings, space = self.settings, self.space
+        settings = self.settings
+        space = self.space
         space.kept = self.kept                                  # what is removed costs nothing
         noise = self.draw()                                     # of one architecture a step [D8]
 
         # "Update ΔW by gradient descent" on D_tra (3.5, first order), the sample as constants.
         gate, ranks = self.sample(noise)
-        losses = [self.run_pass(
-            self.model, space, gate.detach(), ranks.detach(), train_batch, self.weights)]
+        train_loss = self.run_pass(
+            self.model, space, gate.detach(), ranks.detach(), train_batch, self.weights)
         train_gradients = self.gradients()                      # w and G of one moment [D1]
         train_magnitude = self.magnitude(train_gradients)
         self.weight_optimizer.param_groups[0]["lr"] = settings.lr * (1 - self.steps_done / self.steps)
         self.weight_optimizer.step()
 
-        # "Optimize Θ and Φ iteratively" (3.5): Θ on D_val, under the same sample with Φ held, in a pass
-        # that gives G(D_val), too [D8]...
-        losses.append(self.run_pass(
-            self.model, space, gate, ranks.detach(), theta_batch, [self.theta, *self.weights]))
+        # "Optimize Θ and Φ iteratively" (3.5): Θ on D_val, the same Φ held; it gives G(D_val), too [D8]
+        theta_loss = self.run_pass(
+            self.model, space, gate, ranks.detach(), theta_batch, [self.theta, *self.weights])
         val_gradients = self.gradients()
         val_magnitude = self.magnitude(val_gradients)
         descend(self.theta_optimizer, self.theta, self.kept)
-
-        # ... then Φ on the next batch, with the new Θ held, under the same noise.
+        # - and Φ on the next batch, with the new Θ held, under the same noise.
+        phi_loss = 0
         if self.open_ranks:
             gate, ranks = self.sample(noise)
-            losses.append(self.run_pass(
-                self.model, space, gate.detach(), ranks, phi_batch, [self.phi]))
+            phi_loss = self.run_pass(self.model, space, gate.detach(), ranks, phi_batch, [self.phi])
             descend(self.phi_optimizer, self.phi, ~self.fixed)
         self.history.append(self.rank_weights())
 
@@ -1222,10 +1240,10 @@ class Search:
         # "If β_t ≥ τ": not in the warm-up [D7], nor before there are H + 1 indicators.
         self.steps_done += 1
         expected = expected_parameters(self.keep_probabilities(), self.expected_sizes())
-        reduction = None
+        reduction = None                                        # R_z
         if beta >= settings.tau and self.steps_done > max(self.warmup, settings.window):
             reduction = float(self.select())
-        return self.log_line(losses, beta, expected, reduction)
+        return self.log_line([train_loss, theta_loss, phi_loss], beta, expected, reduction)
 
     def select(self):
         """A trigger, the body of Algorithm 1's `if`: selects modules, then ranks.   Returns R_z."""
@@ -1397,7 +1415,6 @@ def give_gradients(tensors, flat):
 def descend(optimizer, parameter, open_rows):
     """A step of Θ or Φ, of its open rows, [N] bool, alone: others feel neither decay nor momentum [D18]."""
     before = parameter.detach().clone()
-    parameter.grad *= open_rows[:, None]
     optimizer.step()
     with torch.no_grad():
         parameter.copy_(torch.where(open_rows[:, None], parameter, before))
@@ -1887,7 +1904,7 @@ def predict(model, tokenizer, tokens, batch_size, device):
 
 def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed=0,
           run_pass=forward_backward, state=None, after_step=None):
-    """Trains the attached modules anew; leaves them as after their best epoch, whose score it returns.
+    """Trains the attached modules anew [D12]; leaves them as after their best epoch, whose score it returns.
 
     batches: an iterable with a length.   evaluate: gives an epoch's score.   lr: falls to 0.   run_pass: who
     computes losses and gradients, a function as `forward_backward`.   state: where to go on from.
@@ -2142,14 +2159,16 @@ def check(settings, fail):
         fail(f"--dtype {settings.dtype} must be float32, bfloat16 or float16")
 
 
+MODEL_ADVICE = ": give a folder with config, weights and tokenizer, or a hub name and a network"
+
+
 def load_backbone(name, dtype, device, seed):
     """(model, tokenizer) from the hub or a folder, or the toy's.   Raises UsageError if parts are missing."""
     if name == "toy":
         model, tokenizer = toy_backbone(seed)
         return model.to(device, getattr(torch, dtype)), tokenizer
-    with failing(f"the model {name} can't be loaded",
-                 ": give a folder with config, weights and tokenizer, or a hub name and a network"):
-        loader = loader_of(name)
+    loader = loader_of(name)
+    with failing(f"the model {name} can't be loaded", MODEL_ADVICE):
         model, told = loader.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
         if told["missing_keys"]:                                     # transformers makes these up
             raise ValueError(f"it has no {min(told['missing_keys'])}")
@@ -2166,15 +2185,16 @@ def load_backbone(name, dtype, device, seed):
 
 
 def loader_of(name):
-    """The class that loads a backbone of this program's.   Raises ValueError for another kind."""
-    config = transformers.AutoConfig.from_pretrained(name)
-    if PLACES.get(config.model_type) is llama_places:
-        return transformers.AutoModelForCausalLM
-    if PLACES.get(config.model_type) is t5_places and config.is_encoder_decoder:
-        if config.pad_token_id is None or config.decoder_start_token_id is None:
-            raise ValueError("it has no pad_token_id or decoder_start_token_id")
-        return transformers.AutoModelForSeq2SeqLM
-    raise ValueError(f"a {config.model_type} is neither of T5's family nor of Llama's")
+    """The class that loads a backbone of this program's.   Raises UsageError for another kind."""
+    with failing(f"the model {name} can't be loaded", MODEL_ADVICE):
+        config = transformers.AutoConfig.from_pretrained(name)
+        if PLACES.get(config.model_type) is llama_places:
+            return transformers.AutoModelForCausalLM
+        if PLACES.get(config.model_type) is t5_places and config.is_encoder_decoder:
+            if config.pad_token_id is None or config.decoder_start_token_id is None:
+                raise ValueError("it has no pad_token_id or decoder_start_token_id")
+            return transformers.AutoModelForSeq2SeqLM
+        raise ValueError(f"a {config.model_type} is neither of T5's family nor of Llama's")
 
 
 def load_run(folder, device="cpu"):
@@ -2412,13 +2432,13 @@ def run(settings, choose_pass):
                "per_ten_thousand": 1e4 * peft.size / work.size, "search_seconds": search_seconds,
                "train_seconds": train_seconds, "ratio": search_seconds / train_seconds,
                "settings": record.identity, "versions": versions(device), "validation": validation,
-               **test(work, peft)}
+               **test_scores(work, peft)}
     record.finish(metrics)
     print(f"{results(metrics)}\nwritten to {record.path}", flush=True)
     return metrics
 
 
-def test(work, peft):
+def test_scores(work, peft):
     """Test scores: with the modules, without them, and of the most frequent answer. Takes the modules off."""
     metric = METRICS[work.task.metric]
     scores = {"metric": work.task.metric, "test": work.score("test")}
