@@ -89,11 +89,11 @@ class Settings:
     tau: float = 0.85                   # τ, the stability that triggers
     gamma: float = 0.85                 # γ, how much of the past s̄ keeps
     window: int = 5                     # H, the steps over which stability is measured
+    epochs: int = None                  # passes over train in re-training (the task's: 1 to 40)
     search_epochs: int = None           # passes over half of train, at most (as --epochs)
     warmup_epochs: int = None           # of these before the first trigger (the task's)
     arch_lr: float = 0.01               # learning rate of Θ and Φ
     structure: str = None               # a structure.json to train: no search
-    epochs: int = None                  # passes over train in re-training (the task's: 1 to 40)
     lr: float = 3e-4                    # learning rate of ΔW, falling linearly to 0 (toy: 3e-3)
     weight_decay: float = 1e-4          # of ΔW, Θ and Φ
     batch_size: int = None              # examples a step (32, ReCoRD 16)
@@ -1199,11 +1199,9 @@ class Search:
 
     def step(self, train_batch, theta_batch, phi_batch):
         """One step t, the body of Algorithm 1's loop.   Batches: dicts of tensors.   Returns a log line."""
-        settings = self.settings
-        space = self.space
+        settings, space = self.settings, self.space
         space.kept = self.kept                                  # what is removed costs nothing
         noise = self.draw()                                     # of one architecture a step [D8]
-
         # "Update ΔW by gradient descent" on D_tra (3.5, first order), the sample as constants.
         gate, ranks = self.sample(noise)
         train_loss = self.run_pass(
@@ -1574,7 +1572,7 @@ def label_of(name, label):
 def record_examples(row, training):
     """ReCoRD's: `@highlight` lines become sentences; training repeats a row for each answer [D47]."""
     for key in ("entities", "answers"):
-        if not isinstance(row[key], list):
+        if not isinstance(row[key], list) or not all(isinstance(text, str) for text in row[key]):
             raise UsageError(f"a row of record has {key} that are no list of texts: give .jsonl or .parquet")
     passage = re.sub(r"([.?!\"'])\n@highlight\n", r"\1 ", row["passage"]).replace("\n@highlight\n", ". ")
     source = f"record query: {row['query']} entities: {', '.join(row['entities'])} passage: {passage}"
@@ -1913,6 +1911,8 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
     require_attached(model, peft)
     weights = peft.tensors
     steps = epochs * len(batches)
+    if not steps:
+        raise UsageError("there are no batches to train on, or no epochs")
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=weight_decay, fused=True)
     if state is None:
         state = {"step": 0, "best": -math.inf, "best_weights": copies(weights)}
@@ -1928,9 +1928,11 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
             require_finite(loss, f"the loss at training step {step + 1}")
             optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
             optimizer.step()
+            require_finite(float(flatten(weights).sum()), f"a weight at training step {step + 1}")
             line = {"step": step + 1, "steps": steps, "loss": loss}
             if line["step"] % len(batches) == 0:
                 line["score"] = evaluate()
+                require_finite(line["score"], "the validation score")
                 model.train()
                 if line["score"] > state["best"]:
                     state.update(best=line["score"], best_weights=copies(weights))
@@ -2104,9 +2106,10 @@ def parse(arguments, settings_class=Settings):
         raise UsageError(f"{message} (--help lists the flags)")
     parser = argparse.ArgumentParser("bipeft.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = fail
+    texts = help_texts(settings_class)
     for f in dataclasses.fields(settings_class):
         flag = "--" + f.name.replace("_", "-")
-        text = f"{help_text(settings_class, f.name)} (default: {f.default})"
+        text = f"{texts[f.name]} (default: {f.default})"
         if f.type is bool:
             parser.add_argument(flag, action="store_true", help=text)
         elif f.name in ("ranks", "seed"):
@@ -2139,12 +2142,13 @@ def parse(arguments, settings_class=Settings):
     return several
 
 
-def help_text(settings_class, name):
-    """The comment behind a field of a dataclass, or of one that it extends."""
+def help_texts(settings_class):
+    """{field: the comment behind it} of a dataclass and of those that it extends."""
+    texts = {}
     for base in settings_class.__mro__[:-1]:
-        found = re.search(rf"^    {name}: .*?  # (.*)$", inspect.getsource(base), re.MULTILINE)
-        if found:
-            return found[1]
+        found = re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.MULTILINE)
+        texts = {**dict(found), **texts}
+    return texts
 
 
 def check(settings, fail):
@@ -2165,6 +2169,7 @@ MODEL_ADVICE = ": give a folder with config, weights and tokenizer, or a hub nam
 def load_backbone(name, dtype, device, seed):
     """(model, tokenizer) from the hub or a folder, or the toy's.   Raises UsageError if parts are missing."""
     if name == "toy":
+        torch.set_num_threads(1)                # more would make it another model, and no faster
         model, tokenizer = toy_backbone(seed)
         return model.to(device, getattr(torch, dtype)), tokenizer
     loader = loader_of(name)
@@ -2400,8 +2405,6 @@ def run(settings, choose_pass):
         return record.stored
 
     # The data as text, and the backbone.
-    if settings.task == "toy":
-        torch.set_num_threads(1)                # so small a model only waits for further threads
     work = Work(settings, device)
     counts = ", ".join(f"{len(examples):,} {key}" for key, examples in work.splits.items())
     print(f"{settings.task}, seed {settings.seed}: {counts}; {settings.model}, {work.size:,} parameters, "
@@ -2478,7 +2481,7 @@ def results(m):
 
 
 def picture(structure, model):
-    """A structure as text: a row a kind and place, a column a layer."""
+    """A structure as text: a row a kind and place of which something is kept, a column a layer."""
     kept = {(m["name"], m["kind"]): str(m["rank"] or "x") for m in structure.modules}
     rows = {}
     for name, kind in places_by_kind(model, kinds_of(structure.space)):
@@ -2486,7 +2489,8 @@ def picture(structure, model):
         rows.setdefault(row, []).append(kept.get((name, kind), "."))
     lines = []
     for row in sorted(rows, key=lambda row: row.split()[0]):
-        lines.append(row + "".join(f"{cell:>3}" for cell in rows[row]))
+        if set(rows[row]) != {"."}:
+            lines.append(row + "".join(f"{cell:>3}" for cell in rows[row]))
     lines.append("  a number: the rank kept in a layer; x: kept, without a rank; .: left out")
     for kind in (*kinds_of(structure.space), "together"):
         counts = [m["parameters"] for m in structure.modules if kind in (m["kind"], "together")]

@@ -80,8 +80,8 @@ def main(arguments=None):
     print(f"a Llama of {size:,} parameters; test accuracy before: {before:.2f}", flush=True)
     space = bipeft.Space(model, args.space, seed=args.seed)
     structure = bipeft.search(
-        model, space, batches(tokens["train"][::2], 22), batches(tokens["train"][1::2], 23), int(0.03 * size),
-        args.search_steps, "a tiny Llama", warmup=args.warmup, triggers=args.triggers, lr=LR, seed=args.seed,
+        model, space, batches(tokens["train"][::2], 22), batches(tokens["train"][1::2], 23), 0.03,
+        args.search_steps, args.warmup, "a tiny Llama", triggers=args.triggers, lr=LR, seed=args.seed,
         after_step=lambda _, line: line["step"] % 50 or print(
             f"search {line['step']}  loss {line['loss_train']:.3f}  beta {line['beta']:.2f}  kept {line['kept']}",
             flush=True))

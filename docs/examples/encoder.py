@@ -86,6 +86,11 @@ def picture(structure, candidates):
     return "\n".join(key + "".join(cells) for key, cells in sorted(rows.items(), key=lambda row: row[0][:12]))
 
 
+def passes(device):
+    """Who computes losses and gradients of one set of modules: on a GPU as CUDA graphs, which are those modules'."""
+    return bipeft.CudaGraphs() if device.type == "cuda" else bipeft.forward_backward
+
+
 def work(task, data_dir, space, budget, search_steps, warmup, steps, train_rows, seed, device, out, compare):
     """Search, re-training, test.   Arguments: the flags."""
     out, device = Path(out or f"runs/encoder-{task}-{seed}"), bipeft.choose_device(device)
@@ -96,8 +101,8 @@ def work(task, data_dir, space, budget, search_steps, warmup, steps, train_rows,
     found = bipeft.Space(model.to(device), space, seed=seed, also_train=HEAD)
     halves = [bipeft.Batches(tokens["train"][i::2], BATCH, device, bipeft.derive(seed, 12 + i)) for i in (0, 1)]
     structure = bipeft.search(
-        model, found, *halves, budget, search_steps, "all-MiniLM-L6-v2", warmup=warmup, lr=SEARCH_LR, seed=seed,
-        run_pass=bipeft.fast_pass(model, found, graphs=True), after_step=lambda _, line: line["step"] % 20 or print(
+        model, found, *halves, budget, search_steps, warmup, "all-MiniLM-L6-v2", lr=SEARCH_LR, seed=seed,
+        run_pass=passes(device), after_step=lambda _, line: line["step"] % 20 or print(
             f"search {line['step']}/{search_steps}  loss {line['loss_train']:.3f}  beta {line['beta']:.2f}  "
             f"E {line['expected']:,.0f}/{budget:,}  kept {line['kept']}  triggers {line['triggers']}/100", flush=True))
     found.detach()
@@ -108,7 +113,7 @@ def work(task, data_dir, space, budget, search_steps, warmup, steps, train_rows,
         batches = bipeft.Batches(tokens["train"], BATCH, device, bipeft.derive(seed, 15))
         best = bipeft.train(
             model, peft, batches, lambda: score(model, tokens["validation"], task, device),
-            max(1, round(steps / len(batches))), TRAIN_LR, seed=seed, graphs=True,
+            max(1, round(steps / len(batches))), TRAIN_LR, seed=seed, run_pass=passes(device),
             after_step=lambda _, line: "score" not in line and line["step"] % 20 or print(
                 f"train {line['step']}/{line['steps']}  loss {line['loss']:.3f}  {line.get('score', '')}", flush=True))
         return f"{title:44}{best:10.2f}{score(model, tokens['test'], task, device):8.2f}{peft.size:14,}"

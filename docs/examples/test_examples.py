@@ -22,9 +22,9 @@ from to_peft import bipeft, to_peft
 SMALL = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 
 
-def t5():
+def t5(d_ff=48):
     return transformers.T5ForConditionalGeneration(transformers.T5Config(
-        vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
+        vocab_size=40, d_model=32, d_kv=8, d_ff=d_ff, num_layers=2, num_heads=4, dropout_rate=0.0,
         feed_forward_proj="gated-gelu", decoder_start_token_id=0))
 
 
@@ -68,8 +68,9 @@ def trained(model, space, also_train=()):
     structure = whole.structure(kept, [n // 2 % 3 for n in range(len(whole))], 10**6, "tiny")
     whole.detach()
     attached = bipeft.apply(model, structure, also_train=also_train)
-    attached.weights.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
-    attached.use(attached.weights)
+    generator = torch.Generator().manual_seed(1)
+    for p in attached.tensors:
+        p.normal_(0, 0.3, generator=generator)
     return structure, attached
 
 
@@ -146,8 +147,10 @@ def test_a_mistake_is_one_line(tmp_path):
     model = made(t5)
     structure, attached = trained(model, "lora")
     weights = attached.named_weights()
-    with pytest.raises(bipeft.UsageError, match="another backbone"):
+    with pytest.raises(bipeft.UsageError, match="no place 'encoder.block.0.layer.0.SelfAttention.q'.* another"):
         to_peft(structure, weights, tmp_path, made(llama))
+    with pytest.raises(bipeft.UsageError, match=r"other sizes in this T5For.*in_features=32, out_features=64.*another"):
+        to_peft(structure, weights, tmp_path, made(lambda: t5(d_ff=64)))
     with pytest.raises(bipeft.UsageError, match="no tensor"):
         to_peft(structure, dict(list(weights.items())[1:]), tmp_path, model)
     with pytest.raises(bipeft.UsageError, match="no parameters 'classifier.weight'"):
@@ -175,7 +178,7 @@ def data(tmp_path):
 
 @pytest.mark.parametrize("arguments, told", [
     (["--task", "qqqp"], "invalid choice: 'qqqp'"),
-    (["--task", "rte"], "--data-dir names its folder"),
+    (["--task", "rte"], "/rte/validation.parquet, .jsonl or .csv"),
     (["--budget", "3"], "no search for a budget of 3 parameters"),
 ])
 def test_a_mistake_in_the_encoders_arguments_is_one_line(arguments, told, data, tmp_path):
@@ -195,7 +198,6 @@ def test_the_encoder_end_to_end_and_into_peft(data, tmp_path):
     model = encoder.minilm(2, 0)[0].eval()
     attached = bipeft.apply(model, structure, also_train=("classifier",))
     bipeft.load_weights(attached, tmp_path / "peft.safetensors")
-    attached.use(attached.weights)
     expected = logits(model)
     attached.detach()
     to_peft(structure, tmp_path / "peft.safetensors", tmp_path / "adapter", model)

@@ -38,17 +38,19 @@ def to_peft(structure, weights, folder, model):
         raise bipeft.UsageError(f"peft has no {', '.join(others)} of this form: search with --space lora")
     heads = [name for name in weights if ".lora." not in name]                       # what also_train trained
     check("parameters", heads, dict(model.named_parameters()), type(model).__name__)
-    found = bipeft.geometry(model, heads)
-    if found != structure.geometry:
-        raise bipeft.UsageError(f"the structure is of another backbone, {structure.geometry}, not {found}")
 
     full = {module: name for name, module in model.named_modules()}                  # "bert.encoder..", not "encoder.."
-    places = {name: full[place] for name, role, place, *_ in bipeft.places_of(model) if role == "linear"}
+    linear = {name: place for name, role, place in bipeft.places_of(model) if role == "linear"}
+    places = {name: full[place] for name, place in linear.items()}
     names = [m["name"] for m in structure.modules]
     check("place", names, places, type(model).__name__)
     check("tensor", [f"{name}.lora.{factor}" for name in names for factor in "AB"], weights, "the file of weights")
     tensors = {name: weights[name] for name in heads}
     for name in names:                                                               # A: [r, in], B: [r, out]
+        sizes = weights[f"{name}.lora.A"].shape[1], weights[f"{name}.lora.B"].shape[1]
+        if sizes != (linear[name].in_features, linear[name].out_features):
+            raise bipeft.UsageError(f"{name} is a layer of other sizes in this {type(model).__name__}, {linear[name]}: "
+                                    "the structure is of another backbone")
         tensors[f"{places[name]}.lora_A.weight"] = weights[f"{name}.lora.A"]
         tensors[f"{places[name]}.lora_B.weight"] = weights[f"{name}.lora.B"].T       # peft's: [out, r]
     ranks = {places[m["name"]]: m["rank"] for m in structure.modules}

@@ -204,8 +204,8 @@ class Bench:
 
     def find_places(self):
         """{(name, kind): the backbone's module there}"""
-        return {(name, kind): place for name, role, place, *_ in bipeft.places_of(self.around(2))
-                for kind in bipeft.KINDS if role in bipeft.KINDS[kind].roles}
+        found = bipeft.places_by_kind(self.around(2), bipeft.KINDS)
+        return {key: place for key, (place, role) in found.items()}
 
     def around(self, labels):
         """The backbone as a classifier."""
@@ -247,6 +247,10 @@ class Bench:
         self.model = self.models[labels]
         self.model.fresh_head(seed)
 
+    def new_pass(self):
+        """Who computes losses and gradients: on a GPU CUDA graphs, new ones for each set of modules."""
+        return bipeft.CudaGraphs() if self.graphs else bipeft.forward_backward
+
     def batches(self, rows, seed=None):
         return bipeft.Batches(rows, self.settings.batch_size, self.device, self.seed if seed is None else seed)
 
@@ -268,20 +272,19 @@ class Bench:
         metric = bipeft.TASKS[self.task].metric if self.task != "toy" else "accuracy"
         return bipeft.METRICS[metric](said, [(y,) for y in gold])
 
-    def structure(self, chosen, budget, space="s2", also=None):
+    def structure(self, chosen, budget, space="s2"):
         """A Structure of (place, kind, rank) each, its parameters counted from tensors without numbers."""
         modules = []
         for name, kind, rank in chosen:
             modules.append({"name": name, "kind": kind, "rank": rank if bipeft.KINDS[kind].ranked else None,
                             "parameters": self.cost((name, kind), rank or 1)})
-        also = self.model.head if also is None else also
-        return bipeft.Structure("", bipeft.geometry(self.model, also), space, [], budget, modules)
+        return bipeft.Structure("", bipeft.geometry(self.model), space, [], budget, modules)
 
     def cost(self, key, rank):
         """Parameters of a module, (place, kind), at a rank."""
         if (key, rank) not in self.costs:
             with torch.device("meta"):
-                self.costs[key, rank] = sum(p.numel() for p in bipeft.KINDS[key[1]](self.where[key], rank).parameters())
+                self.costs[key, rank] = bipeft.count_of(bipeft.KINDS[key[1]](self.where[key], rank))
         return self.costs[key, rank]
 
     def encode(self, structure):
@@ -300,13 +303,12 @@ class Bench:
         whole: with every weight of the backbone.
         """
         also = (*["encoder"] * whole, *self.model.head)
-        structure.geometry = bipeft.geometry(self.model, also)
         peft = bipeft.apply(self.model, structure, self.seed, also_train=also)
         evaluations = self.settings.evaluations
         stretch = Stretch(self.batches(self.splits["train"]), max(1, round(self.settings.steps / evaluations)))
         curve = []
         best = bipeft.train(self.model, peft, stretch, lambda: self.score("validation"), evaluations, lr,
-                            seed=self.seed, graphs=self.graphs,
+                            seed=self.seed, run_pass=self.new_pass(),
                             after_step=lambda _, line: curve.append(line.get("score")))
         self.passes += evaluations * len(stretch)
         return peft, best, [round(score, 2) for score in curve if score is not None]
@@ -321,30 +323,45 @@ class Supernet:
     """A space with all its modules attached, its passes counted, and Delta W's optimiser: what a search stands on."""
 
     def __init__(self, bench, kinds, ranks=(1, 4, 8), lr=None, search=True, weight_decay=1e-4):
-        self.bench, self.lr = bench, lr or bench.settings.search_lr
+        self.bench, self.model, self.lr = bench, bench.model, lr or bench.settings.search_lr
         self.space = bipeft.Space(bench.model, kinds, ranks, bench.seed, also_train=bench.model.head)
-        fast = bipeft.fast_pass(bench.model, self.space, bench.graphs)
-        self.weight_decay, rows = weight_decay, bench.splits["train"]
+        self.compute, rows = bench.new_pass(), bench.splits["train"]
         halves = (rows[::2], rows[1::2]) if search else (rows, rows)
         self.batches = [bench.batches(part) for part in halves]
         self.train, self.val = map(bipeft.stream, self.batches)
-        self.sizes, self.steps_done = self.space.sizes.tolist(), 0
-
-        def run(wanted, gate, ranks, batch):
-            bench.passes += 1
-            return fast(wanted, gate, ranks, batch)
-        self.run = run
-        self.optimizer = torch.optim.AdamW([self.space.weights], lr=self.lr, weight_decay=weight_decay, fused=True)
+        self.sizes, self.steps_done = self.space.param_counts.tolist(), 0
+        self.optimizer = torch.optim.AdamW(self.space.tensors, lr=self.lr, weight_decay=weight_decay, fused=True)
 
     def __enter__(self):
-        bench = self.bench
-        bench.model.train()
+        self.model.train()
         return self
 
     def __exit__(self, *_):
         self.space.leave()
         self.space.detach()
-        self.bench.model.eval()
+        self.model.eval()
+
+    def run_pass(self, model, space, gate, ranks, batch, inputs):
+        """A pass that is counted, a function as `bipeft.forward_backward`."""
+        self.bench.passes += 1
+        return self.compute(model, space, gate, ranks, batch, inputs)
+
+    def gradient(self, gate, ranks, batch, *of):
+        """A pass.   Returns its gradient by Delta W and the head, end to end; that by gate or ranks, if asked for as
+        `of`, stands in their grad.
+        """
+        weights = self.space.tensors
+        self.run_pass(self.model, self.space, gate, ranks, batch, [*of, *weights])
+        return bipeft.flatten([p.grad for p in weights])
+
+    def weights(self):
+        """Delta W and the head, end to end."""
+        return bipeft.flatten(self.space.tensors)
+
+    def put(self, weights):
+        """Gives Delta W and the head other numbers."""
+        sizes = [p.numel() for p in self.space.tensors]
+        bipeft.put_back(self.space.tensors, [w.view_as(p) for p, w in zip(self.space.tensors, weights.split(sizes))])
 
     def begin(self, again=False):
         """Dropout of a step follows the seed and the step.   again: that of the present step once more."""
@@ -356,12 +373,12 @@ class Supernet:
         if clip is not None:
             gradient = gradient * (clip / gradient.norm().clamp(min=clip))
         self.optimizer.param_groups[0]["lr"] = self.lr * left
-        self.space.weights.grad = gradient
+        bipeft.give_gradients(self.space.tensors, gradient)
         self.optimizer.step()
 
     def one_hot(self, choice):
         """[N, K] of indices of ranks."""
-        index = torch.as_tensor(choice, device=self.space.weights.device)
+        index = torch.as_tensor(choice, device=self.bench.device)
         return F.one_hot(index, len(self.space.ranks)).float()
 
     def chosen(self, kept, choice, budget):

@@ -17,7 +17,8 @@ Batches are random tokens without padding (e's are `bipeft.Batches`, which pads 
        step less its passes, and directly, as a step whose passes return what they returned before.
     d  `Search.step` at the start; half-way (half of the modules gone, half of the open ranks fixed);
        at the end (a tenth left, three ranks open). Which ones is drawn at random; a gate is open half
-       of the time. "Recording" is the first step's time, with new CUDA graphs, less a later one's.
+       of the time. "Recording" is the time of the first two steps less that of two later ones: a
+       CUDA graph is recorded at the second.
     e  A step of `bipeft.train`, on a structure of --budget parts per ten thousand of the backbone.
     f  Peak memory on a GPU, since the model was built, of a, b, d at the start (recording too), and e.
     g  The time of `bipeft.predict` (without a tokenizer's decoding) and of training on as many examples.
@@ -27,6 +28,7 @@ Batches are random tokens without padding (e's are `bipeft.Batches`, which pads 
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import gc
 import json
@@ -46,7 +48,7 @@ import bipeft
 
 SHAPES = {"large": {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16},
           "tiny": {"d_model": 64, "d_kv": 16, "d_ff": 256, "num_layers": 2, "num_heads": 4}}
-PASSES = {"ΔW": ("weights",), "Θ": ("gate", "weights"), "Φ": ("ranks",)}
+PASSES = "ΔW", "Θ", "Φ"
 TIMES = {"start": None, "half-way": (0.5, 0.5), "end": (0.1, 3)}         # modules kept, ranks left open
 
 
@@ -56,16 +58,15 @@ class Bench:
     def __init__(self, args):
         self.args, self.device, self.cuda = args, torch.device(args.device), torch.device(args.device).type == "cuda"
         self.graphs = self.cuda and not args.eager
-        self.fuse = self.cuda and hasattr(bipeft, "fuse_norms")                # as the program does
         self.ms, self.gib, self.syncs = {}, {}, {}
         name = torch.cuda.get_device_name(self.device) if self.cuda else f"CPU, {torch.get_num_threads()} threads"
         told = {key: value for key, value in vars(args).items() if key != "out"}
         facts = {**told, "device": name, "torch": torch.__version__, "transformers": transformers.__version__,
-                 "graphs": self.graphs, "fuse_norms": self.fuse}
+                 "graphs": self.graphs}
         self.stored = {"facts": facts, "rows": [], "peak_gib": self.gib, "host_syncs": self.syncs}
         print(f"{name}; torch {torch.__version__}, transformers {transformers.__version__}; {args.model or args.shape}, "
               f"{args.dtype}, batch {args.batch_size}, {args.input} input and {args.target} target tokens, space "
-              f"{args.space}; ours {'as CUDA graphs' if self.graphs else 'eager'}{', norms fused' if self.fuse else ''}\n\n"
+              f"{args.space}; ours {'as CUDA graphs' if self.graphs else 'eager'}{', norms fused' if self.cuda else ''}\n\n"
               "| | what | median, ms | least to most | |\n| --- | --- | ---: | ---: | --- |", flush=True)
 
     def row(self, key, times=(), note=""):
@@ -136,7 +137,7 @@ class Bench:
             config.num_layers = config.num_decoder_layers = depth or config.num_layers
             with self.device:
                 model = transformers.AutoModelForSeq2SeqLM.from_config(config, dtype=getattr(torch, self.args.dtype))
-        if ours and self.fuse:
+        if ours and self.cuda:                                                 # as the program does
             bipeft.fuse_norms(model)
         self.clear()
         return model.requires_grad_(False).train()
@@ -154,10 +155,14 @@ class Bench:
 
     def search(self, model, graphs):
         """A Search that never triggers of its own."""
-        budget = int(self.args.budget * 1e-4 * bipeft.geometry(model)["parameters"])
+        settings = bipeft.Settings(budget=self.args.budget * 1e-4, triggers=10**6)
         space = bipeft.Space(model, self.args.space, (1, 4, 8), 0)
-        run_pass = bipeft.fast_pass(model, space, graphs)
-        return bipeft.Search(model, space, budget, 10**6, warmup=10**6, triggers=10**6, run_pass=run_pass)
+        return bipeft.Search(model, space, settings, 10**6, 10**6, new_pass(graphs))
+
+
+def new_pass(graphs):
+    """Who computes losses and gradients from now on."""
+    return bipeft.CudaGraphs() if graphs else bipeft.forward_backward
 
 
 def frozen_pass(bench):
@@ -192,7 +197,7 @@ def backbone(bench):
 def lora(bench):
     """Section b."""
     import peft
-    config = peft.LoraConfig(task_type=peft.TaskType.SEQ_2_SEQ_LM, r=8, target_modules=["q", "v"], lora_dropout=0.0)
+    config = peft.LoraConfig(r=8, target_modules=["q", "v"], lora_dropout=0.0)
     model, batch = peft.get_peft_model(bench.build(), config).train(), bench.batch(0)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=3e-4)
@@ -215,15 +220,13 @@ def search_steps(bench):
             if state:
                 advance(search, *state)
             step = functools.partial(search.step, *batches)
-            if when == "half-way" and bench.graphs:
-                bench.measure({"d step, half-way, graphs of the start": step})
-            search.run_pass = bipeft.fast_pass(search.model, search.space, bench.graphs)       # new graphs
+            search.run_pass = new_pass(bench.graphs)
             bench.clear()
-            first, also = bench.once(step), parts(search, batches, when) if "c" in bench.args.sections else {}
+            first, also = bench.once(step) + bench.once(step), parts(search, batches, when) if "c" in bench.args.sections else {}
             bench.measure({f"d step, {when}": step, **also},
                           f"{int(search.kept.sum())} modules, {int((search.kept & ~search.fixed).sum())} open ranks")
             if bench.graphs:
-                bench.row(f"d recording, {when}", [first - median(bench.ms[f"d step, {when}"])])
+                bench.row(f"d recording, {when}", [first - 2 * median(bench.ms[f"d step, {when}"])])
             if when == "start":
                 bench.peak("d")
             if bench.cuda:
@@ -255,30 +258,44 @@ def advance(search, keep, leave_open):
     choice = torch.randint(0, 3, kept.shape, generator=generator).to(device)
     search.choice = torch.where(search.fixed, search.choice, choice)
     search.kept, search.fixed = kept.to(device), fixed.to(device)
-    search.freeze()
-    for module, on in zip(search.space.modules_, kept.tolist()):       # graphs recorded from here on leave it out
-        module.active = on
+    search.space.kept = search.kept
+    search.open_ranks = bool((~search.fixed).any())
 
 
 def parts(search, batches, when):
     """What section c measures at one time: {key: function}."""
-    generator, found = torch.Generator().manual_seed(0), {}
-    noise = [bipeft.gumbel_noise(p.shape, generator).to(p.device) for p in (search.theta, search.phi)]
-    gate, rank_weights = search.architecture(noise)
+    model, space, found = search.model, search.space, {}
+    gate, ranks = (t.detach() for t in search.sample(search.draw()))
+    open_gate, open_ranks = gate.clone().requires_grad_(), ranks.clone().requires_grad_()
+    passes = {"ΔW": (gate, ranks, batches[0], search.weights),
+              "Θ": (open_gate, ranks, batches[1], [open_gate, *search.weights]),
+              "Φ": (gate, open_ranks, batches[2], [open_ranks])}
 
-    def one_pass(wanted, batch):
-        found[wanted] = search.run_pass(wanted, gate, rank_weights, batch)
+    def one_pass(name):
+        found[name] = search.run_pass(model, space, *passes[name]), [p.grad for p in passes[name][-1]]
+
+    def recorded(model, space, gate, ranks, batch, inputs):
+        """A pass that gives what it gave before; the way from a sample to Θ or Φ belongs to the rest."""
+        name, sample = ("Θ", gate) if gate.requires_grad else ("Φ", ranks) if ranks.requires_grad else ("ΔW", None)
+        loss, gradients = found[name]
+        first = int(sample is not None)
+        for p, gradient in zip(inputs[first:], gradients[first:]):
+            p.grad = gradient
+        if sample is not None:
+            inputs[0].grad = torch.autograd.grad(sample, inputs[0], gradients[0])[0]
+        return loss
 
     def rest(**changed):
-        before = {key: getattr(search, key) for key in (*changed, "run_pass")}
-        vars(search).update(changed, run_pass=lambda wanted, *more: found[wanted])
+        before = search.run_pass, search.warmup, search.settings
+        search.run_pass = recorded
+        search.warmup = changed.pop("warmup", search.warmup)
+        search.settings = dataclasses.replace(search.settings, **changed)
         try:
             search.step(*batches)
         finally:
-            vars(search).update(before)
+            search.run_pass, search.warmup, search.settings = before
 
-    functions = {f"c {name} pass, {when}": functools.partial(one_pass, wanted, batch)
-                 for (name, wanted), batch in zip(PASSES.items(), batches)}
+    functions = {f"c {name} pass, {when}": functools.partial(one_pass, name) for name in PASSES}
     functions[f"c the rest, {when}"] = rest
     if when == "start":              # with so many triggers to come each removes and fixes next to nothing
         functions["c the rest with a trigger, start"] = functools.partial(rest, warmup=0, tau=-1.0)
@@ -304,7 +321,8 @@ def retraining(bench):
     space, budget, n = search.space, search.budget, len(search.kept)
     torch.manual_seed(0)
     smoothed, choice = torch.rand(n).tolist(), torch.randint(0, 3, (n,)).tolist()
-    structure = space.structure(*bipeft.fill_budget(smoothed, space.sizes.tolist(), [True] * n, choice, budget), budget)
+    counts = space.param_counts.tolist()
+    structure = space.structure(*bipeft.fill_budget(smoothed, counts, [True] * n, choice, budget), budget)
     space.detach()
     del search, space
     peft, together, clock = bipeft.apply(model, structure), 5 if bench.cuda else 1, []
@@ -317,13 +335,14 @@ def retraining(bench):
             clock.append(time.perf_counter())
 
     bench.clear()
-    bipeft.train(model, peft, batches, lambda: 0.0, 1, 3e-4, graphs=bench.graphs, after_step=after_step)
+    bipeft.train(model, peft, batches, lambda: 0.0, 1, 3e-4, run_pass=new_pass(bench.graphs),
+                 after_step=after_step)
     bench.row("e re-training step", [1e3 * (b - a) / together for a, b in zip(clock, clock[1:])],
               f"{len(structure.modules)} modules, {structure.parameters:,} parameters")
     bench.peak("e")
     if "g" in args.sections:
         examples, size = bench.tokens(args.examples, 1), 2 * args.batch_size
-        no_text = types.SimpleNamespace(batch_decode=lambda made, **_: [""] * len(made))
+        no_text = types.SimpleNamespace(batch_decode=lambda made, **_: [""] * len(made), pad_token_id=0, eos_token_id=1)
         bipeft.predict(model, no_text, examples[:size], size, bench.device)
         bench.row(f"g predicting {len(examples)} examples",
                   [bench.once(lambda: bipeft.predict(model, no_text, examples, size, bench.device))])

@@ -97,15 +97,20 @@ def lora(model, batches, args, device):
     row(f"peft's LoRA, eager, {sum(p.numel() for p in weights):,} parameters", timed(step, args, device), device)
 
 
+def new_pass(device):
+    """Who computes losses and gradients from now on."""
+    return bipeft.CudaGraphs() if device.type == "cuda" else bipeft.forward_backward
+
+
 def search(model, space_name, batches, args, device):
     """A search step with all modules there.   Returns a structure of --budget parameters, of random modules."""
     forget(device)
     space = bipeft.Space(model, space_name)
-    found = bipeft.Search(model, space, args.budget, 1000, warmup=900, run_pass=bipeft.fast_pass(model, space, True))
-    title = f"search step, {space_name}: {len(space)} modules, {int(space.sizes[:, -1].sum()):,} parameters"
+    found = bipeft.Search(model, space, bipeft.Settings(budget=args.budget), 1000, 900, new_pass(device))
+    title = f"search step, {space_name}: {len(space)} modules, {int(space.param_counts[:, -1].sum()):,} parameters"
     row(title, timed(lambda: found.step(*batches), args, device), device)
-    n = len(space)
-    kept, choice = bipeft.fill_budget(torch.rand(n).tolist(), space.sizes.tolist(), [True] * n, [1] * n, args.budget)
+    n, counts = len(space), space.param_counts.tolist()
+    kept, choice = bipeft.fill_budget(torch.rand(n).tolist(), counts, [True] * n, [1] * n, args.budget)
     space.detach()
     return space.structure(kept, choice, args.budget)
 
@@ -114,7 +119,7 @@ def retraining(model, structure, batches, args, device):
     """A step of re-training, timed between the ends of steps, since `train` has the loop."""
     forget(device)
     peft, ends = bipeft.apply(model, structure), []
-    bipeft.train(model, peft, [batches[0]] * (4 + args.repeats), lambda: 0.0, 1, 1e-3, graphs=True,
+    bipeft.train(model, peft, [batches[0]] * (4 + args.repeats), lambda: 0.0, 1, 1e-3, run_pass=new_pass(device),
                  after_step=lambda *_: ends.append(time.perf_counter()))
     taken = [1e3 * (after - before) for before, after in zip(ends[3:], ends[4:])]
     row(f"re-training step, {len(structure.modules)} modules, {structure.parameters:,} parameters", taken, device)

@@ -25,9 +25,10 @@ def search(model, space_name, batches, graphs, steps):
         states.append([x.detach().clone() for x in (run.theta, run.phi, run.smoothed)])
         torch.cuda.synchronize()
         times.append(time.perf_counter())
-    structure = bipeft.search(model, space, batches[:13], batches[13:], int(space.sizes[:, -1].sum()) // 20, steps,
-                              after_step=after_step, warmup=steps // 3, triggers=steps // 3, lr=1e-3,
-                              run_pass=bipeft.fast_pass(model, space, graphs))
+    budget = int(space.param_counts[:, -1].sum()) // 20
+    run_pass = bipeft.CudaGraphs() if graphs else bipeft.forward_backward
+    structure = bipeft.search(model, space, batches[:13], batches[13:], budget, steps, steps // 3, after_step=after_step,
+                              run_pass=run_pass, triggers=steps // 3, lr=1e-3)
     space.detach()
     return structure, states, [b - a for a, b in zip(times, times[1:])]
 

@@ -366,7 +366,7 @@ class Results:
 
     def add(self, line):
         self.lines.append(line)
-        with bipeft.failing(f"--out {self.out} can't be written", ": name another file", OSError):
+        with bipeft.failing(f"--out {self.out} can't be written", ": name another file"):
             with self.out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -530,7 +530,7 @@ def read(out):
         raise bipeft.UsageError(f"{out} is a folder: name a file of compare.py's lines")
     with bipeft.failing(f"{packed} can't be unpacked", ": move it away, or get it anew"):
         parts = [gzip.decompress(packed.read_bytes()).splitlines()] if packed.exists() else []
-    with bipeft.failing(f"{out} can't be read", ": name another file", OSError):
+    with bipeft.failing(f"{out} can't be read", ": name another file"):
         parts += [out.read_bytes().splitlines()] if out.exists() else []
     for text in itertools.chain(*parts):
         with contextlib.suppress(ValueError):
@@ -596,11 +596,21 @@ def mistake_in_folder(args, settings):
         return f"{tasks} holds no task {missing[0]}"
 
 
+def within(kind, low, high=10**12):
+    """An argparse type: an int or a float in low .. high."""
+    def number(text):                                       # argparse speaks of an "invalid number value"
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} must lie in {low:g} .. {high:g}")
+        return value
+    return number
+
+
 # The flags of Settings: choices, and what numbers they take, where it is not 1 or more.
-COUNT, FROM_0, POSITIVE = bipeft.within(int, 1), bipeft.within(int, 0), bipeft.within(float, 1e-12)
+COUNT, FROM_0, POSITIVE = within(int, 1), within(int, 0), within(float, 1e-12)
 CHOICES = {"family": ("bert", "t5"), "dtype": ("float32", "bfloat16", "float16"),
            "surrogate": ("auto", "botorch", "own")}
-TYPES = {"warmup": FROM_0, "bo_guided": FROM_0, "search_lr": POSITIVE, "bo_share": bipeft.within(float, 1e-12, 1)}
+TYPES = {"warmup": FROM_0, "bo_guided": FROM_0, "search_lr": POSITIVE, "bo_share": within(float, 1e-12, 1)}
 
 # What --small is of, unless a flag says otherwise.
 SMALL_ARGS = {**SMALL, "table": list(TABLES), "tasks": ["toy"], "budget": 600, "budgets": [300], "seeds": [0, 1],
@@ -654,7 +664,7 @@ def main(arguments=None):
         if args.prepare:
             prepare(args.model, args.data_dir, settings)
         if args.table:
-            with bipeft.failing(f"--out {args.out} can't be written", ": name another file", OSError):
+            with bipeft.failing(f"--out {args.out} can't be written", ": name another file"):
                 args.out.parent.mkdir(parents=True, exist_ok=True)
             carry_out_all(args, settings, args.out, args.minutes)
     except bipeft.UsageError as mistake:

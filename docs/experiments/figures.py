@@ -9,6 +9,7 @@ compares the structures), then the drawing. Another CPU or torch rounds otherwis
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import platform
@@ -50,23 +51,26 @@ class NotedBatches(bipeft.Batches):
 class NotedSearch(bipeft.Search):
     """The program's search, which notes what each pass had and felt, and what it holds after each step."""
 
-    def __init__(self, model, space, *rest, run_pass, **named):
-        counts, lora = [sum(p.numel() for p in m.parameters()) for m in space.modules_], space.kinds.index("lora")
-        self.owner = torch.arange(len(space)).repeat_interleave(torch.tensor(counts))         # of a number of ΔW
-        self.lora, self.compute, self.passes, self.seen = self.owner == lora, run_pass, [], {}
-        super().__init__(model, space, *rest, run_pass=self.noted_pass, **named)
-        self.note(kept=self.kept, phi=self.phi.double().softmax(1))
+    def __init__(self, model, space, settings, steps, warmup, run_pass):
+        self.lora = space.modules[space.kinds.index("lora")]
+        self.compute, self.passes, self.seen = run_pass, [], {}
+        super().__init__(model, space, settings, steps, warmup, self.noted_pass)
+        self.note(kept=self.kept, phi=self.rank_weights())
 
-    def noted_pass(self, wanted, gate, ranks, batch):
-        stored = self.space.weights[self.lora].view(2, self.space.ranks[-1], -1).numpy().copy()   # A and B: d -> d
-        loss, *found = self.compute(wanted, gate, ranks, batch)
-        rows = found[0].view(len(found[0]), -1).any(1)                  # of ΔW a row is a number, of Θ and Φ a module
-        if "weights" == wanted[0]:
-            rows = torch.zeros(len(self.space), dtype=torch.bool).index_add(0, self.owner, rows)
-        self.passes.append({"gate": gate.detach().numpy() > 0, "rank": ranks.detach().argmax(1).numpy(),
-                            "felt": rows.numpy(), "stored": stored,
-                            "used": self.space.working[self.lora].view(stored.shape).numpy().copy()})
-        return [loss, *found]
+    def noted_pass(self, model, space, gate, ranks, batch, inputs):
+        stored = torch.stack([self.lora.A, self.lora.B]).detach().numpy().copy()                  # of d -> d
+        loss = self.compute(model, space, gate, ranks, batch, inputs)
+        with torch.no_grad():
+            space.enter(gate, ranks)
+            used = torch.stack([self.lora.weight(name, self.lora.A) for name in "AB"]).numpy()
+        space.leave()
+        if gate.requires_grad or ranks.requires_grad:                   # of Θ or Φ a row is a module
+            felt = inputs[0].grad.any(1).numpy()
+        else:
+            felt = np.array([any(p.grad.any() for p in module.parameters()) for module in space.modules])
+        self.passes.append({"gate": gate.detach().numpy() > 0, "rank": ranks.detach().argmax(1).numpy(), "felt": felt,
+                            "stored": stored, "used": used})
+        return loss
 
     def note(self, **values):
         for key, value in values.items():
@@ -78,8 +82,8 @@ class NotedSearch(bipeft.Search):
         self.note(beta=line["beta"], loss=line["loss_train"], expected=line["expected"], passes=self.passes,
                   reduction=np.nan if line["reduction"] is None else line["reduction"], smoothed=self.smoothed,
                   kept=self.kept, fixed=self.fixed, indicator=self.indicators[-1], choice=self.choice,
-                  theta=self.theta.softmax(1)[:, 1], phi=self.phi.double().softmax(1),
-                  after=bipeft.expected_parameters(*self.expectation()))
+                  theta=self.theta.softmax(1)[:, 1], phi=self.rank_weights(),
+                  after=bipeft.expected_parameters(self.keep_probabilities(), self.expected_sizes()))
         self.passes = []
         return line
 
@@ -95,7 +99,8 @@ class Record:
 
     def __init__(self, settings, structure, picture, space, budget, most, batches, history):
         self.settings, self.structure, self.picture = settings, structure, picture
-        self.names, self.kinds, self.ranks, self.sizes = space.names, space.kinds, space.ranks, space.sizes.numpy()
+        self.names, self.kinds, self.ranks = space.names, space.kinds, space.ranks
+        self.sizes = space.param_counts.numpy()
         self.ranked, self.budget, self.most, self.batches = space.ranked.numpy(), budget, most, batches
         vars(self).update({k: v if k in ("passes", "taken") else np.array(v) for k, v in history.items()})
         self.T, self.N = self.smoothed.shape
@@ -115,7 +120,7 @@ class Record:
         self.told = 1 + min(flips or range(self.first - 1), key=lambda t: abs(t - self.first / 2))   # a step, 1 .. T
         self.changed = [n for n in range(self.N) if self.names[n] in self.found and not (       # by the repair
             self.kept[-1, n] and self.found[self.names[n]] in ("x", self.ranks[self.choice[-1, n]]))]
-        z = settings.triggers - -(-settings.triggers // 10)                     # triggers before p = 1 (reading 4)
+        z = settings.triggers - -(-settings.triggers // 10)                     # triggers before p = 1 [D4]
         self.certain = int(self.fired[z]) if len(self.fired) > z else self.T + 1
 
     def before(self, t):
@@ -136,14 +141,12 @@ class Record:
         """λ of Eq. 9 at each trigger, [triggers, N], from the recorded steps since the one before."""
         rows = []
         for j, t in zip([0, *self.fired], self.fired):
-            window = torch.tensor(self.phi[j:t + 1])
-            off = window - window[0]
-            rows.append(bipeft.rank_instability(window[0], window[-1], off.sum(0), off.square().sum(0), len(off)))
+            rows.append(bipeft.rank_instability(torch.tensor(self.phi[j:t + 1])))
         return torch.stack(rows).numpy()
 
 
 def place_of(name):
-    """(stack and layer, column, kind) of a module's name within a T5, as in bipeft.py's own picture."""
+    """(stack and layer, column, kind) of a module's name within a T5; n0, n1, n2: the norms before a layer's blocks."""
     *place, kind = name.split(".")
     layer = place[2] if place[1] == "block" else "end"
     column = {"SelfAttention": "attn", "DenseReluDense": "ffn"}.get(place[-1], place[-1])
@@ -153,19 +156,22 @@ def place_of(name):
 
 
 def record(settings):
-    """Runs the program's own search (bipeft.py's Run) with these settings, noting what it does.   Returns a Record."""
+    """Runs the program's own search with these settings, noting what it does.   Returns a Record."""
     made = []
 
     def noted(kind):
-        return lambda *args, **named: made.append(kind(*args, **named)) or made[-1]
+        return lambda *arguments: made.append(kind(*arguments)) or made[-1]
 
+    torch.set_num_threads(1)                                            # as the program has it for the toy
+    device = bipeft.choose_device(settings.device)
     with (mock.patch.multiple(bipeft, Batches=noted(NotedBatches), Search=noted(NotedSearch)),
-          tempfile.TemporaryDirectory() as folder, bipeft.Run(settings, settings.seed[0], folder) as run):
-        run.load()
-        structure = run.search()
+          tempfile.TemporaryDirectory() as folder):
+        files = bipeft.Record(dataclasses.replace(settings, out=folder), device)
+        work = bipeft.Work(settings, device)
+        structure = bipeft.run_search(work, files, bipeft.forward_backward)
     training, other, search = made
     taken = [(training.taken[t], *other.taken[2 * t:2 * t + 2]) for t in range(search.steps_done)]
-    return Record(settings, structure, bipeft.picture(structure, run.model), search.space, search.budget, search.steps,
+    return Record(settings, structure, bipeft.picture(structure, work.model), search.space, search.budget, search.steps,
                   len(training), {**search.seen, "taken": taken})
 
 
@@ -462,7 +468,7 @@ def facts(r):
     crossed = int(np.flatnonzero(r.beta >= r.settings.tau)[0]) + 1
     low = crossed + int(r.beta[crossed - 1:r.first].argmin())
     return [
-        f"CPU, Python {platform.python_version()}, torch {torch.__version__}, seed {r.settings.seed[0]}",
+        f"CPU, Python {platform.python_version()}, torch {torch.__version__}, seed {r.settings.seed}",
         f"{r.N} modules", f"B = {r.budget:,}", f"T = {r.most}", f"{r.batches} batches in each half",
         f"In step {r.told} of this run {told[0]['gate'].sum()} of {r.N} gates are open",
         f"{told[0]['felt'].sum()} modules get a gradient for ΔW, {told[1]['felt'].sum()} for Θ and "
@@ -513,7 +519,8 @@ def main(arguments=None):
         parser.error(f"--out {args.out} can't be made: {error.strerror}")
     plt.rcParams.update(STYLE)
     with bipeft.deterministic():
-        r = record(bipeft.parse(["--task", "toy", "--seed", "1", "--device", "cpu", *rest]))
+        (settings,) = bipeft.parse(["--task", "toy", "--seed", "1", "--device", "cpu", *rest])
+        r = record(settings)
     numbers = {"facts": facts(r), "picture": r.picture.splitlines()}
     bipeft.write_atomically(args.out / "walkthrough.json", json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
     print("\n".join((*numbers["facts"], r.picture)))

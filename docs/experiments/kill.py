@@ -10,7 +10,7 @@ reference; then each run is killed at a random moment: the odd ones anywhere aft
 their first checkpoint, while a file is being written, which is when their folder holds a temporary one (its name
 begins with a dot). Every third is killed in writing once more. The same command then goes on to the end, where
 structure.json and peft.safetensors must be the reference's byte for byte, search.jsonl and metrics.json but for their
-clocks, and no other file may be there. With `--then 0` the last process saves once a minute, as by default, and so
+clocks, and no other file may be there. With `--then 100` the last process saves as often as by default, and so
 overwrites less of what the killed one left. Prints a line a run; exit code 1 if one differs: all is then kept.
 """
 
@@ -79,7 +79,7 @@ def position(folder):
         stored = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
     except Exception:
         return "a checkpoint that can't be read"
-    state = stored.get(stored["phase"], {})                     # {}: no step of this phase is in it yet
+    state = stored["state"] or {}                               # none: no step of this phase is in it yet
     return f"{stored['phase']} {state.get('step', state.get('steps_done', 0))}"
 
 

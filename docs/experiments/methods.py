@@ -145,18 +145,19 @@ def bipeft_search(bench, budget, kinds="s2", cls=bipeft.Search, name="BIPEFT", *
     ends, filled up to B in descending order at the largest rank that fits; and `matched`.
     """
     s = bench.settings
-    settings = {"warmup": s.warmup, "lr": s.search_lr, "seed": bench.seed, **settings}
+    warmup = settings.pop("warmup", s.warmup)
+    settings = bipeft.Settings(**{"budget": budget, "lr": s.search_lr, "seed": bench.seed, **settings})
     looks, started = {}, time.perf_counter()
 
     def look(run, line):
-        if line["step"] == settings["warmup"]:
+        if line["step"] == warmup:
             looks["s"], looks["passes"] = run.smoothed.tolist(), bench.passes
             looks["seconds"] = round(time.perf_counter() - started, 2)
-        looks["steps"] = line["step"]
+        looks["steps"], looks["missing"] = line["step"], settings.triggers - line["triggers"]
     with Supernet(bench, kinds) as net:
-        run = cls(bench.model, net.space, budget, s.search_steps, run_pass=net.run, **settings)
+        run = cls(bench.model, net.space, settings, s.search_steps, warmup, net.run_pass)
         found = run.run(*net.batches, after_step=look)
-        told = {"steps": looks["steps"], "made_up": run.ended_early}
+        told = {"steps": looks["steps"], "made_up": looks["missing"]}
         if name != "BIPEFT":
             return {name: (found, told)}
         n = len(net.space)
@@ -209,9 +210,9 @@ def prunepeft(bench, budget, rounds=1):
             gate, ranks = (depth > 0).float().to(slices.device), net.one_hot((depth - 1).clamp(min=0))
             for step in range(first, last):
                 net.begin()
-                _, gradient = net.run(("weights",), gate, ranks, next(net.train))
+                gradient = net.gradient(gate, ranks, next(net.train))
                 if step >= last - watched:
-                    scores.index_add_(0, slices, (space.weights * gradient)[:space.size].abs())
+                    scores.index_add_(0, slices, (net.weights() * gradient)[:space.size].abs())
                 net.descend(gradient, 1 - step / steps)
             target = round(whole * (budget / whole) ** (number / rounds))
             depth = prune(scores.view(-1, 3).cpu(), added, depth, target)
@@ -223,13 +224,13 @@ def slice_of_weights(space):
     """For each of the P weights of S2 modules 3·n + its slice: rank components 1, 2-4 and 5-8."""
     which = torch.tensor([0, 1, 1, 1, 2, 2, 2, 2])
     parts = []
-    for n, module in enumerate(space.modules_):
+    for n, module in enumerate(space.modules):
         for key, p in module.named_parameters():
             of = torch.zeros(p.shape, dtype=torch.long)
             if space.kinds[n] in ("lora", "adapter_lr") and p.dim() == 2:
                 of = (which[None, :] if key == "down_out" else which[:, None]).expand(p.shape)
             parts.append(3 * n + of.flatten())
-    return torch.cat(parts).to(space.weights.device)
+    return torch.cat(parts).to(space.tensors[0].device)
 
 
 def prune(scores, sizes, depth, budget):
@@ -338,11 +339,11 @@ def s3delta(bench, budget, hard=False, name="S3Delta-M", lr=None):
             net.descend(gates.of_weights(gates.sample(), tra), left, clip=2.0)
             if (step + 1) % max(1, steps // bench.settings.evaluations) == 0:           # with z = p
                 expected = gates.probabilities().float().detach().to(gates.device)
-                net.space.enter(expected, gates.ones, for_gates=True)
+                net.space.enter(expected, gates.ones)
                 score = bench.score("validation")
                 best = max(best, (score, gates.alpha.detach().tolist()), key=lambda pair: pair[0])
         order = sorted(range(n), key=lambda i: -best[1][i])
-        found = net.chosen(first_fit(order, net.space.sizes[:, 0].tolist(), budget), [0] * n, budget)
+        found = net.chosen(first_fit(order, [q for q, in net.sizes], budget), [0] * n, budget)
     return {"S3Delta-M, hard" if hard else name: found}
 
 
@@ -350,9 +351,10 @@ class SigmoidGates:
     """S3Delta's gates z of a supernet's modules, and the gradients of a loss by their alpha and by w = Delta W."""
 
     def __init__(self, net, budget, seed, hard):
-        self.net, self.budget, self.hard, self.device = net, budget, hard, net.space.weights.device
+        self.net, self.budget, self.hard, self.device = net, budget, hard, net.bench.device
         n = len(net.space)
-        self.sizes, self.ones = net.space.sizes[:, 0].double().cpu(), torch.ones(n, 1, device=self.device)
+        self.sizes = net.space.param_counts[:, 0].double().cpu()
+        self.ones = torch.ones(n, 1, device=self.device)
         self.alpha = torch.zeros(n, dtype=torch.float64, requires_grad=True)  # so few stay on the CPU
         self.generator = torch.Generator().manual_seed(bipeft.derive(seed, 26))
 
@@ -371,28 +373,28 @@ class SigmoidGates:
 
     def of_weights(self, z, batch):
         """dL/dw."""
-        return self.net.run(("weights",), self.gate(z), self.ones, batch)[-1]
+        return self.net.gradient(self.gate(z), self.ones, batch)
 
     def gradients(self, z, batch):
         """dL/dalpha and dL/dw, at the present weights and the step's dropout."""
-        gate = self.gate(z)
+        gate = self.gate(z).requires_grad_()
         self.net.begin(again=True)
-        _, of_gate, of_weights = self.net.run(("gate", "weights"), gate, self.ones, batch)
-        of_gate = of_gate * gate if self.hard else of_gate
+        of_weights = self.net.gradient(gate, self.ones, batch, gate)
+        of_gate = gate.grad * gate.detach() if self.hard else gate.grad
         return torch.autograd.grad(z, self.alpha, of_gate.cpu(), retain_graph=True)[0], of_weights
 
     def second_order(self, z, tra, val, left):
         """dL_val(w')/dalpha through a virtual step w' = w - lr dL_tra/dw, a step of the optimiser. w stays."""
-        net, weights = self.net, self.net.space.weights
+        net = self.net
         of_weights = self.of_weights(z, tra)
-        here, state = weights.clone(), copy.deepcopy(net.optimizer.state_dict())
+        here, state = net.weights(), copy.deepcopy(net.optimizer.state_dict())
         net.descend(of_weights, left)
         direct, d = self.gradients(z, val)
         eps, sides = 0.01 / max(1e-12, float(d.norm())), []
         for sign in (1, -1):
-            weights.copy_(here + sign * eps * d)
+            net.put(here + sign * eps * d)
             sides.append(self.gradients(z, tra)[0])
-        weights.copy_(here)
+        net.put(here)
         net.optimizer.load_state_dict(state)
         return through_the_step(direct, *sides, net.lr * left, eps)
 
@@ -439,7 +441,7 @@ def autopeft(bench, budget):
     with Supernet(bench, "s1", lr=INNER_RATE, search=False) as net:
         configurations = Configurations(net)
         admitted = configurations.admitted(budget, bench.seed)
-        fresh = net.space.weights.clone()
+        fresh = net.weights()
 
         def evaluate(config):
             return short_training(net, *configurations.arrange(config), fresh, steps)
@@ -490,13 +492,12 @@ class Configurations:
 def short_training(net, kept, choice, fresh, steps):
     """The validation score after a short training from fresh weights, on the same batches each time."""
     batches, net.steps_done = bipeft.stream(net.batches[0]), 0
-    net.space.weights.copy_(fresh)
+    net.put(fresh)
     net.optimizer.state.clear()
     gate, ranks = torch.tensor(kept, device=fresh.device).float(), net.one_hot(choice)
     for step in range(steps):
         net.begin()
-        _, gradient = net.run(("weights",), gate, ranks, next(batches))
-        net.descend(gradient, 1 - step / steps)
+        net.descend(net.gradient(gate, ranks, next(batches)), 1 - step / steps)
     net.space.enter(gate, ranks)
     return net.bench.score("validation")
 
@@ -555,12 +556,16 @@ def differential(bench, budget, name, stages):
                 temperature = 5 - 4 * step / max(1, steps - 1)
                 noise = bipeft.gumbel_noise(relaxed.psi.shape, generator).to(weights.device)
                 drawn = relaxed.sample(stage, noise, temperature)
-                _, gradient = net.run(("weights",), drawn["gate"].detach(), drawn["ranks"].detach(), next(net.train))
+                gradient = net.gradient(drawn["gate"].detach(), drawn["ranks"].detach(), next(net.train))
                 net.descend(gradient, 1 - (number * steps + step) / T)
                 for _ in range(2):
                     drawn = relaxed.sample(stage, noise, temperature)
-                    _, *found = net.run(wanted, drawn["gate"].detach(), drawn["ranks"].detach(), next(net.val))
-                    (weights.grad,) = torch.autograd.grad([drawn[w] for w in wanted], weights, found)
+                    # A pass ends at copies: one backward pass leads from them on, where two are of one psi.
+                    ends = {key: t.detach().requires_grad_(key in wanted) for key, t in drawn.items()}
+                    learnt = [ends[key] for key in wanted]
+                    net.run_pass(net.model, net.space, ends["gate"], ends["ranks"], next(net.val), learnt)
+                    (weights.grad,) = torch.autograd.grad(
+                        [drawn[key] for key in wanted], weights, [end.grad for end in learnt])
                     optimizer.step()
             relaxed.fix(stage)
         among = relaxed.kept if stages == ("theta", "phi") else None
@@ -573,7 +578,7 @@ class Relaxed:
     """
 
     def __init__(self, net, generator):
-        self.net, self.ranked, device = net, net.space.ranked, net.space.weights.device
+        self.net, self.ranked, device = net, net.space.ranked, net.bench.device
         n, k = len(net.space), len(net.space.ranks)
         self.psi, self.theta, self.phi = (
             (1e-3 * torch.randn(n, classes, generator=generator)).to(device).requires_grad_()
@@ -636,8 +641,8 @@ def without_selection(bench, budget):
     """
     s = bench.settings
     with Supernet(bench, "s2") as net:
-        run = Unselected(bench.model, net.space, budget, s.search_steps, warmup=s.search_steps, lr=s.search_lr,
-                         seed=bench.seed, run_pass=net.run)
+        settings = bipeft.Settings(budget=budget, lr=s.search_lr, seed=bench.seed)
+        run = Unselected(bench.model, net.space, settings, s.search_steps, s.search_steps, net.run_pass)
         run.run(*net.batches)
         theta, phi, n = run.theta.detach(), run.phi.detach(), len(net.space)
         choice = torch.where(net.space.ranked, phi.argmax(1), len(net.space.ranks) - 1)
@@ -656,28 +661,27 @@ class Unselected(bipeft.Search):
 class SummedSensitivity(bipeft.Search):
     """Eq. 2 as a sum over the module's parameters, not their mean."""
 
-    def magnitude(self, gradient):
-        return super().magnitude(gradient) * self.space.sizes.gather(1, self.choice[:, None]).squeeze(1)
+    def magnitude(self, gradients):
+        return super().magnitude(gradients) * self.space.param_counts.gather(1, self.choice[:, None]).squeeze(1)
 
 
 class OpenSensitivity(bipeft.Search):
     """s from passes with all kept gates open, one more each on D_tra and D_val; all else learns as ever."""
 
-    def __init__(self, *args, **settings):
-        super().__init__(*args, **settings)
-        self.plain, self.run_pass = self.run_pass, self.both
-        self.weight_optimizer.register_step_pre_hook(self.sampled_gradient)
+    def __init__(self, model, space, settings, steps, warmup, run_pass):
+        super().__init__(model, space, settings, steps, warmup, self.noted_pass)
+        self.plain = run_pass
 
-    def both(self, wanted, gate, ranks, batch):
-        found = self.plain(wanted, gate, ranks, batch)
-        if "weights" not in wanted:
-            return found
-        if wanted == ("weights",):
-            self.sampled = found[-1]                        # Delta W descends on this one
-        return [*found[:-1], self.plain(("weights",), self.kept.to(gate.dtype), ranks, batch)[-1]]
+    def noted_pass(self, model, space, gate, ranks, batch, inputs):
+        self.latest = ranks.detach(), batch
+        return self.plain(model, space, gate, ranks, batch, inputs)
 
-    def sampled_gradient(self, *_):
-        self.space.weights.grad = self.sampled
+    def gradients(self):
+        sampled, (ranks, batch) = bipeft.flatten([p.grad for p in self.weights]), self.latest
+        self.plain(self.model, self.space, self.kept.float(), ranks, batch, self.weights)
+        found = super().gradients()
+        bipeft.give_gradients(self.weights, sampled)             # Delta W descends on these
+        return found
 
 
 class OtherTemperature(bipeft.Search):
@@ -685,14 +689,14 @@ class OtherTemperature(bipeft.Search):
 
     end = 0.1
 
-    def architecture(self, noise, hard=True):
+    def sample(self, noise):
         plain = 5 - 4 * self.steps_done / max(1, self.steps - 1)
         wanted = 5 - (5 - self.end) * self.steps_done / max(1, self.steps - 1)
         # Dividing (logits + noise) by another number is scaling both, which arg-max does not feel.
         theta, phi = self.theta, self.phi
         try:
             self.theta, self.phi = theta * (plain / wanted), phi * (plain / wanted)
-            return super().architecture([part * (plain / wanted) for part in noise], hard)
+            return super().sample([part * (plain / wanted) for part in noise])
         finally:
             self.theta, self.phi = theta, phi
 

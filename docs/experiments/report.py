@@ -402,10 +402,11 @@ def main(arguments=None):
     try:
         data = Data(compare.read(args.lines))
         print(report(data), "## Figures", "", sep="\n\n", end="")
-        with bipeft.failing(f"--figures {args.figures} can't be written", ": name another folder", OSError):
-            print("\n".join(draw(data, args.figures)))
+        print("\n".join(draw(data, args.figures)))
     except bipeft.UsageError as mistake:
         parser.error(str(mistake))
+    except OSError as error:
+        parser.error(f"--figures {args.figures} can't be written ({bipeft.one_line(error)}): name another folder")
 
 
 if __name__ == "__main__":

@@ -136,11 +136,12 @@ def test_sensitivity_with_open_gates_leaves_the_descent_as_it_was(bench):
     for cls in (bipeft.Search, methods.OpenSensitivity):
         bench.open("toy", 0)
         with Supernet(bench, "s2") as net:
-            run = cls(bench.model, net.space, 600, 9, warmup=9, lr=1e-2, run_pass=net.run)
+            settings = bipeft.Settings(budget=600, lr=1e-2)
+            run = cls(bench.model, net.space, settings, 9, 9, net.run_pass)
             for _ in range(2):                                             # before the first all act as zero
                 before = run.smoothed
                 run.step(next(net.train), next(net.val), next(net.val))
-                weights.append(net.space.weights.clone())
+                weights.append(net.weights())
             nothing.append(int(torch.isclose(run.smoothed, 0.85 * before).sum()))       # s = 0: shut, in a plain one
     torch.testing.assert_close(weights[0], weights[2])
     assert nothing[0] > nothing[1]
