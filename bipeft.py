@@ -1172,7 +1172,7 @@ class Search:
         space.to(device)
         n, k = space.param_counts.shape                                               # N, K
 
-        # Architecture weights, Θ_0 and Φ_0, and the optimizers of all that learns (betas as in DARTS).
+        # Architecture weights, Θ_0 and Φ_0, and the optimizers of all that learns (betas as in DARTS) [D34].
         generator = torch.Generator().manual_seed(derive(settings.seed, 2))
         self.theta = (1e-3 * torch.randn(n, 2, generator=generator)).to(device).requires_grad_()
         self.phi = (1e-3 * torch.randn(n, k, generator=generator)).to(device).requires_grad_()
@@ -1799,7 +1799,7 @@ def toy_backbone(seed, steps=500, batch_size=64):
 
 
 def tokenize(tokenizer, examples, max_length, causal=False):
-    """[(input ids, label ids)] of Examples, inputs cut.   causal: a label has no beginning, and an end."""
+    """[(input ids, label ids)] of Examples, inputs cut.   causal: a label has no beginning, and an end [D69]."""
     sources = tokenizer([e.source for e in examples], max_length=max_length, truncation=True).input_ids
     answers = [e.target for e in examples]
     if causal:
@@ -1877,7 +1877,7 @@ def padded(rows, filler, device, shortest):
 
 
 def predict(model, tokenizer, tokens, batch_size, device):
-    """The texts that a model generates for tokenised inputs: greedily, no longer than the longest target."""
+    """The texts that a model generates for tokenised inputs: greedily, at most as long as targets [D49]."""
     was_training = model.training
     model.eval()
     longest = max(len(target) for _, target in tokens)
@@ -1904,7 +1904,7 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
           run_pass=forward_backward, state=None, after_step=None):
     """Trains the attached modules anew [D12]; leaves them as after their best epoch, whose score it returns.
 
-    batches: an iterable with a length.   evaluate: gives an epoch's score.   lr: falls to 0.   run_pass: who
+    batches: an iterable with a length.   evaluate: gives an epoch's score [D53].   lr: falls to 0.   run_pass: who
     computes losses and gradients, a function as `forward_backward`.   state: where to go on from.
     after_step: is given such a state after every step, and a line: step, loss, an epoch's score.
     """
@@ -2203,7 +2203,7 @@ def loader_of(name):
 
 
 def load_run(folder, device="cpu"):
-    """(model, tokenizer, attached modules) of a finished run, ready to generate.   Raises UsageError."""
+    """(model, tokenizer, attached modules) of a finished run, to generate with [D75].   Raises UsageError."""
     with failing(f"{folder} holds no finished run"):
         settings = json.loads(Path(folder, "metrics.json").read_text())["settings"]
     model, tokenizer = load_backbone(settings["model"], settings["dtype"], device, settings["seed"])
@@ -2233,7 +2233,7 @@ def choose_pass(settings, model, device):
 
 
 class Record:
-    """A run's folder: what was done before the run was killed, its checkpoints, and its lines of progress."""
+    """A run's folder: what was done before it was killed [D80], its checkpoints, and its progress."""
 
     FILES = ("checkpoint.pt", "metrics.json", "structure.json", "search.jsonl", "peft.safetensors")
     FREE = ("out", "device", "eager", "save_every", "fresh", "accumulate", "checkpointing")   # may change
@@ -2338,7 +2338,7 @@ class Work:
 
 
 def run_search(work, record, run_pass):
-    """The search, or what is left of it.   Returns a Structure."""
+    """The search, or what is left of it, on two halves of train [D41].   Returns a Structure."""
     settings = work.settings
     # "We equally split the original training set into two parts" (appendix B): for ΔW, and for Θ and Φ.
     tokens = work.tokens["train"]
