@@ -1172,7 +1172,7 @@ class Search:
         space.to(device)
         n, k = space.param_counts.shape                                               # N, K
 
-        # Architecture weights, Θ_0 and Φ_0, and the optimizers of all that learns (betas as in DARTS) [D34].
+        # Architecture weights, Θ_0 and Φ_0, and the optimizers of all that learns, as in DARTS [D34].
         generator = torch.Generator().manual_seed(derive(settings.seed, 2))
         self.theta = (1e-3 * torch.randn(n, 2, generator=generator)).to(device).requires_grad_()
         self.phi = (1e-3 * torch.randn(n, k, generator=generator)).to(device).requires_grad_()
@@ -1799,7 +1799,7 @@ def toy_backbone(seed, steps=500, batch_size=64):
 
 
 def tokenize(tokenizer, examples, max_length, causal=False):
-    """[(input ids, label ids)] of Examples, inputs cut.   causal: a label has no beginning, and an end [D69]."""
+    """[(input ids, label ids)] of Examples, inputs cut.   causal: labels have an end alone [D69]."""
     sources = tokenizer([e.source for e in examples], max_length=max_length, truncation=True).input_ids
     answers = [e.target for e in examples]
     if causal:
@@ -1904,8 +1904,8 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
           run_pass=forward_backward, state=None, after_step=None):
     """Trains the attached modules anew [D12]; leaves them as after their best epoch, whose score it returns.
 
-    batches: an iterable with a length.   evaluate: gives an epoch's score [D53].   lr: falls to 0.   run_pass: who
-    computes losses and gradients, a function as `forward_backward`.   state: where to go on from.
+    batches: an iterable with a length.   evaluate: gives an epoch's score [D53].   lr: falls to 0.
+    run_pass: who computes losses and gradients, a function as `forward_backward`.   state: where to go on from.
     after_step: is given such a state after every step, and a line: step, loss, an epoch's score.
     """
     require_attached(model, peft)
