@@ -1905,7 +1905,7 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
     """Trains the attached modules anew [D12]; leaves them as after their best epoch, whose score it returns.
 
     batches: an iterable with a length.   evaluate: gives an epoch's score [D53].   lr: falls to 0.
-    run_pass: who computes losses and gradients, a function as `forward_backward`.   state: where to go on from.
+    run_pass: who computes losses and gradients, as `forward_backward`.   state: where to go on from.
     after_step: is given such a state after every step, and a line: step, loss, an epoch's score.
     """
     require_attached(model, peft)
