@@ -272,13 +272,13 @@ class Bench:
         metric = bipeft.TASKS[self.task].metric if self.task != "toy" else "accuracy"
         return bipeft.METRICS[metric](said, [(y,) for y in gold])
 
-    def structure(self, chosen, budget, space="s2"):
+    def structure(self, chosen, budget):
         """A Structure of (place, kind, rank) each, its parameters counted from tensors without numbers."""
         modules = []
         for name, kind, rank in chosen:
             modules.append({"name": name, "kind": kind, "rank": rank if bipeft.KINDS[kind].ranked else None,
                             "parameters": self.cost((name, kind), rank or 1)})
-        return bipeft.Structure("", bipeft.geometry(self.model), space, [], budget, modules)
+        return bipeft.Structure("", bipeft.geometry(self.model), "s2", [], budget, modules)
 
     def cost(self, key, rank):
         """Parameters of a module, (place, kind), at a rank."""

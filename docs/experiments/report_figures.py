@@ -4,7 +4,6 @@ A figure is a function of the data (report.Data), a page of PAGES and pyplot. It
 that it needs are not there.
 """
 
-import itertools
 from collections import Counter, defaultdict
 
 import numpy as np
