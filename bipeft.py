@@ -2056,8 +2056,8 @@ class CudaGraphs:
             own.detach().copy_(t)
         graph.replay()
         sampled = [t for t in given if t.requires_grad]             # gate or ranks, drawn of Θ or Φ
-        for t in sampled:
-            inputs[0].grad = torch.autograd.grad(t, inputs[0], gradients[0])[0]
+        for p, t, gradient in zip(inputs, sampled, gradients):
+            p.grad = torch.autograd.grad(t, p, gradient)[0]
         for p, gradient in zip(inputs[len(sampled):], gradients[len(sampled):]):
             p.grad = gradient
         return loss
@@ -2220,6 +2220,7 @@ def choose_device(name):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
+            device = torch.zeros(1, device=device).device      # with its number, which set_device needs
             torch.cuda.set_device(device)          # graphs and random states are those of the current device
         return device
 
