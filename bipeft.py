@@ -789,12 +789,14 @@ class Bare:
             m.set_attn_implementation("bipeft_prefix")
 
     def restore(self):
-        """Once the last modules have been taken off."""
+        """Once the last modules have been taken off; a second call changes nothing."""
         for p in self.trained:
             p.requires_grad_(True)
+        self.trained = []
         for m, implementation in self.attention:
             if m.config._attn_implementation == "bipeft_prefix":
                 m.set_attn_implementation(implementation)
+        self.attention = []
 
 
 class Peft:
@@ -827,16 +829,16 @@ class Peft:
         self.modules = [KINDS[kind](found[name, kind][0], rank, generator) for name, kind, rank in chosen]
         self.size = sum(count_of(module) for module in self.modules)                                # P
         already = attached_to(model)
-        bare = already[0].bare if already else Bare(model)
+        self.bare = already[0].bare if already else Bare(model)
         for (name, kind, _), module in zip(chosen, self.modules):
             place, role = found[name, kind]
             module.to(next(place.parameters()).device)
-            module.bare = bare
+            module.bare = self.bare
             module.handle = module.attach(place, role)
             holder_of(place).add_module(f"bipeft_{kind}", module)
-        bare.heads.append(self.head)
+        self.bare.heads.append(self.head)
         if "prefix" in self.kinds:
-            bare.use_prefix_attention(model, self.modules[self.kinds.index("prefix")])
+            self.bare.use_prefix_attention(model, self.modules[self.kinds.index("prefix")])
         self.head.begin()
 
     def __len__(self):
@@ -859,7 +861,7 @@ class Peft:
     def detach(self):
         """Takes off what it attached: without other modules the backbone computes bit for bit as before."""
         self.head.end()
-        take_off(self.model, self.modules)
+        take_off(self.model, self.modules, self.bare)
 
 
 class Head:
@@ -935,25 +937,25 @@ def attached_to(model):
     return [m for m in model.modules() if isinstance(m, Searchable)]
 
 
-def take_off(model, modules):
+def take_off(model, modules, bare):
     """Takes attached modules off, and puts back what attaching had changed once none is left."""
-    was_attached = attached_to(model)
     for holder in list(model.modules()):
         for name, module in list(holder.named_children()):
             if module in modules:
                 module.handle.remove()
                 delattr(holder, name)
-    if was_attached and not attached_to(model):
-        was_attached[0].bare.restore()
+    if not attached_to(model):
+        bare.restore()
 
 
 def detach(model):
     """Takes every attached module off a model, whoever attached it, and puts its head's numbers back."""
     modules = attached_to(model)
-    for module in modules[:1]:
-        for head in module.bare.heads:
+    if modules:
+        bare = modules[0].bare
+        for head in bare.heads:
             head.end()
-    take_off(model, modules)
+        take_off(model, modules, bare)
 
 
 def count_of(module):
@@ -2109,7 +2111,9 @@ def parse(arguments, settings_class=Settings):
     texts = help_texts(settings_class)
     for f in dataclasses.fields(settings_class):
         flag = "--" + f.name.replace("_", "-")
-        text = f"{texts[f.name]} (default: {f.default})"
+        text = texts[f.name]
+        if f.default is not None:
+            text += f" (default: {f.default})"
         if f.type is bool:
             parser.add_argument(flag, action="store_true", help=text)
         elif f.name in ("ranks", "seed"):
@@ -2155,7 +2159,9 @@ def check(settings, fail):
     """Calls fail with what a person may get wrong in a number or a name."""
     kinds_of(settings.space, settings.ranks)
     for name, value in vars(settings).items():
-        least = 0 if name in ("tau", "gamma", "warmup_epochs", "weight_decay", "seed") else 1e-12
+        least = 1 if isinstance(value, int) else 1e-12
+        if name in ("tau", "gamma", "warmup_epochs", "weight_decay", "seed"):
+            least = 0
         most = 1 if name in ("tau", "gamma") else 10**12
         if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value <= most:
             fail(f"--{name.replace('_', '-')} {value} must lie in {least:g} .. {most:g}")

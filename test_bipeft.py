@@ -1078,6 +1078,18 @@ def matrix(families, kinds=KINDS):
     return pytest.mark.parametrize("name, kind", pairs, ids=map("-".join, pairs))
 
 
+def test_section_3_a_head_without_modules_gives_the_backbone_back_once():
+    """With no module attached, too, detaching unfreezes; a second time it leaves what the owner set since."""
+    model = family("bert")
+    peft = bipeft.Peft(model, [], also_train=("classifier",))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(peft.named_weights())
+    peft.detach()
+    assert all(p.requires_grad for p in model.parameters())
+    model.requires_grad_(False)
+    peft.detach()
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 @matrix(FAMILIES)
 def test_section_3_family_shut_gates_are_the_backbone_and_detaching_leaves_every_bit(name, kind):
     """Computed or not, shut ones add zero (a prefix, within rounding). What may learn comes back, and the attention."""
@@ -2856,11 +2868,13 @@ def test_section_8_help_shows_every_setting_with_its_comment(capsys):
     with pytest.raises(SystemExit) as ended:
         bipeft.main(["--help"], MoreSettings)
     said = " ".join(capsys.readouterr().out.split())
+    assert "None" not in said
     text = inspect.getsource(bipeft.Settings) + inspect.getsource(MoreSettings)
     comments = dict(re.findall(r"^    (\w+): .*? = .*?  +# (.*)$", text, re.MULTILINE))
     assert ended.value.code == 0 and list(comments) == [f.name for f in dataclasses.fields(MoreSettings)]
     for name, comment in comments.items():
-        words = re.escape(f"{comment} (default: {getattr(MoreSettings, name)})")
+        default = getattr(MoreSettings, name)
+        words = re.escape(comment if default is None else f"{comment} (default: {default})")
         assert re.search(f"--{name.replace('_', '-')} .{{,50}}{words}", said), name
 
 
