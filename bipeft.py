@@ -43,7 +43,9 @@ open. Ratios are parts per ten thousand, the paper's %%.
 
 import argparse
 import contextlib
+import csv
 import dataclasses
+import hashlib
 import inspect
 import io
 import itertools
@@ -61,13 +63,14 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+import filelock
+import huggingface_hub
 import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from transformers import DynamicCache, EncoderDecoderCache
 
 
 @dataclass
@@ -81,7 +84,9 @@ class Settings:
     task: str = "rte"                   # which data set, a key of TASKS
     model: str = "google-t5/t5-large"   # a T5 or Llama on the hub or in a folder
     data_dir: str = None                # folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub
-    max_length: int = None              # input tokens (GLUE 128, SuperGLUE 256, ReCoRD 512)
+    max_length: int = None              # input tokens (GLUE and custom 128, SuperGLUE 256, ReCoRD 512)
+    metric: str = None                  # of custom: accuracy, F1, Matthews, Pearson or token-F1 (accuracy)
+    separator: str = None               # between a Llama's input and its answer (a line break)
     space: str = "s2"                   # s1, s2, all, or a comma list of kinds of module
     ranks: tuple = (1, 4, 8)            # Dim, the candidate ranks
     budget: float = 1.39e-4             # B: below 1 a share of the backbone, from 1 on a number of parameters
@@ -514,7 +519,8 @@ class BitFit(Searchable):
 
     def __init__(self, place, rank, generator=None):
         super().__init__()
-        self.bias = zeros(place.weight.shape[0])                                      # b in R^out
+        size = getattr(place, "out_features", None) or place.weight.numel()
+        self.bias = zeros(size)                                                       # b in R^out
 
     def forward(self, x, y):
         """y: [..., out], the place's output.   Returns the new y."""
@@ -746,7 +752,11 @@ def kinds_of(space, ranks=(1,)):
 def geometry(model):
     """A backbone's type and number of parameters, without attached modules: what a share of it is of."""
     config = getattr(model, "config", None)
-    size = sum(p.numel() for name, p in model.named_parameters() if "bipeft_" not in name)
+    size = 0
+    for name, p in model.named_parameters():
+        if "bipeft_" not in name:
+            packed = getattr(p, "quant_state", p)               # of 4 bits each, two to a byte
+            size += math.prod(packed.shape)
     return {"model_type": getattr(config, "model_type", type(model).__name__), "parameters": size}
 
 
@@ -820,6 +830,7 @@ class Peft:
             if kind == "prefix":
                 network_around(model, found[name, kind][0])
         self.model = model
+        self.places = places
         self.kinds = [kind for _, kind, _ in chosen]
         self.names = [f"{name}.{kind}" for name, kind, _ in chosen]
         if len(set(self.names)) < len(chosen):
@@ -1528,7 +1539,7 @@ TASKS = {
     "boolq": Task(("question", "passage"), BINARY, "accuracy", 15, 2, 256),
     "cb": Task(NLI, THREE, "accuracy", 40, 4, 256),
     "multirc": Task(("question", "answer", "paragraph"), BINARY, "F1", 40, 4, 256),
-    "record": Task(("query", "entities", "passage"), (), "token F1", 1, 1, 512, 16, "answers", carve=True),
+    "record": Task(("query", "entities", "passage"), (), "token-F1", 1, 1, 512, 16, "answers", carve=True),
     "wic": Task(("word", "sentence1", "sentence2"), BINARY, "accuracy", 15, 2, 256),
     # a person's own, and one that is made here
     "custom": Task(("source",), (), "accuracy", 10, 1, answer="target"),
@@ -1541,43 +1552,55 @@ SUPERGLUE = ("boolq", "cb", "multirc", "record", "wic")
 def to_examples(name, row, training):
     """A row in the hub's columns as Examples: one, or in training one an answer.   Raises UsageError."""
     task = TASKS[name]
-    for key in (*task.fields, task.answer):
-        if row[key] is None or row[key] == []:
-            raise UsageError(f"a row of {name} has no {key}: fill it in, or leave the row out")
     if name == "record":
         return record_examples(row, training)
-    row = dict(row)
+    texts = {key: text_of(name, key, row.get(key)) for key in (*task.fields, task.answer)}
+    if name == "custom":
+        return [Example(texts["source"], texts["target"], (texts["target"].strip(),))]
     if name == "multirc":                                       # its paragraphs have HTML marks
-        row["paragraph"] = " ".join(re.sub(r"</?[a-zA-Z][^<>]*>", " ", row["paragraph"]).split())
-    source = str(row.get("source"))
-    if name != "custom":
-        source = " ".join([name, *(f"{key}: {row[key]}" for key in task.fields)])
-    target = label_of(name, row[task.answer])
+        texts["paragraph"] = " ".join(re.sub(r"</?[a-zA-Z][^<>]*>", " ", texts["paragraph"]).split())
+    source = " ".join([name, *(f"{key}: {texts[key]}" for key in task.fields)])
+    target = label_of(name, texts[task.answer])
     return [Example(source, target, (target,))]
+
+
+def text_of(name, key, value):
+    """A cell as the text that stands there.   Raises UsageError for one that is missing, or is no text."""
+    if value is None or value != value:                         # what is no number differs from itself
+        raise UsageError(f"a row of {name} has no {key}: fill it in, or leave the row out")
+    if isinstance(value, bool):
+        return str(value).lower()
+    unsound = value in (math.inf, -math.inf) or re.search(r"[\ud800-\udfff]", str(value))
+    if unsound or not isinstance(value, str | int | float):
+        raise UsageError(f"a row of {name} has a {key} that is no text: {value!r:.60}; write it as one text")
+    return str(value)
 
 
 def label_of(name, label):
     """The target text of a label.   Raises UsageError for one that the task does not have."""
     labels = TASKS[name].labels
-    target = str(label).strip()
+    target = label.strip()
     with contextlib.suppress(ValueError, OverflowError):
         if labels is FIFTHS:
             target = f"{round(float(label) * 5) / 5:.1f}"
-        elif labels:
+        else:
             target = f"{float(label):g}"
-    if labels and target not in labels:
-        raise UsageError(f"the label {label!r} is none of {name}'s ({labels[0]} .. {labels[-1]}): "
-                         "is this split without labels?")
+    if target not in labels:
+        raise UsageError(f"the label {label!r} is none of {name}'s: give {', '.join(labels)}; a split of the "
+                         "hub without labels has -1")
     return target
 
 
 def record_examples(row, training):
     """ReCoRD's: `@highlight` lines become sentences; training repeats a row for each answer [D47]."""
     for key in ("entities", "answers"):
-        if not isinstance(row[key], list) or not all(isinstance(text, str) for text in row[key]):
+        texts = row.get(key)
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise UsageError(f"a row of record has {key} that are no list of texts: give .jsonl or .parquet")
-    passage = re.sub(r"([.?!\"'])\n@highlight\n", r"\1 ", row["passage"]).replace("\n@highlight\n", ". ")
-    source = f"record query: {row['query']} entities: {', '.join(row['entities'])} passage: {passage}"
+    query = text_of("record", "query", row.get("query"))
+    passage = text_of("record", "passage", row.get("passage"))
+    passage = re.sub(r"([.?!\"'])\n@highlight\n", r"\1 ", passage).replace("\n@highlight\n", ". ")
+    source = f"record query: {query} entities: {', '.join(row['entities'])} passage: {passage}"
     answers = tuple(dict.fromkeys(row["answers"]))
     examples = [Example(source, answer, answers) for answer in answers]
     return examples if training else examples[:1]
@@ -1619,38 +1642,86 @@ def drawn(rows, count, seed):
 
 def read_split(name, split, data_dir, needed=True):
     """The rows of a split, from DIR/<task>/<split>, for custom also DIR/<split>, or the hub.   UsageError."""
-    import datasets        # only where data is read: the rest of the file works without it
-    datasets.disable_progress_bars()
     where = f"{name} on the hub"
     if data_dir is not None:
         folders = [Path(data_dir, name)]
         if name == "custom":
             folders.append(Path(data_dir))
-        files = [folder / f"{split}{kind}" for folder in folders for kind in (".parquet", ".jsonl", ".csv")]
-        files = [str(file) for file in files if file.is_file()]
-        if not files:
-            if not needed:
-                return None
-            raise UsageError(f"there is no {folders[0] / split}.parquet, .jsonl or .csv: "
-                             "--data-dir names the folder around")
+        files = [folder / f"{split}{suffix}" for folder in folders for suffix in READERS]
+        files = [file for file in files if file.is_file()]
+        if not files and not needed:
+            return None
+        if len(files) != 1:
+            raise UsageError(f"there must be one of {folders[0] / split}{', '.join(READERS)}, and there are "
+                             f"{len(files)}: --data-dir names the folder around it")
         where = files[0]
-        reader = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv"}[Path(where).suffix]
-        source = {"path": reader, "data_files": {split: where}}
-    elif name == "custom":
-        raise UsageError("--task custom needs --data-dir, a folder with train and validation: source, target")
-    elif name in SUPERGLUE:                                       # its files are in a branch of a script
+    with failing(f"{where} can't be read", ": mend the file or the network, or give another --data-dir"):
+        if data_dir is None:
+            rows = read_hub(name, split)
+        else:
+            rows = READERS[where.suffix](where)
+        columns = list(rows[0]) if rows else []
+        for row in rows:
+            if name == "rte" and "premise" in row:                # SuperGLUE's copy of the same examples
+                row["sentence1"] = row.pop("premise")
+                row["sentence2"] = row.pop("hypothesis")
+        for column in (*TASKS[name].fields, TASKS[name].answer):
+            if not any(column in row for row in rows):
+                raise ValueError(f"no column '{column}' or no row; it has {', '.join(columns)}")
+    return rows
+
+
+def read_hub(name, split):
+    """The rows of a split of GLUE or SuperGLUE on the hub."""
+    if name == "custom":
+        raise ValueError("--task custom needs --data-dir, a folder with train and validation: source, target")
+    try_hub()
+    import datasets        # only here: the rest of the file works without it
+    datasets.disable_progress_bars()
+    source = {"path": "nyu-mll/glue", "name": name}
+    if name in SUPERGLUE:                                         # its files are in a branch of a script
         source = {"path": "aps/super_glue", "revision": "refs/convert/parquet",
                   "data_files": {split: f"{name}/{split}/*.parquet"}}
-    else:
-        source = {"path": "nyu-mll/glue", "name": name}
-    with failing(f"{where} can't be read", ": mend the file or the network, or give another --data-dir"):
-        rows = datasets.load_dataset(split=split, **source)
-        if name == "rte" and "premise" in rows.column_names:       # SuperGLUE's copy of the same examples
-            rows = rows.rename_columns({"premise": "sentence1", "hypothesis": "sentence2"})
-        for column in (*TASKS[name].fields, TASKS[name].answer):
-            if len(rows) == 0 or column not in rows.column_names:
-                raise ValueError(f"no column '{column}' or no row; it has {', '.join(rows.column_names)}")
-        return rows.to_list()
+    return datasets.load_dataset(split=split, **source).to_list()
+
+
+def read_parquet(path):
+    """[{column: value}] of a .parquet file."""
+    import pyarrow.parquet
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
+def read_jsonl(path):
+    """[{column: value}] of a .jsonl file, an object a line; numbers are texts, as they are written."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().decode("utf-8-sig").split("\n"), 1):
+        if line.strip():
+            with failing(f"line {number}"):
+                row = json.loads(line, parse_int=str, parse_float=str)
+                if not isinstance(row, dict):
+                    raise ValueError("it is no object")
+                rows.append(row)
+    return rows
+
+
+def read_csv(path):
+    """[{column: text}] of a .csv file in UTF-8, with commas, semicolons or tabs; an empty cell is None."""
+    text = path.read_bytes().decode("utf-8-sig")
+    head = text.split("\n")[0]
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
+    columns = next(lines, [])
+    if len(set(columns)) < len(columns):
+        raise ValueError("two columns have one name")
+    rows = []
+    for cells in lines:
+        if len(cells) not in (0, len(columns)):
+            raise ValueError(f"line {lines.line_num} has {len(cells)} cells, the first line {len(columns)}")
+        if cells:
+            rows.append({column: cell or None for column, cell in zip(columns, cells)})
+    return rows
+
+
+READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".csv": read_csv}
 
 
 # The metrics: predicted texts and, for each, the texts that count as right. All return per cent.
@@ -1660,7 +1731,12 @@ def accuracy(predictions, answers):
 
 
 def numbers(predictions, answers, pattern, top):
-    """(said, gold) in 0 .. top. What is no valid prediction counts as the end farther from the answer."""
+    """(said, gold) in 0 .. top. What is no valid prediction counts as the end farther from the answer.
+    Raises ValueError for a target that is none.
+    """
+    for right in answers:
+        if not re.fullmatch(pattern, right[0]):
+            raise ValueError(f"the target {right[0]!r} is none of 0 .. {top}")
     gold = np.array([float(right[0]) for right in answers])
     said = np.where(gold <= top / 2, top, 0.0)
     for i, text in enumerate(predictions):
@@ -1708,7 +1784,7 @@ def token_f1(predictions, answers):
     return 100 * total / len(answers)
 
 
-METRICS = {"accuracy": accuracy, "F1": f1, "Matthews": matthews, "Pearson": pearson, "token F1": token_f1}
+METRICS = {"accuracy": accuracy, "F1": f1, "Matthews": matthews, "Pearson": pearson, "token-F1": token_f1}
 
 
 # The toy: was the thing found good or bad? The adjective and a "not" decide together; neither alone tells.
@@ -1800,16 +1876,70 @@ def toy_backbone(seed, steps=500, batch_size=64):
 # ==================================================================================================
 
 
-def tokenize(tokenizer, examples, max_length, causal=False):
-    """[(input ids, label ids)] of Examples, inputs cut.   causal: labels have an end alone [D69]."""
-    sources = tokenizer([e.source for e in examples], max_length=max_length, truncation=True).input_ids
-    answers = [e.target for e in examples]
+def tokenize(tokenizer, examples, max_length, causal=False, separator="\n"):
+    """[(input ids, label ids)] of Examples, cut to a length, but for what ends them.
+
+    causal: the input ends with the separator, the label with an end token, and is not cut [D69].
+    """
+    targets = [e.target for e in examples]
     if causal:
-        targets = tokenizer(answers, add_special_tokens=False).input_ids
-        targets = [target + [tokenizer.eos_token_id] for target in targets]
+        end = tokenizer.eos_token_id
+        inputs = tokenizer([e.source + separator for e in examples]).input_ids
+        inputs = [ids[:-1] if ids[-1:] == [end] else ids for ids in inputs]       # the answer is to follow
+        labels = [ids + [end] for ids in tokenizer(targets, add_special_tokens=False).input_ids]
+        ending = len(tokenizer(separator, add_special_tokens=False).input_ids)
     else:
-        targets = tokenizer(answers, max_length=max_length, truncation=True).input_ids
-    return list(zip(sources, targets))
+        ending = 1                                                                    # T5's end token
+        inputs = tokenizer([e.source for e in examples]).input_ids
+        labels = [shortened(ids, max_length, ending) for ids in tokenizer(targets).input_ids]
+    return [(shortened(ids, max_length, ending), label) for ids, label in zip(inputs, labels)]
+
+
+def shortened(ids, length, ending):
+    """A list of at most `length` numbers, of which the last `ending` stay."""
+    if len(ids) <= length:
+        return ids
+    return ids[:max(0, length - ending)] + ids[len(ids) - ending:]
+
+
+def check_texts(tokenizer, splits, tokens, settings, causal):
+    """Lines on what of the texts is lost on a model: how often, and an example.
+
+    splits: {part: [Example]}.   tokens: the same, of `tokenize`, as the model gets them.   Raises UsageError
+    where labels become one, and where nothing could be learnt from what is left.
+    """
+    limit = settings.max_length
+    examples = [e for part in splits.values() for e in part]
+    whole = tokenize(tokenizer, examples, sys.maxsize, causal, settings.separator)
+    lost = {}                                                   # what happens: the texts to which it does
+    said = {}                                                   # a target as the model can say it: the target
+    for e, (source, target) in zip(examples, whole):
+        text = tokenizer.decode(target, skip_special_tokens=True).strip()
+        other = said.setdefault(text, e.target)
+        if other.split() != e.target.split():
+            raise UsageError(f"the targets {other!r:.60} and {e.target!r:.60} are one to the model, "
+                             f"{text!r:.60}: write them otherwise, or take another model")
+        if not source:
+            raise UsageError("an input is empty: leave the row out")
+        if not e.source.strip():
+            lost.setdefault("inputs are empty", []).append(e.source)
+        if len(source) > limit:
+            lost.setdefault(f"inputs are cut at --max-length {limit}", []).append(e.source)
+        if len(target) > limit and not causal:
+            lost.setdefault(f"targets are cut at --max-length {limit}", []).append(e.target)
+        if text != e.target.strip():
+            changed = f"{e.target} as {text}"
+            lost.setdefault("targets come back from the tokenizer as another text", []).append(changed)
+    for what, texts in (("inputs", [source for source, _ in tokens["train"]]),
+                        ("targets", [target for _, target in tokens["train"]])):
+        if all(text == texts[0] for text in texts):
+            alike = tokenizer.decode(texts[0])
+            raise UsageError(f"to the model all {what} of train are alike, {alike!r:.60}: there is "
+                             "nothing to learn; look at the data and at --max-length")
+    if not any(text == target.strip() for text, target in said.items()):
+        raise UsageError(f"the model can say none of the targets, first {changed!r:.60}: take another model")
+    total = f"{len(examples):,}"
+    return [f"{len(texts):,} of {total} {what}, first {texts[0]!r:.90}" for what, texts in lost.items()]
 
 
 class Batches:
@@ -1846,11 +1976,9 @@ class Batches:
     def __iter__(self):
         for indices in self.order():
             rows = [self.tokens[i] for i in indices]
-            if self.causal:                         # one sequence, with a loss on the label alone
-                rows = [(source + target, [-100] * len(source) + target) for source, target in rows]
             if self.device.type == "cuda":          # rows without a label, so that few CUDA graphs serve all
-                rows += [([1], [-100])] * (min(self.batch_size, len(self.tokens)) - len(rows))
-            yield collate(rows, self.device, 32 if self.causal else 4)
+                rows += [([1], [])] * (min(self.batch_size, len(self.tokens)) - len(rows))
+            yield collate(rows, self.device, self.causal)
 
 
 def cut(rows, size):
@@ -1858,57 +1986,107 @@ def cut(rows, size):
     return [rows[i:i + size] for i in range(0, len(rows), size)]
 
 
-def collate(rows, device, shortest_label=4):
-    """A padded batch of (input ids, label ids), [batch, longest] each.   shortest_label: as of `padded`."""
+def collate(rows, device, causal=False):
+    """A padded batch of (input ids, label ids), what the model takes. The inputs are [batch, longest].
+
+    causal: input and label are one sequence. All end together, since logits are computed of the end alone:
+    of the `logits_to_keep` positions of the longest label and the one before it, which predicts its first.
+    """
     inputs = [source for source, _ in rows]
-    mask = [[1] * len(source) for source in inputs]
     labels = [target for _, target in rows]
-    return {"input_ids": padded(inputs, 0, device, 32), "attention_mask": padded(mask, 0, device, 32),
-            "labels": padded(labels, -100, device, shortest_label)}
+    if causal:
+        inputs = [source + target for source, target in rows]
+        labels = [[-100, *target] for target in labels]
+    mask = [[1] * len(ids) for ids in inputs]
+    labels = padded(labels, -100, device, 4, causal)
+    batch = {"input_ids": padded(inputs, 0, device, 32, causal), "labels": labels,
+             "attention_mask": padded(mask, 0, device, 32, causal)}
+    if causal:
+        batch["logits_to_keep"] = labels.shape[1]
+    return batch
 
 
-def padded(rows, filler, device, shortest):
-    """Lists as one tensor, filled up at their ends.   shortest: on a GPU lengths are powers of two from there
-    on, so that few CUDA graphs serve all batches.
+def padded(rows, filler, device, shortest, left=False):
+    """Lists as one tensor, filled up at their ends or on the left.   shortest: on a GPU lengths are powers of
+    two from there on, so that few CUDA graphs serve all batches.
     """
     longest = max(len(row) for row in rows)
     if torch.device(device).type == "cuda":
         longest = max(shortest, 1 << (longest - 1).bit_length())
-    filled = [[*row, *[filler] * (longest - len(row))] for row in rows]
+    filled = []
+    for row in rows:
+        fill = [filler] * (longest - len(row))
+        filled.append(fill + row if left else row + fill)
     return torch.tensor(filled).to(device)
 
 
-def predict(model, tokenizer, tokens, batch_size, device):
-    """The texts that a model generates for tokenised inputs: greedily, at most as long as targets [D49]."""
+def greedy(model, tokenizer, longest):
+    """A GenerationConfig for the likeliest answer of at most `longest` tokens. Of the model's own it takes
+    nothing but the tokens that end an answer [D49].
+    """
+    own = model.generation_config
+    ends = own.eos_token_id or []
+    if isinstance(ends, int):
+        ends = [ends]
+    start = own.decoder_start_token_id
+    if start is None and model.config.is_encoder_decoder:
+        start = model.config.decoder_start_token_id
+    # transformers makes a cache as deep as T5's encoder.
+    caching = getattr(model.config, "num_decoder_layers", 0) <= model.config.num_hidden_layers
+    return transformers.GenerationConfig(
+        max_new_tokens=longest, do_sample=False, num_beams=1, use_cache=caching, decoder_start_token_id=start,
+        eos_token_id=sorted({tokenizer.eos_token_id, *ends}), pad_token_id=tokenizer.pad_token_id)
+
+
+def predict(model, tokenizer, tokens, batch_size, device, longest=None):
+    """The texts that a model generates for tokenised inputs.   longest: tokens of an answer, at most; as many
+    as the longest target has, if None.
+    """
     was_training = model.training
+    own = model.generation_config
+    config = greedy(model, tokenizer, longest or max(len(target) for _, target in tokens))
     model.eval()
-    longest = max(len(target) for _, target in tokens)
+    model.generation_config = config                            # else it is asked where ours says nothing
     texts = {}
     by_length = sorted(range(len(tokens)), key=lambda i: len(tokens[i][0]))
-    for indices in cut(by_length, batch_size):
-        batch = collate([(tokens[i][0][::-1], [0]) for i in indices], device)
-        ids = batch["input_ids"].flip(1)                        # padded on the left, where nothing goes on
-        mask = batch["attention_mask"].flip(1)
-        start = ids.shape[1]                                    # a causal model gives its prompt back
-        cache = None
-        if model.config.is_encoder_decoder:
-            start = 0
-            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())        # stacks may differ in depth
-        made = model.generate(ids, attention_mask=mask, num_beams=1, do_sample=False, max_new_tokens=longest,
-                              use_cache=True, past_key_values=cache, pad_token_id=tokenizer.pad_token_id)
-        for i, text in zip(indices, tokenizer.batch_decode(made[:, start:], skip_special_tokens=True)):
-            texts[i] = text.strip()
-    model.train(was_training)
+    try:
+        for indices in cut(by_length, batch_size):
+            sources = [tokens[i][0] for i in indices]
+            ids = padded(sources, 0, device, 32, left=True)
+            mask = padded([[1] * len(source) for source in sources], 0, device, 32, left=True)
+            made = model.generate(ids, attention_mask=mask, generation_config=config)
+            start = 1                                           # T5's first token is none of the answer's
+            if not model.config.is_encoder_decoder:
+                start = ids.shape[1]                            # a causal model gives its prompt back
+            for i, said in zip(indices, made[:, start:].tolist()):
+                ends = [at for at, token in enumerate(said) if token in config.eos_token_id]
+                said = said[:min(ends, default=len(said))]
+                texts[i] = tokenizer.decode(said, skip_special_tokens=True).strip()
+    finally:
+        model.generation_config = own
+        model.train(was_training)
     return [texts[i] for i in range(len(tokens))]
+
+
+def answer(model, tokenizer, texts, separator="\n"):
+    """What a model that `load_run` gave answers to input texts, in their order.
+
+    separator: that of the run, if it was another; a T5 has none.
+    """
+    causal = not model.config.is_encoder_decoder
+    examples = [Example(text, "", ()) for text in texts]
+    tokens = tokenize(tokenizer, examples, tokenizer.model_max_length, causal, separator)
+    return predict(model, tokenizer, tokens, 32, model.device, model.generation_config.max_new_tokens)
 
 
 def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed=0,
           run_pass=forward_backward, state=None, after_step=None):
     """Trains the attached modules anew [D12]; leaves them as after their best epoch, whose score it returns.
 
-    batches: an iterable with a length.   evaluate: gives an epoch's score [D53].   lr: falls to 0.
-    run_pass: who computes losses and gradients, as `forward_backward`.   state: where to go on from.
-    after_step: is given such a state after every step, and a line: step, loss, an epoch's score.
+    batches: an iterable with a length.   evaluate: gives an epoch's score, or the score and a loss, of which
+    the lower decides between equal scores [D53].   lr: falls to 0.   run_pass: who computes losses and
+    gradients, as `forward_backward`.   state: where to go on from.   after_step: is given such a state after
+    every step, and a line: step, loss, an epoch's score.
     """
     require_attached(model, peft)
     weights = peft.tensors
@@ -1917,7 +2095,7 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
         raise UsageError("there are no batches to train on, or no epochs")
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=weight_decay, fused=True)
     if state is None:
-        state = {"step": 0, "best": -math.inf, "best_weights": copies(weights)}
+        state = {"step": 0, "best": (-math.inf, 0.0), "best_weights": copies(weights)}
     else:
         put_back(weights, state["weights"])
         optimizer.load_state_dict(state["optimizer"])
@@ -1933,17 +2111,24 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
             require_finite(float(flatten(weights).sum()), f"a weight at training step {step + 1}")
             line = {"step": step + 1, "steps": steps, "loss": loss}
             if line["step"] % len(batches) == 0:
-                line["score"] = evaluate()
-                require_finite(line["score"], "the validation score")
+                line["score"], falling = judged(evaluate())
                 model.train()
-                if line["score"] > state["best"]:
-                    state.update(best=line["score"], best_weights=copies(weights))
+                if (line["score"], falling) > state["best"]:
+                    state.update(best=(line["score"], falling), best_weights=copies(weights))
             state.update(step=step + 1, weights=weights, optimizer=optimizer.state_dict())
             if after_step is not None:
                 after_step(state, line)
     put_back(weights, state["best_weights"])
     model.eval()
-    return state["best"]
+    return state["best"][0]
+
+
+def judged(result):
+    """(score, -loss), which are compared in this order, of what `evaluate` gave."""
+    if not isinstance(result, tuple):
+        result = (result, 0.0)
+    require_finite(result[0], "the validation score")
+    return result[0], -result[1]
 
 
 # ==================================================================================================
@@ -1995,20 +2180,49 @@ def failing(what, advice=""):
 
 
 def save_weights(peft, path):
-    """Writes the trained weights of attached modules alone, atomically, as safetensors."""
+    """Writes the trained weights of attached modules alone, atomically, as safetensors, and beside them what
+    tells the backbone from others.
+    """
     tensors = {name: p.detach().cpu().clone() for name, p in peft.named_weights().items()}
-    write_atomically(path, safetensors.torch.save(tensors))
+    backbone = json.dumps(backbone_sample(peft.model, peft.places, peft.head.parameters.values()))
+    write_atomically(path, safetensors.torch.save(tensors, {"backbone": backbone}))
+
+
+def backbone_sample(model, places=None, learnt=()):
+    """{place: a number of its first tensor}, by which two backbones can be told apart [D81].
+
+    places: as of `Peft`.   learnt: parameters to pass over, since they learn.
+    """
+    found = {}
+    for name, _, place in (places or places_of)(model):
+        p = next(place.parameters(), None)
+        if p is not None and not p.is_meta and not any(p is other for other in learnt):
+            found[name] = float(p.detach().flatten()[p.numel() // 2])
+            if not math.isfinite(found[name]):
+                raise UsageError(f"the backbone is damaged: {name} holds {found[name]}; get it anew")
+    return found
+
+
+def require_same_backbone(before, now, what):
+    """Raises UsageError if two samples are of backbones of other numbers; formats may round them."""
+    for place, number in before.items():
+        if place not in now or not math.isclose(number, now[place], rel_tol=0.01, abs_tol=1e-6):
+            raise UsageError(f"{what} is of a backbone of other numbers, first in {place}: give that one")
 
 
 def load_weights(peft, path):
-    """Reads what `save_weights` wrote.   Raises UsageError if the file is of another structure."""
+    """Reads what `save_weights` wrote.   Raises UsageError if it is of another structure or backbone."""
     own = peft.named_weights()
     with failing(f"{path} can't be read as weights of these modules"):
-        stored = safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, "pt") as file:
+            stored = {name: file.get_tensor(name) for name in file.keys()}
+            backbone = json.loads((file.metadata() or {}).get("backbone", "{}"))
         found = {(name, *t.shape) for name, t in stored.items()}
         wanted = {(name, *p.shape) for name, p in own.items()}
         if found != wanted:
             raise ValueError(f"another structure's: names or shapes differ, first {min(found ^ wanted)}")
+    now = backbone_sample(peft.model, peft.places, peft.head.parameters.values())
+    require_same_backbone(backbone, now, path)
     put_back(own.values(), [stored[name] for name in own])
 
 
@@ -2046,7 +2260,7 @@ class CudaGraphs:
         self.pool = torch.cuda.graph_pool_handle()                  # memory that all graphs share
 
     def __call__(self, model, peft, gate, ranks, batch, inputs):
-        given = [t for t in (gate, ranks, *batch.values()) if t is not None]
+        given = [t for t in (gate, ranks, *batch.values()) if isinstance(t, torch.Tensor)]
         key = tuple((t.shape, t.requires_grad) for t in given)
         if key not in self.graphs:              # what libraries set up at first must not be recorded
             self.graphs[key] = None
@@ -2066,8 +2280,8 @@ class CudaGraphs:
 
     def record(self, model, peft, gate, ranks, batch, inputs):
         """(graph, the tensors that it reads, the loss, the gradients)."""
-        read = [t.clone() for t in batch.values()]
-        batch = dict(zip(batch, read))
+        batch = {name: t.clone() if isinstance(t, torch.Tensor) else t for name, t in batch.items()}
+        read = [t for t in batch.values() if isinstance(t, torch.Tensor)]
         if gate is not None:
             gate = gate.detach().clone().requires_grad_(gate.requires_grad)
             ranks = ranks.detach().clone().requires_grad_(ranks.requires_grad)
@@ -2128,6 +2342,7 @@ def parse(arguments, settings_class=Settings):
     values.update(task.defaults)
     values.update(given)
     values.setdefault("search_epochs", values["epochs"])
+    values.setdefault("separator", "\n")
     seeds = values.pop("seed", [0])
     if len(set(seeds)) < len(seeds):
         fail("--seed takes different numbers")
@@ -2165,6 +2380,10 @@ def check(settings, fail):
         most = 1 if name in ("tau", "gamma") else 10**12
         if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value <= most:
             fail(f"--{name.replace('_', '-')} {value} must lie in {least:g} .. {most:g}")
+    if settings.metric is not None and settings.task != "custom":
+        fail("--metric is for --task custom: the other tasks have their own")
+    if settings.metric not in (None, *METRICS):
+        fail(f"--metric {settings.metric} must be one of {', '.join(METRICS)}")
     if settings.dtype not in ("float32", "bfloat16", "float16"):
         fail(f"--dtype {settings.dtype} must be float32, bfloat16 or float16")
 
@@ -2195,10 +2414,26 @@ def load_backbone(name, dtype, device, seed):
     return model.to(device), tokenizer
 
 
+def try_hub():
+    """Where the hub can't be reached, has libraries look into their caches: they ask it for half a minute."""
+    try:
+        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+    except Exception:
+        os.environ["HF_HUB_OFFLINE"] = "1"                      # read by datasets, which is not imported yet
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
 def loader_of(name):
     """The class that loads a backbone of this program's.   Raises UsageError for another kind."""
+    if not Path(name).is_dir():
+        if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+            raise UsageError(f"the model {name} can't be loaded: there is no such folder, and no name on the "
+                             "hub is like it")
+        try_hub()
     with failing(f"the model {name} can't be loaded", MODEL_ADVICE):
         config = transformers.AutoConfig.from_pretrained(name)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError("it is quantised, which the library takes, but not the command line")
         if PLACES.get(config.model_type) is llama_places:
             return transformers.AutoModelForCausalLM
         if PLACES.get(config.model_type) is t5_places and config.is_encoder_decoder:
@@ -2208,13 +2443,26 @@ def loader_of(name):
         raise ValueError(f"a {config.model_type} is neither of T5's family nor of Llama's")
 
 
-def load_run(folder, device="cpu"):
-    """(model, tokenizer, attached modules) of a finished run, to generate with [D75].   Raises UsageError."""
+def load_run(folder, device="cpu", model=None):
+    """(model, tokenizer, attached modules) of a finished run, for `answer` or a generation of one's own: its
+    `generation_config` is that of the run's test [D75].
+
+    model: the backbone, where it is not where it was: a folder, or a name on the hub.   Raises UsageError.
+    """
     with failing(f"{folder} holds no finished run"):
-        settings = json.loads(Path(folder, "metrics.json").read_text())["settings"]
-    model, tokenizer = load_backbone(settings["model"], settings["dtype"], device, settings["seed"])
+        metrics = json.loads(Path(folder, "metrics.json").read_text())
+        settings = metrics["settings"]
+        longest = metrics["longest_answer"]
+    name = model or settings["model"]
+    if name == "toy":
+        name = str(Path(folder, "backbone"))
+    if model is None and metrics["backbone_in_a_folder"] and not Path(name).is_dir():
+        raise UsageError(f"the run's backbone, the folder {name}, is not here: give load_run model=FOLDER")
+    model, tokenizer = load_backbone(name, settings["dtype"], device, settings["seed"])
     peft = apply(model.eval(), load_structure(Path(folder, "structure.json")))
     load_weights(peft, Path(folder, "peft.safetensors"))
+    model.generation_config = greedy(model, tokenizer, longest)
+    tokenizer.model_max_length = settings["max_length"]
     return model, tokenizer, peft
 
 
@@ -2249,7 +2497,6 @@ class Record:
     def __init__(self, settings, device):
         self.settings = settings
         self.path = Path(settings.out)
-        self.path.mkdir(parents=True, exist_ok=True)
         identity = {name: value for name, value in vars(settings).items() if name not in self.FREE}
         self.identity = json.loads(json.dumps(identity))              # as a file gives it back
         self.stored = {"settings": self.identity}
@@ -2272,6 +2519,14 @@ class Record:
                 raise UsageError(f"{self.path} holds another run: its --{name.replace('_', '-')} is "
                                  f"{before.get(name)}, now it is {now}; {self.ADVICE}")
         return stored
+
+    def require_same_content(self, data, backbone):
+        """Raises UsageError if the run began with other data, or with a backbone of other numbers."""
+        before = self.stored.setdefault("content", {"data": data, "backbone": backbone})
+        if before["data"] != data:
+            raise UsageError(f"{self.path} holds a run that began with other data; {self.ADVICE}")
+        require_same_backbone(before["backbone"], backbone, self.path)
+
 
     def begin(self, phase, **found):
         """Starts a phase and its clock, or goes on with them.   found: what the phases before came to.
@@ -2317,20 +2572,46 @@ class Record:
             print(f"{text}  left {clock(left * self.elapsed() / step)}", flush=True)
 
 
+@contextlib.contextmanager
+def locked(folder):
+    """Makes a folder, in which no other process works meanwhile.   Raises UsageError if one does."""
+    lock = Path(folder, ".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(lock).acquire(timeout=0):
+            try:
+                yield
+            finally:
+                lock.unlink()
+    except filelock.Timeout:
+        raise UsageError(f"another process works in {folder}: wait for it, or name another --out") from None
+
+
 class Work:
     """What a run works on: the device, the data of its task as text and as tokens, the backbone."""
 
     def __init__(self, settings, device):
         self.settings = settings
         self.device = device
-        self.task = TASKS[settings.task]
         self.splits = load_splits(settings.task, settings.data_dir, settings.seed)
+        self.metric = settings.metric or TASKS[settings.task].metric
+        answers = [e.answers for part in self.splits.values() for e in part]
+        with failing(f"the metric {self.metric} does not suit this data", ": give another --metric"):
+            METRICS[self.metric]([right[0] for right in answers], answers)
         self.model, self.tokenizer = load_backbone(settings.model, settings.dtype, device, settings.seed)
         self.size = geometry(self.model)["parameters"]
         self.causal = not self.model.config.is_encoder_decoder
         self.tokens = {}
         for key, examples in self.splits.items():
-            self.tokens[key] = tokenize(self.tokenizer, examples, settings.max_length, self.causal)
+            self.tokens[key] = tokenize(
+                self.tokenizer, examples, settings.max_length, self.causal, settings.separator)
+        self.longest = max(len(label) for part in self.tokens.values() for _, label in part)
+        self.told = check_texts(self.tokenizer, self.splits, self.tokens, settings, self.causal)
+
+    def digest(self):
+        """A number that tells these texts from others."""
+        texts = json.dumps([[dataclasses.astuple(e) for e in part] for part in self.splits.values()])
+        return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
     def batches(self, tokens, number):
         """Batches of some tokens, in an order of their own."""
@@ -2340,8 +2621,16 @@ class Work:
     def score(self, split):
         """The task's score, in per cent, of what the model generates for a split."""
         texts = predict(self.model, self.tokenizer, self.tokens[split], 8 * self.settings.batch_size,
-                        self.device)
-        return METRICS[self.task.metric](texts, [e.answers for e in self.splits[split]])
+                        self.device, self.longest)
+        return METRICS[self.metric](texts, [e.answers for e in self.splits[split]])
+
+    @torch.no_grad()
+    def validate(self):
+        """(score, mean loss) on the validation split."""
+        self.model.eval()
+        batches = Batches(self.tokens["validation"], self.settings.batch_size, self.device, None, self.causal)
+        losses = [float(self.model(**batch).loss) for batch in batches]
+        return self.score("validation"), float(np.mean(losses))
 
 
 def run_search(work, record, run_pass):
@@ -2394,10 +2683,10 @@ def run_training(work, record, peft, state, run_pass):
         text = f"train {line['step']}/{line['steps']}  loss {line['loss']:.3f}"
         if "score" in line:
             text += (f"  epoch {line['step'] // len(batches)}/{settings.epochs}: validation "
-                     f"{work.task.metric} {line['score']:.2f}, best {state['best']:.2f}")
+                     f"{work.metric} {line['score']:.2f}, best {state['best'][0]:.2f}")
         record.after_step(line["step"], line["steps"] - line["step"], text, lambda: state, "score" in line)
 
-    return train(work.model, peft, batches, lambda: work.score("validation"), settings.epochs, settings.lr,
+    return train(work.model, peft, batches, work.validate, settings.epochs, settings.lr,
                  weight_decay=settings.weight_decay, seed=settings.seed, run_pass=run_pass, state=state,
                  after_step=after_step)
 
@@ -2415,7 +2704,8 @@ def run(settings, choose_pass):
     work = Work(settings, device)
     counts = ", ".join(f"{len(examples):,} {key}" for key, examples in work.splits.items())
     print(f"{settings.task}, seed {settings.seed}: {counts}; {settings.model}, {work.size:,} parameters, "
-          f"{settings.dtype} on {device}", flush=True)
+          f"{settings.dtype} on {device}", *work.told, sep="\n", flush=True)
+    record.require_same_content(work.digest(), backbone_sample(work.model))
 
     # The search, unless a structure is there: found before the run was killed, or given.
     search_seconds = record.stored.get("search_seconds", 0.0)
@@ -2433,30 +2723,41 @@ def run(settings, choose_pass):
     save_structure(structure, record.path / "structure.json")
     print(picture(structure, work.model), flush=True)
     validation = run_training(work, record, peft, state, choose_pass(settings, work.model, device))
-    train_seconds = record.elapsed()
     save_weights(peft, record.path / "peft.safetensors")
 
     # The one look at the test set.
-    metrics = {"task": settings.task, "seed": settings.seed, "space": structure.space, "modules": len(peft),
-               "parameters": peft.size, "budget": structure.budget, "backbone_parameters": work.size,
-               "per_ten_thousand": 1e4 * peft.size / work.size, "search_seconds": search_seconds,
-               "train_seconds": train_seconds, "ratio": search_seconds / train_seconds,
-               "settings": record.identity, "versions": versions(device), "validation": validation,
+    metrics = {**facts(work, record, structure, search_seconds), "validation": validation,
                **test_scores(work, peft)}
+    if settings.model == "toy":                                 # its backbone is nowhere else
+        work.model.save_pretrained(record.path / "backbone")
+        work.tokenizer.save_pretrained(record.path / "backbone")
     record.finish(metrics)
     print(f"{results(metrics)}\nwritten to {record.path}", flush=True)
     return metrics
 
 
+def facts(work, record, structure, search_seconds):
+    """What metrics.json says of a run besides its scores."""
+    settings = work.settings
+    train_seconds = record.elapsed()
+    return {"task": settings.task, "seed": settings.seed, "space": structure.space,
+            "modules": len(structure.modules), "parameters": structure.parameters, "budget": structure.budget,
+            "backbone_parameters": work.size, "per_ten_thousand": 1e4 * structure.parameters / work.size,
+            "search_seconds": search_seconds, "train_seconds": train_seconds,
+            "ratio": search_seconds / train_seconds, "longest_answer": work.longest,
+            "backbone_in_a_folder": Path(settings.model).is_dir(), "settings": record.identity,
+            "versions": versions(work.device)}
+
+
 def test_scores(work, peft):
     """Test scores: with the modules, without them, and of the most frequent answer. Takes the modules off."""
-    metric = METRICS[work.task.metric]
-    scores = {"metric": work.task.metric, "test": work.score("test")}
+    metric = METRICS[work.metric]
+    scores = {"metric": work.metric, "test": work.score("test")}
     peft.detach()
     scores["test_untouched"] = work.score("test")
     frequent = Counter(e.target for e in work.splits["train"]).most_common(1)[0][0]
     answers = [e.answers for e in work.splits["test"]]
-    scores["test_most_frequent"] = metric([frequent] * len(answers), answers)
+    scores["test_most_frequent"] = metric([frequent.strip()] * len(answers), answers)
     return scores
 
 
@@ -2516,10 +2817,11 @@ def main(arguments=None, settings_class=Settings, choose_pass=choose_pass):
     try:
         tests = []
         for settings in parse(arguments, settings_class):
-            with deterministic():
-                tests.append(run(settings, choose_pass)["test"])
+            with deterministic(), locked(settings.out):
+                metrics = run(settings, choose_pass)
+                tests.append(metrics["test"])
         if len(tests) > 1:
-            print(f"{settings.task}: test {TASKS[settings.task].metric} {np.mean(tests):.2f} ± "
+            print(f"{settings.task}: test {metrics['metric']} {np.mean(tests):.2f} ± "
                   f"{np.std(tests, ddof=1):.2f} over {len(tests)} seeds")
         return 0
     except UsageError as error:

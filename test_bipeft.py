@@ -2167,7 +2167,7 @@ PROMPTS = {  # task: (a row in the hub's columns, input, target)
         "boolq": "question passage", "cb": "premise hypothesis", "wic": "word sentence1 sentence2"}.items()}
 PROMPTS.update(
     stsb=({"sentence1": "A", "sentence2": "B", "label": 2.6}, "stsb sentence1: A sentence2: B", "2.6"),
-    custom=({"source": "say hello", "target": " hello"}, "say hello", "hello"),
+    custom=({"source": "say 007 ", "target": " hello"}, "say 007 ", " hello"),           # blanks stay
     multirc=({"paragraph": "<b>Sent 1: </b>3 < 4 ran.<br><b>Sent 2: </b>She sat.<br/>", "question": "Who?",
               "answer": "He", "idx": {"paragraph": 0, "question": 0, "answer": 0}, "label": 1.0},
              "multirc question: Who? answer: He paragraph: Sent 1: 3 < 4 ran. Sent 2: She sat.", "1"),
@@ -2183,9 +2183,9 @@ def test_section_5_prompt_and_target(name):
     row, source, target = PROMPTS[name]
     for training in (True, False):
         examples = bipeft.to_examples(name, given := copy.deepcopy(row), training)
-        assert examples == [bipeft.Example(source, target, (target,))] and given == row
+        assert examples == [bipeft.Example(source, target, (target.strip(),))] and given == row
     for key in (*bipeft.TASKS[name].fields, bipeft.TASKS[name].answer):
-        with pytest.raises(UsageError, match=f"row of {name} has no {key}"):
+        with pytest.raises(UsageError, match=f"row of {name} has (no )?{key}"):
             bipeft.to_examples(name, {**row, key: None}, True)
 
 
@@ -2207,11 +2207,11 @@ def test_section_5_the_papers_thirteen_tasks():
 def test_section_5_labels():
     """A similarity is rounded to the nearest fifth; a label that the task has not is refused by name."""
     # 0.11·5 = 0.55 -> 1 -> 0.2;  2.5·5 = 12.5 is a tie, which goes to the even 12 -> 2.4, as in T5
-    for label, target in ((0.0, "0.0"), (5, "5.0"), (2.5, "2.4"), (0.1, "0.0"), (0.11, "0.2"), ("1", "1.0")):
+    for label, target in zip("0.0 5 2.5 0.1 0.11 1".split(), "0.0 5.0 2.4 0.0 0.2 1.0".split()):
         assert bipeft.label_of("stsb", label) == target == f"{np.round(float(label) * 5) / 5:.1f}"
-    for name, label in (("rte", -1), ("rte", 2), ("mnli", 3), ("cola", "yes"), ("stsb", 5.2),
-                        ("stsb", math.nan), ("stsb", math.inf), ("rte", 0.7), ("cb", "entailment")):
-        with pytest.raises(UsageError, match=re.escape(f"label {label!r} is none of {name}'s")):
+    for name, label in (("rte", "-1"), ("rte", "2"), ("mnli", "3"), ("cola", "yes"), ("stsb", "5.2"), ("stsb", "nan"),
+                        ("stsb", "inf"), ("rte", "0.7"), ("cb", "entailment")):
+        with pytest.raises(UsageError, match=re.escape(f"label {label!r} is none of {name}'s: give 0")):
             bipeft.label_of(name, label)
 
 
@@ -2433,17 +2433,18 @@ def word_tokenizer(words=WORDS):
 
 
 def test_section_6_tokens_of_both_families():
-    """An input is cut to the maximum length; a causal target has no beginning, and an end of its own."""
+    """An input is cut, but for what ends it; a causal one has no end token, and its target has one."""
     examples = [bipeft.Example("say 0 1 yes", "yes", ()), bipeft.Example("say", "no 1 0 say 1", ())]
     tokenizer = word_tokenizer()
     # <pad> 0, </s> 1, <unk> 2, say 3, 0 is 4, 1 is 5, yes 6, no 7; the tokenizer's own </s> is the input's
     assert bipeft.tokenize(tokenizer, examples, 4) == [([3, 4, 5, 1], [6, 1]), ([3, 1], [7, 5, 4, 1])]
-    tokens = bipeft.tokenize(tokenizer, examples, 4, causal=True)
-    assert tokens == [([3, 4, 5, 1], [6, 1]), ([3, 1], [7, 5, 4, 3, 5, 1])]
-    (batch,) = bipeft.Batches(tokens, 2, "cpu", causal=True)              # the loss is on the target alone
-    assert batch["input_ids"].tolist() == [[3, 4, 5, 1, 6, 1, 0, 0], [3, 1, 7, 5, 4, 3, 5, 1]]
-    assert batch["labels"].tolist() == [[-100] * 4 + [6, 1, -100, -100], [-100] * 2 + [7, 5, 4, 3, 5, 1]]
-    assert batch["attention_mask"].tolist() == [[1] * 6 + [0] * 2, [1] * 8]
+    tokens = bipeft.tokenize(tokenizer, examples, 3, causal=True, separator=" rte")         # rte is 8
+    assert tokens == [([3, 4, 8], [6, 1]), ([3, 8], [7, 5, 4, 3, 5, 1])]
+    (batch,) = bipeft.Batches(tokens, 2, "cpu", causal=True)             # the loss is on the target alone,
+    assert batch["input_ids"].tolist() == [[0, 0, 0, 3, 4, 8, 6, 1], [3, 8, 7, 5, 4, 3, 5, 1]]
+    assert batch["attention_mask"].tolist() == [[0] * 3 + [1] * 5, [1] * 8]
+    assert batch["labels"].tolist() == [[-100] * 5 + [6, 1], [-100, 7, 5, 4, 3, 5, 1]]   # and logits of it
+    assert batch["logits_to_keep"] == 7
     (batch,) = bipeft.Batches(bipeft.tokenize(tokenizer, examples, 4), 2, "cpu")
     assert batch["input_ids"].tolist() == [[3, 4, 5, 1], [3, 1, 0, 0]]
     assert batch["labels"].tolist() == [[6, 1, -100, -100], [7, 5, 4, 1]]
