@@ -10,6 +10,7 @@ against an oracle: a loop over modules in the paper's notation, on random inputs
 import ast
 import copy
 import dataclasses
+import datetime
 import errno
 import functools
 import importlib.util
@@ -20,11 +21,13 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import tokenize
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -2283,6 +2286,66 @@ def test_section_5_three_formats_and_files_of_ones_own(tmp_path):
     assert bipeft.load_splits("custom", tmp_path / "custom", 0) == splits     # the folder of the files itself
 
 
+TEXTS = {  # the end of a name, what the file holds: what its sources or, in quotes, the error say
+    ".jsonl": {
+        '{"source": 007, "target": "x"}': "'line 1 (Expecting",
+        '{"source": 1.10, "target": 2}\n\n{"source": 1e5, "target": 2.5}': ["1.10", "1e5"],
+        '{"source": true, "target": "None"}\r\n{"source": "007", "target": "N/A"}': ["true", "007"],
+        '\ufeff{"source": "2020-01-31", "target": " a  b "}': ["2020-01-31"],
+        '{"source": NaN, "target": "x"}': "'no source: fill it in",
+        '{"source": -Infinity, "target": "x"}': "'source that is no text: -inf",
+        '{"source": null, "target": "x"}': "'no source: fill it in",
+        '{"target": "x"}\n{"source": "a", "target": "x"}': "'no source: fill it in",
+        '{"source": ["a"], "target": "x"}': "'source that is no text: ['a']; write it as one text",
+        '{"source": [{"role": "user", "content": "a"}], "target": "x"}': "'source that is no text",
+        '{"source": "a", "target": {"b": 1}}': "'target that is no text",
+        '{"source": "\\ud800", "target": "x"}': "'source that is no text",
+        '[{"source": "a", "target": "x"}]': "'line 1 (it is no object)",
+        '{"source": "a", "targets": "x"}': "'no column 'target' or no row; it has source, targets"},
+    ".csv": {
+        "source,target\n007,1\n1.10,1\ntrue,1\nNone,1\nN/A,1\n1e5,1\n": "007 1.10 true None N/A 1e5".split(),
+        "\ufefftarget;source;more\r\n1;a,b;\r\n\r\n1; c ;\r\n": ["a,b", " c "],
+        "source\ttarget\na\t1\n": ["a"],
+        'source,target\n"two\nlines, ""quoted""",1\n': ['two\nlines, "quoted"'],
+        "source,target\n,1\n": "'no source: fill it in",
+        "source,target\na,\n": "'no target: fill it in",
+        "source,target\na,b,1\n": "'line 2 has 3 cells, the first line 2",
+        'source,target\n"a,1\n': "'unexpected end",
+        "source,source\na,1\n": "'two columns have one name",
+        "source|target\na|1\n": "'no column 'source' or no row; it has source|target",
+        "": "'no column 'source' or no row"}}
+
+
+@pytest.mark.parametrize("suffix", TEXTS)
+def test_section_5_text_stays_the_text_that_stands_there(suffix, tmp_path):
+    """Numbers, dates and words for nothing are read as they are written; what is no text is one line."""
+    for content, expected in TEXTS[suffix].items():
+        (tmp_path / f"train{suffix}").write_bytes(content.encode())
+        try:
+            rows = bipeft.read_split("custom", "train", tmp_path)
+            found = [bipeft.to_examples("custom", row, True)[0].source for row in rows]
+        except UsageError as error:
+            found = str(error)
+        assert found == expected if isinstance(expected, list) else expected[1:] in found, content
+    for content in ("source,target\n\u00e4,1\n".encode("latin-1"), "source,target\na,1\n".encode("utf-16")):
+        (tmp_path / f"train{suffix}").write_bytes(content)
+        with pytest.raises(UsageError, match="can't be read .'utf-8' codec"):
+            bipeft.read_split("custom", "train", tmp_path)
+    (tmp_path / "train.parquet").write_bytes(b"")
+    with pytest.raises(UsageError, match="one of .*train.parquet, .jsonl, .csv, and there are 2: --data-dir"):
+        bipeft.read_split("custom", "train", tmp_path)
+
+
+def test_section_5_parquet_has_numbers_as_they_are_stored(tmp_path):
+    """A truth is written as in jsonl; a time, which no text stands for, is refused."""
+    rows = [{"source": True, "target": 1.5}, {"source": False, "target": 2.0}]
+    write_split(tmp_path, "custom", "train", rows, "parquet")
+    examples = [bipeft.to_examples("custom", row, True)[0] for row in bipeft.read_split("custom", "train", tmp_path)]
+    assert [(e.source, e.target) for e in examples] == [("true", "1.5"), ("false", "2.0")]
+    with pytest.raises(UsageError, match="source that is no text: datetime"):
+        bipeft.to_examples("custom", {"source": datetime.date(2020, 1, 31), "target": "x"}, True)
+
+
 def test_section_5_the_hub_is_asked_for_the_right_files(monkeypatch):
     """GLUE comes by name, SuperGLUE from its conversion to parquet; a hub out of reach is one line."""
     asked = []
@@ -2292,6 +2355,7 @@ def test_section_5_the_hub_is_asked_for_the_right_files(monkeypatch):
         raise ConnectionError("Couldn't reach\nthe hub " + 300 * "x")
 
     monkeypatch.setattr(datasets, "load_dataset", out_of_reach)
+    monkeypatch.setattr(bipeft, "try_hub", lambda: None)
     for name in ("cola", "wic"):
         with pytest.raises(UsageError, match=f"^{name} on the hub .*reach the hub .{{,190}}--data-dir$"):
             bipeft.read_split(name, "train", None)
@@ -2500,8 +2564,39 @@ def test_section_6_batches_for_a_gpu_are_of_few_shapes(monkeypatch):
     assert close(model(**alone).loss.detach(), model(**last).loss.detach())
 
 
+def lost(tokenizer, targets, sources=("say 0", "say 1", "say"), causal=False, max_length=9, separator=""):
+    """What `check_texts` tells of three examples in two parts, all of them in train."""
+    examples = [bipeft.Example(source, target, ()) for source, target in zip(sources, targets)]
+    tokens = bipeft.tokenize(tokenizer, examples, max_length, causal, separator)
+    settings = bipeft.Settings(max_length=max_length, separator=separator)
+    return bipeft.check_texts(tokenizer, {"train": examples, "test": []}, {"train": tokens}, settings, causal)
+
+
+def test_section_6_what_a_model_can_not_read_or_say_is_told():
+    """A count and an example for each way in which text is lost; a refusal where nothing could be learnt."""
+    tokenizer, targets = word_tokenizer(), ("yes", "no", "yes no")
+    assert lost(tokenizer, targets) == []
+    assert lost(tokenizer, targets, ("say 0 1 2 3", "", "say 1 2 3"), max_length=4) == [
+        "2 of 3 inputs are cut at --max-length 4, first 'say 0 1 2 3'", "1 of 3 inputs are empty, first ''"]
+    assert lost(tokenizer, ("yes", "no", "yes no yes"), max_length=3) == [
+        "1 of 3 targets are cut at --max-length 3, first 'yes no yes'"]
+    assert lost(tokenizer, ("yes", "no", "yes no yes"), max_length=3, causal=True) == []      # its end is the target's
+    assert lost(tokenizer, ("yes", "no", "yes { no")) == [
+        "1 of 3 targets come back from the tokenizer as another text, first 'yes { no as yes no'"]
+    assert lost(tokenizer, ("yes", " yes", "no  no")) == [
+        "1 of 3 targets come back from the tokenizer as another text, first 'no  no as no no'"]
+    for words, given in (
+            ("targets 'yes {' and 'yes' are one to the model, 'yes'", {"targets": ("yes {", "no", "yes")}),
+            ("can say none of the targets, first '{ yes as yes'", {"targets": ("{ no", "{ no", "{ yes")}),
+            ("all targets of train are alike, 'yes </s>'", {"targets": ("yes", "yes", "yes")}),
+            ("all inputs of train are alike, 'say </s>'.*--max-length", {"targets": targets, "max_length": 2}),
+            ("an input is empty", {"targets": targets, "sources": ("say", "", "say 1"), "causal": True})):
+        with pytest.raises(UsageError, match=words):
+            lost(tokenizer, **given)
+
+
 @torch.no_grad()
-def greedy(model, tokenizer, source, most):
+def greedy(model, tokenizer, source, most, ends):
     """What a model says to one input: the likeliest token, again and again, without a cache or padding."""
     ids, made = torch.tensor([source]), torch.tensor([[0]])
     for _ in range(most):
@@ -2510,14 +2605,22 @@ def greedy(model, tokenizer, source, most):
         else:
             logits = model(input_ids=torch.cat([ids, made[:, 1:]], 1), use_cache=False).logits
         made = torch.cat([made, logits[:, -1:].argmax(-1)], 1)
-        if made[0, -1] == tokenizer.eos_token_id:
+        if int(made[0, -1]) in ends:
+            made = made[:, :-1]
             break
     return tokenizer.decode(made[0, 1:], skip_special_tokens=True).strip()
 
 
+FOLDERS = {"repetition_penalty": 9.0, "min_new_tokens": 3, "suppress_tokens": [6, 7], "num_beams": 3, "do_sample": True,
+           "bad_words_ids": [[9]], "eos_token_id": [20, 9], "forced_eos_token_id": 1, "no_repeat_ngram_size": 1}
+
+
+@pytest.mark.parametrize("folders", [{}, FOLDERS], ids=["plain", "its own"])
 @pytest.mark.parametrize("name", ["t5", "llama"])
-def test_section_6_predictions_are_those_of_each_input_alone(name):
-    """Of inputs of mixed length in one batch, in their order, without dropout, with modules attached."""
+def test_section_6_predictions_are_those_of_each_input_alone(name, folders):
+    """Of inputs of mixed length in one batch, in their order, without dropout, with modules attached. Of what a
+    folder says of generation nothing but the tokens that end a text counts. No library warns of anything.
+    """
     model = family("llama")
     if name == "t5":                                     # its two stacks are of different depth
         model = tiny_t5(seed=1, dropout_rate=0.3, tie_word_embeddings=False, **VERSIONS["uneven"])
@@ -2528,11 +2631,19 @@ def test_section_6_predictions_are_those_of_each_input_alone(name):
     examples = [bipeft.Example(text, "yes no yes", ()) for text in inputs]
     tokens = bipeft.tokenize(tokenizer, examples, 20, causal=name == "llama")
     model.train()
-    together = bipeft.predict(model, tokenizer, tokens, 4, "cpu")
-    assert model.training                                # as it was found
+    model.generation_config.update(**folders)
+    given = model.generation_config.to_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        together = bipeft.predict(model, tokenizer, tokens, 4, "cpu")
+    assert model.training and model.generation_config.to_dict() == given                 # as they were found
     model.eval()
-    assert together == [greedy(model, tokenizer, source, 4) for source, _ in tokens]     # 3 words and the end
-    assert len(set(together)) > 2
+    ends = {1, *folders.get("eos_token_id", [])}
+    alone = [greedy(model, tokenizer, source, 4, ends) for source, _ in tokens]          # 3 words and the end
+    assert together == alone and len(set(together)) > 2
+    model.generation_config = bipeft.greedy(model, tokenizer, 4)                         # as `load_run` has it
+    tokenizer.model_max_length = 20
+    assert bipeft.answer(model, tokenizer, inputs) == alone
     peft.detach()
 
 
@@ -2545,9 +2656,9 @@ def a_training(dropout=0.1):
 
 
 def test_section_6_training_leaves_the_best_epochs_weights():
-    """The first of the best epochs is kept; the rate falls linearly; the backbone stays as it was."""
+    """Of equal scores the lower loss decides, then the first; the rate falls linearly; the backbone stays."""
     model, peft, batches = a_training()
-    scores, seen, rates, lines = iter([1.0, 3.0, 3.0, 2.0]), [], [], []
+    scores, seen, rates, lines = iter([(3.0, 0.7), (3.0, 0.5), (3.0, 0.5), (2.0, 0.1)]), [], [], []
     backbone = {name: p.clone() for name, p in model.state_dict().items() if "bipeft" not in name}
     state = torch.get_rng_state()
 
@@ -2564,7 +2675,7 @@ def test_section_6_training_leaves_the_best_epochs_weights():
     assert bipeft.train(model, peft, batches, evaluate, 4, 0.12, after_step=after_step) == 3.0
     assert [all(map(torch.equal, peft.tensors, weights)) for weights in seen] == [False, True, False, False]
     assert close(rates, [0.12 - 0.01 * n for n in range(12)]) and not model.training       # 12 steps
-    assert [line.get("score") for line in lines] == [x for score in (1, 3, 3, 2) for x in (None, None, score)]
+    assert [line.get("score") for line in lines] == [x for score in (3, 3, 3, 2) for x in (None, None, score)]
     assert [(line["step"], line["steps"]) for line in lines] == [(n, 12) for n in range(1, 13)]
     assert all(torch.equal(model.state_dict()[name], p) for name, p in backbone.items())
     assert torch.equal(torch.get_rng_state(), state)
@@ -2603,6 +2714,8 @@ def test_section_6_training_refuses_what_it_cannot_train():
         with pytest.raises(UsageError, match=f"^the loss at training step 1 is {value}: .*bfloat16.*--lr"):
             bipeft.train(model, peft, batches, lambda: 0.0, 1, 0.1)
         handle.remove()
+    with pytest.raises(UsageError, match="^the validation score is nan"):
+        bipeft.train(model, peft, batches, lambda: (math.nan, 1.0), 1, 0.1)
     for target, detached in ((tiny_t5(), False), (model, True)):
         if detached:
             peft.detach()
@@ -2667,6 +2780,32 @@ def test_section_7_weights_go_to_a_file_and_back(tmp_path):
             bipeft.load_weights(other, file)
         assert all(map(torch.equal, other.tensors, initial))
         other.detach()
+
+
+def test_section_7_weights_are_of_their_backbone_in_any_format(tmp_path):
+    """They load on it in any format, with other words and under another head, but on no other numbers."""
+    structure, path = a_structure(), tmp_path / "w"
+    model, batch = family("bert"), batch_for("bert")
+    peft = randomise(bipeft.apply(model, structure))
+    bipeft.save_weights(peft, path)
+    larger, other = family("bert"), family("bert")
+    larger.resize_token_embeddings(larger.config.vocab_size + 2)
+    with torch.no_grad():
+        other.bert.encoder.layer[1].output.dense.weight.mul_(1.1)
+    wider = family("bert")
+    wider.classifier = nn.Linear(32, 5)
+    for model in (larger, wider, family("bert").bfloat16(), family("bert").half()):
+        bipeft.load_weights(again := bipeft.apply(model, structure, 1), path)
+        assert all(map(torch.equal, again.tensors, peft.tensors))
+    again = bipeft.apply(other, structure, 1)
+    before = bipeft.copies(again.tensors)
+    with pytest.raises(UsageError, match="w is of a backbone of other numbers, first in encoder.layer.1.output.dense:"):
+        bipeft.load_weights(again, path)
+    assert all(map(torch.equal, again.tensors, before))
+    with torch.no_grad():
+        other.bert.encoder.layer[0].output.dense.weight.fill_(math.nan)
+    with pytest.raises(UsageError, match="the backbone is damaged: encoder.layer.0.output.dense holds nan"):
+        bipeft.backbone_sample(other)
 
 
 def test_section_7_structures_go_to_a_file_and_back(tmp_path):
@@ -2742,6 +2881,11 @@ def world(tmp_path_factory):
     safetensors.torch.save_file(weights, root / "half" / "model.safetensors", {"format": "pt"})
     config = json.loads((root / "no_start" / "config.json").read_text())
     (root / "no_start" / "config.json").write_text(json.dumps({**config, "decoder_start_token_id": None}))
+    shutil.copytree(root / "model", root / "quantised")
+    (root / "quantised" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    shutil.copytree(root / "model", root / "damaged")
+    weights = {key: t * math.nan for key, t in model.state_dict().items()}
+    safetensors.torch.save_file(weights, root / "damaged" / "model.safetensors", {"format": "pt"})
     write_data(root)
     space = bipeft.Space(model, "s2")
     good = space.structure([n % 9 == 0 for n in range(len(space))], [1] * len(space), 10_000, "tiny")
@@ -2785,9 +2929,9 @@ BAD = [  # arguments, and words that the message must hold
     ("--device nonsense", "--device nonsense cpu"),
     ("--ranks 8 4", "ranks (8, 4) ascending"),
     ("--task custom --model {root}/model", "custom --data-dir"),
-    ("--task cola --data-dir {root}/data", "no {root}/data/cola/train.parquet --data-dir"),
+    ("--task cola --data-dir {root}/data", "one of {root}/data/cola/train.parquet 0: --data-dir"),
     ("--task rte --data-dir {root}/bad/no_column", "validation.jsonl no column 'sentence2' sentence1"),
-    ("--task rte --data-dir {root}/bad/unlabelled", "label '-1' rte 0 .. 1 without labels?"),
+    ("--task rte --data-dir {root}/bad/unlabelled", "label '-1' rte give 0, 1; without labels"),
     ("--task rte --data-dir {root}/bad/a_gap", "row of rte sentence2"),
     ("--task rte --data-dir {root}/bad/few", "rte too few rows 4"),
     ("--task rte --data-dir {root}/bad/empty", "train.jsonl can't be read"),
@@ -2801,6 +2945,13 @@ BAD = [  # arguments, and words that the message must hold
     ("--task rte --data-dir {root}/data --model {root}/no_start", "can't be loaded decoder_start_token_id"),
     ("--task rte --data-dir {root}/data --model {root}/many_words", "can't be loaded tokenizer words weights"),
     ("--task rte --data-dir {root}/data --model {root}/bert", "{root}/bert a bert T5"),
+    ("--task rte --data-dir {root}/data --model {root}/quantised", "quantised can't be loaded library command line"),
+    ("--task rte --data-dir {root}/data --model {root}/damaged", "backbone is damaged encoder.block.0 nan"),
+    ("--task rte --data-dir {root}/data --model ./models/t5", "./models/t5 no such folder"),
+    ("--task rte --data-dir {root}/data --model nowhere/t5-large", "nowhere/t5-large can't be loaded network"),
+    ("--task custom --data-dir {root}/data --model {root}/model --metric F1", "metric F1 target none --metric"),
+    ("--task rte --metric F1", "--metric custom"),
+    ("--task custom --metric rouge", "--metric rouge accuracy token-F1"),
     (RTE + "--budget 1", "budget of 1 smallest 32 whole space"),
     (RTE + "--budget 1e9", "budget of 1,000,000,000 whole space"),
     (RTE + "--structure {root}/nowhere.json", "{root}/nowhere.json no structure.json"),
@@ -2994,6 +3145,50 @@ def test_section_8_what_a_run_leaves(world, finished, tmp_path):
         bipeft.load_run(tmp_path)
 
 
+def test_section_8_a_run_is_of_one_folder_one_data_set_and_one_backbone(world, tmp_path, monkeypatch, capfd):
+    """By content: of two processes in a folder one works, and what changed since a run began is one line."""
+    with bipeft.locked(tmp_path):
+        assert go(world, tmp_path) == 2 and "another process works in" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    place = shutil.copytree(world, tmp_path / "world", ignore=lambda *_: ["runs"])
+    file = place / "data/custom/train.jsonl"
+    given = file.read_bytes()
+    for what in ("data", "a backbone of other numbers"):
+        run = tmp_path / what[:4]
+        with monkeypatch.context() as stopped:
+            stopped.setattr(bipeft, "run_training", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+            assert go(place, run) == 2
+        if what == "data":
+            file.write_bytes(given.replace(b"say 0 4", b"say 0 5"))
+        else:
+            weights = safetensors.torch.load_file(place / "model/model.safetensors")
+            weights = {name: t * 1.1 for name, t in weights.items()}
+            safetensors.torch.save_file(weights, place / "model/model.safetensors", {"format": "pt"})
+        before = contents(run)
+        capfd.readouterr()
+        assert go(place, run) == 2 and what in capfd.readouterr().err and contents(run) == before
+        file.write_bytes(given)
+
+
+def test_section_8_a_run_is_loaded_with_its_backbone_wherever_that_is(world, finished, tmp_path, monkeypatch):
+    """From another folder by model=; a folder that is not there is one line at once, and no question to the hub."""
+    examples = bipeft.load_splits("custom", world / "data", 0)["test"]
+    run, elsewhere = copied(finished, tmp_path), tmp_path / "elsewhere"
+    shutil.copytree(world / "model", elsewhere)
+    metrics = metrics_of(run)
+    metrics["settings"]["model"] = "gone"
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", None)
+    for model, words in ((None, "backbone, the folder gone, is not here: give load_run model="),
+                         (str(tmp_path / "x"), "no such folder")):
+        with pytest.raises(UsageError, match=words):
+            bipeft.load_run(run, model=model)
+    monkeypatch.undo()
+    model, tokenizer, peft = bipeft.load_run(run, model=str(elsewhere))
+    said = bipeft.answer(model, tokenizer, [e.source for e in examples])
+    assert bipeft.accuracy(said, [e.answers for e in examples]) == metrics["test"]
+
+
 def test_section_8_a_finished_run_is_left_alone_and_fresh_starts_over(world, finished, tmp_path, capfd):
     """It is not repeated, no other run takes its folder, and a mistake with --fresh destroys nothing."""
     run = copied(finished, tmp_path)
@@ -3164,10 +3359,13 @@ def test_section_8_the_toy_end_to_end(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = "--task toy --space all --search-epochs 1 --warmup-epochs 0 --epochs 1 --triggers 5 --seed 3 --lr 0.1"
     assert bipeft.main(line.split()) == 0
-    assert sorted(contents("runs/toy-all-3")) == RUN_FILES
+    assert sorted(name for name in contents("runs/toy-all-3") if not name.startswith("backbone/")) == RUN_FILES
     metrics = metrics_of(Path("runs/toy-all-3"))
     assert 0 < metrics["parameters"] <= metrics["budget"] == int(0.03 * metrics["backbone_parameters"])
+    torch.set_num_threads(2)                        # on which another backbone would be made
+    monkeypatch.setattr(bipeft, "toy_backbone", None)
     assert_answers(Path("runs/toy-all-3"), splits["test"])
+    torch.set_num_threads(1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
