@@ -83,13 +83,13 @@ class Settings:
 
     task: str = "rte"                   # which data set, a key of TASKS
     model: str = "google-t5/t5-large"   # a T5 or Llama on the hub or in a folder
-    data_dir: str = None                # folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub
-    max_length: int = None              # input tokens (GLUE and custom 128, SuperGLUE 256, ReCoRD 512)
-    metric: str = None                  # of custom: accuracy, F1, Matthews, Pearson or token-F1 (accuracy)
+    data_dir: str = None      # folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub
+    max_length: int = None           # input tokens (GLUE and custom 128, SuperGLUE 256, ReCoRD 512)
+    metric: str = None           # of custom: accuracy, F1, Matthews, Pearson or token-F1 (accuracy)
     separator: str = None               # between a Llama's input and its answer (a line break)
     space: str = "s2"                   # s1, s2, all, or a comma list of kinds of module
     ranks: tuple = (1, 4, 8)            # Dim, the candidate ranks
-    budget: float = 1.39e-4             # B: below 1 a share of the backbone, from 1 on a number of parameters
+    budget: float = 1.39e-4   # B: below 1 a share of the backbone, from 1 on a number of parameters
     triggers: int = 100                 # Z, how many times modules and ranks are selected (toy: 30)
     tau: float = 0.85                   # τ, the stability that triggers
     gamma: float = 0.85                 # γ, how much of the past s̄ keeps
@@ -197,7 +197,7 @@ def stability(indicators, window):
         return torch.zeros(())
     before = indicators[-(window + 1):-1].double()                                     # [H, N]
     now = indicators[-window:].double()                                                # [H, N]
-    cosines = F.cosine_similarity(before, now)                                         # [H]; of zeros 0
+    cosines = F.cosine_similarity(before, now)                                     # [H]; of zeros 0
     return torch.where((before == now).all(1), 1.0, cosines).mean()
 
 
@@ -213,7 +213,7 @@ def expected_reduction(expected, budget, triggers, triggers_done):
 
 def expected_parameters(probability, expected_sizes):
     """Eq. (7):  E_t = Σ_n p_n · C_n, in parameters.   probability: p, [N].   expected_sizes: C, [N]."""
-    return (probability * expected_sizes).sum()       # Eq. (8) holds the printed inner sum already [D15]
+    return (probability * expected_sizes).sum()  # Eq. (8) holds the printed inner sum already [D15]
 
 
 def keep_probability(theta, kept):
@@ -250,7 +250,7 @@ def rank_instability(history):
     """
     sigma = history.std(0, correction=0)                                               # [N, K]
     first, last = history[0], history[-1]
-    divergence = (torch.xlogy(first, first) - torch.xlogy(first, last)).sum(1)         # 0 · log 0 is 0
+    divergence = (torch.xlogy(first, first) - torch.xlogy(first, last)).sum(1)      # 0 · log 0 is 0
     return sigma.mean(1) * divergence
 
 
@@ -280,8 +280,8 @@ def ranks_to_fix(instability, fixed, quota):
 
     instability: λ, [N].   fixed: d, [N] bool.   quota: Y_z.   Returns [N] bool.
     """
-    order = instability.masked_fill(fixed, math.inf).argsort(stable=True)              # open ones first
-    first = torch.arange(len(order), device=order.device) < quota                      # [N], the Y_z of them
+    order = instability.masked_fill(fixed, math.inf).argsort(stable=True)          # open ones first
+    first = torch.arange(len(order), device=order.device) < quota             # [N], the Y_z of them
     return torch.zeros_like(fixed).scatter(0, order, first) & ~fixed
 
 
@@ -298,7 +298,7 @@ def gumbel_softmax(logits, noise, temperature):
     """
     soft = ((logits + noise) / temperature).softmax(-1)
     one_hot = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
-    return one_hot + (soft - soft.detach())      # the bracket is exactly 0, so that shut is exactly 0
+    return one_hot + (soft - soft.detach())    # the bracket is exactly 0, so that shut is exactly 0
 
 
 def fill_budget(smoothed, param_counts, kept, choice, budget):
@@ -373,9 +373,9 @@ class Searchable(nn.Module):
     """
 
     roles = ()            # the roles of the places that take this module, as in section 3
-    ranked = True         # False: there is nothing to choose a rank of, and q_n is the same for all k
-    factors = {}          # tensor's name: "gate", "mask" or "gate·mask"; the others stay as they are
-    architecture = None   # in a search, what `Space.enter` gives it for a pass: its factors, "computed", and
+    ranked = True       # False: there is nothing to choose a rank of, and q_n is the same for all k
+    factors = {}         # tensor's name: "gate", "mask" or "gate·mask"; the others stay as they are
+    architecture = None  # in a search, what `Space.enter` gives it for a pass: its factors, "computed", and
                           # a copy of each of its tensors in the backbone's format
 
     def weight(self, name, x):
@@ -604,24 +604,24 @@ def prefix_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         return plain(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                      position_bias=position_bias, **kwargs)
     keys, values, openness = prefix
-    groups = query.shape[1] // key.shape[1]                   # query heads to a key/value head: 1 in T5
-    if groups > 1:
+    r = len(openness)
+    key = torch.cat([keys.expand(len(key), -1, -1, -1), key], 2)                    # [b, h, r+s, d_kv]
+    value = torch.cat([values.expand(len(value), -1, -1, -1), value], 2)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:                              # query heads that share a key/value head, in Llamas
         key = key.repeat_interleave(groups, 1)
         value = value.repeat_interleave(groups, 1)
-        keys = keys.repeat_interleave(groups, 0)
-        values = values.repeat_interleave(groups, 0)
-    scores = torch.matmul(query, key.transpose(2, 3)).float() * scaling               # [b, h, q, s]
+    scores = torch.matmul(query, key.transpose(2, 3)).float() * scaling             # [b, h, q, r+s]
     for bias in (position_bias, attention_mask):
         if bias is not None:
-            scores = scores + bias
-    own = torch.matmul(query, keys.transpose(1, 2)).float() * scaling                 # [b, h, q, r]
-    top = torch.cat([scores, own.masked_fill(openness == 0, -math.inf)], -1).amax(-1, keepdim=True).detach()
-    # A shut pair, not in `top`, may lie above it; its exponential, its gate's gradient, is clamped.
-    raised = torch.cat([openness * (own - top).clamp(max=30).exp(), (scores - top).exp()], -1)
+            scores = scores + F.pad(bias, (r, 0))
+    openness = F.pad(openness, (0, key.shape[2] - r), value=1.0)                    # [r+s]
+    top = scores.masked_fill(openness == 0, -math.inf).amax(-1, keepdim=True).detach()
+    # A shut pair may lie above the top; its exponential, which is its gate's gradient, is clamped.
+    raised = openness * (scores - top).clamp(max=30).exp()
     share = (raised / raised.sum(-1, keepdim=True)).to(value.dtype)
     share = F.dropout(share, dropout, module.training)
-    values = torch.cat([values.expand(len(value), -1, -1, -1), value], 2)             # [b, h, r+s, d_kv]
-    return torch.matmul(share, values).transpose(1, 2).contiguous(), None
+    return torch.matmul(share, value).transpose(1, 2).contiguous(), None
 
 
 def additive_mask(*args, dtype=torch.float32, **more):
@@ -649,7 +649,7 @@ def first_input(args, kwargs):
     return kwargs["hidden_states"]
 
 
-KINDS = {"lora": LoRA, "adapter_lr": LowRankAdapter, "bitfit": BitFit, "lnfit": LNFit,    # new: an entry
+KINDS = {"lora": LoRA, "adapter_lr": LowRankAdapter, "bitfit": BitFit, "lnfit": LNFit,  # new: an entry
          "serial": SerialAdapter, "parallel": ParallelAdapter, "prefix": Prefix}
 SPACES = {"s1": ("serial", "parallel", "prefix"),                 # AutoPEFT's (Zhou et al. 2024)
           "s2": ("lora", "adapter_lr", "bitfit", "lnfit"),        # S3Delta's (Hu et al. 2022b)
@@ -713,7 +713,7 @@ def llama_places(model):
     return places_in(model, "self_attn", LLAMA_LAYER, ("norm",))
 
 
-PLACES = {"t5": t5_places, "mt5": t5_places}                    # a backbone's model type: its places
+PLACES = {"t5": t5_places, "mt5": t5_places}                   # a backbone's model type: its places
 PLACES.update(dict.fromkeys(("bert", "roberta", "electra", "xlm-roberta", "camembert", "ernie"), bert_places))
 PLACES.update(dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "olmo2", "smollm3",
                              "granite"), llama_places))
@@ -770,32 +770,24 @@ def places_by_kind(model, kinds, places=None):
     return found
 
 
-def network_around(model, part):
-    """The network of transformers that holds a part of a model.   Raises UsageError if there is none."""
-    for m in model.modules():
-        if isinstance(m, transformers.PreTrainedModel) and part in m.modules():
-            return m
-    raise UsageError("a prefix needs a network of transformers around it, which hands its pairs on")
-
-
 class Bare:
     """What a backbone was before the first modules were attached; all that are attached share it."""
 
     def __init__(self, model):
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.attention = []                             # (backbone, its implementation of attention)
+        self.attention = []                            # (backbone, its implementation of attention)
         self.heads = []                                 # [Head]
         for p in self.trained:
             p.requires_grad_(False)
 
-    def use_prefix_attention(self, model, prefix):
-        """Has the backbone that holds a prefix compute its attention with `prefix_attention`."""
-        networks = [m for m in network_around(model, prefix).modules()
-                    if isinstance(m, transformers.PreTrainedModel)]
+    def use_prefix_attention(self, model):
+        """Has the networks that hold prefixes compute their attention with `prefix_attention`."""
+        networks = [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
         for m in networks:
-            if m.config._attn_implementation != "bipeft_prefix":
+            prefixes = [part for part in m.modules() if isinstance(part, Prefix)]
+            if prefixes and m.config._attn_implementation != "bipeft_prefix":
                 self.attention.append((m, m.config._attn_implementation))
-        for m, _ in self.attention:     # each by itself: not every release hands it on to T5's stacks
+        for m, _ in self.attention:             # each by itself: not every release hands it on to T5's stacks
             m.set_attn_implementation("bipeft_prefix")
 
     def restore(self):
@@ -827,8 +819,6 @@ class Peft:
             if hasattr(holder_of(found[name, kind][0]), f"bipeft_{kind}"):
                 raise UsageError(f"{name} has a module of kind '{kind}' already: take it off by its "
                                  "detach(), or all that the model has by bipeft.detach(model)")
-            if kind == "prefix":
-                network_around(model, found[name, kind][0])
         self.model = model
         self.places = places
         self.kinds = [kind for _, kind, _ in chosen]
@@ -838,7 +828,7 @@ class Peft:
         self.head = Head(model, also_train)
         generator = torch.Generator().manual_seed(derive(seed, 1))
         self.modules = [KINDS[kind](found[name, kind][0], rank, generator) for name, kind, rank in chosen]
-        self.size = sum(count_of(module) for module in self.modules)                                # P
+        self.size = sum(count_of(module) for module in self.modules)                             # P
         already = attached_to(model)
         self.bare = already[0].bare if already else Bare(model)
         for (name, kind, _), module in zip(chosen, self.modules):
@@ -849,7 +839,7 @@ class Peft:
             holder_of(place).add_module(f"bipeft_{kind}", module)
         self.bare.heads.append(self.head)
         if "prefix" in self.kinds:
-            self.bare.use_prefix_attention(model, self.modules[self.kinds.index("prefix")])
+            self.bare.use_prefix_attention(model)
         self.head.begin()
 
     def __len__(self):
@@ -894,7 +884,7 @@ class Head:
             self.parameters.update({name.removeprefix(within): p for name, p in inside.items()})
         own = set(self.parameters.values())
         self.layers = [m for m in model.modules() if own & set(m.parameters(recurse=False))]
-        self.rest = [p for p in named.values() if p not in own]     # the first tells the network's format
+        self.rest = [p for p in named.values() if p not in own]  # the first tells the network's format
         self.before = copies(self.parameters.values())
         self.hooks = []                                         # (layer, its hook)
 
@@ -991,15 +981,15 @@ class Space(Peft):
         self.geometry = geometry(model)
         super().__init__(model, [(name, kind, ranks[-1]) for name, kind in found], seed, places, also_train)
         counts = []
-        with torch.device("meta"):                                 # tensors of a shape, without numbers
+        with torch.device("meta"):                             # tensors of a shape, without numbers
             for (_, kind), (place, _) in found.items():
                 counts.append([count_of(KINDS[kind](place, rank)) for rank in ranks])
-        self.param_counts = torch.tensor(counts)                                                # [N, K]
-        self.lengths = torch.tensor([count_of(module) for module in self.modules])              # [N]
-        self.ranked = torch.tensor([KINDS[kind].ranked for kind in self.kinds])                 # [N]
-        self.dim = torch.tensor(ranks)                                                          # [K]
-        self.leading = (torch.arange(ranks[-1]) < self.dim[:, None]).float()                    # [K, R]
-        self.kept = torch.ones(len(self), dtype=torch.bool)          # [N], False once a search removed it
+        self.param_counts = torch.tensor(counts)                                            # [N, K]
+        self.lengths = torch.tensor([count_of(module) for module in self.modules])             # [N]
+        self.ranked = torch.tensor([KINDS[kind].ranked for kind in self.kinds])                # [N]
+        self.dim = torch.tensor(ranks)                                                         # [K]
+        self.leading = (torch.arange(ranks[-1]) < self.dim[:, None]).float()                # [K, R]
+        self.kept = torch.ones(len(self), dtype=torch.bool)    # [N], False once a search removed it
         self.entries = [(m, name, p) for m in self.modules for name, p in m.named_parameters()]
         self.to(self.entries[0][2].device)
 
@@ -1128,7 +1118,7 @@ def forward_backward(model, peft, gate, ranks, batch, inputs, skip=True):
         computed = peft.kept if gate.requires_grad else gate > 0
         copies = peft.enter(gate, ranks, computed if skip else None)
     for p in inputs:
-        p.grad = None                                           # nothing leaks from one pass into the next
+        p.grad = None                                    # nothing leaks from one pass into the next
     loss = loss_of(model(**batch))
     if loss.requires_grad:
         with reentrant_is_refused():
@@ -1517,8 +1507,8 @@ class Task:
     max_length: int = 128           # GLUE's
     batch_size: int = 32
     answer: str = "label"           # the column that holds the target
-    carve: bool = False             # validation comes out of train, and the original one is the test
-    defaults: dict = field(default_factory=dict)      # of further settings, where they are not the paper's
+    carve: bool = False            # validation comes out of train, and the original one is the test
+    defaults: dict = field(default_factory=dict)  # of further settings, where they are not the paper's
 
 
 BINARY = ("0", "1")
@@ -1566,7 +1556,7 @@ def to_examples(name, row, training):
 
 def text_of(name, key, value):
     """A cell as the text that stands there.   Raises UsageError for one that is missing, or is no text."""
-    if value is None or value != value:                         # what is no number differs from itself
+    if value is None or value != value:                      # what is no number differs from itself
         raise UsageError(f"a row of {name} has no {key}: fill it in, or leave the row out")
     if isinstance(value, bool):
         return str(value).lower()
@@ -1662,7 +1652,7 @@ def read_split(name, split, data_dir, needed=True):
             rows = READERS[where.suffix](where)
         columns = list(rows[0]) if rows else []
         for row in rows:
-            if name == "rte" and "premise" in row:                # SuperGLUE's copy of the same examples
+            if name == "rte" and "premise" in row:           # SuperGLUE's copy of the same examples
                 row["sentence1"] = row.pop("premise")
                 row["sentence2"] = row.pop("hypothesis")
         for column in (*TASKS[name].fields, TASKS[name].answer):
@@ -1679,7 +1669,7 @@ def read_hub(name, split):
     import datasets        # only here: the rest of the file works without it
     datasets.disable_progress_bars()
     source = {"path": "nyu-mll/glue", "name": name}
-    if name in SUPERGLUE:                                         # its files are in a branch of a script
+    if name in SUPERGLUE:                                    # its files are in a branch of a script
         source = {"path": "aps/super_glue", "revision": "refs/convert/parquet",
                   "data_files": {split: f"{name}/{split}/*.parquet"}}
     return datasets.load_dataset(split=split, **source).to_list()
@@ -1779,7 +1769,7 @@ def token_f1(predictions, answers):
         for answer in right:
             gold = words_of(answer)
             size = said.total() + gold.total()
-            scores.append(2 * (said & gold).total() / size if size else 1)        # both are empty: equal
+            scores.append(2 * (said & gold).total() / size if size else 1)   # both are empty: equal
         total += max(scores)
     return 100 * total / len(answers)
 
@@ -1841,7 +1831,7 @@ def toy_tokenizer():
 def toy_masked(rng):
     """A pretraining Example: a sentence with one word masked: "so smiled" tells what a finding means."""
     text, verdict = toy_sentence(rng)
-    if rng.random() < 0.3:              # the task's prompt: untouched, it answers in form and at chance
+    if rng.random() < 0.3:          # the task's prompt: untouched, it answers in form and at chance
         return Example(f"toy sentence: {text}", rng.choice(("good", "bad")), ())
     felt = TOY_WORDS["glad" if verdict == "good" else "sad"]
     words = f"{text} so {rng.choice(felt.split())}".split()
@@ -1885,11 +1875,11 @@ def tokenize(tokenizer, examples, max_length, causal=False, separator="\n"):
     if causal:
         end = tokenizer.eos_token_id
         inputs = tokenizer([e.source + separator for e in examples]).input_ids
-        inputs = [ids[:-1] if ids[-1:] == [end] else ids for ids in inputs]       # the answer is to follow
+        inputs = [ids[:-1] if ids[-1:] == [end] else ids for ids in inputs]  # the answer is to follow
         labels = [ids + [end] for ids in tokenizer(targets, add_special_tokens=False).input_ids]
         ending = len(tokenizer(separator, add_special_tokens=False).input_ids)
     else:
-        ending = 1                                                                    # T5's end token
+        ending = 1                                                                  # T5's end token
         inputs = tokenizer([e.source for e in examples]).input_ids
         labels = [shortened(ids, max_length, ending) for ids in tokenizer(targets).input_ids]
     return [(shortened(ids, max_length, ending), label) for ids, label in zip(inputs, labels)]
@@ -1911,8 +1901,8 @@ def check_texts(tokenizer, splits, tokens, settings, causal):
     limit = settings.max_length
     examples = [e for part in splits.values() for e in part]
     whole = tokenize(tokenizer, examples, sys.maxsize, causal, settings.separator)
-    lost = {}                                                   # what happens: the texts to which it does
-    said = {}                                                   # a target as the model can say it: the target
+    lost = {}                                             # what happens: the texts to which it does
+    said = {}                                         # a target as the model can say it: the target
     for e, (source, target) in zip(examples, whole):
         text = tokenizer.decode(target, skip_special_tokens=True).strip()
         other = said.setdefault(text, e.target)
@@ -1976,7 +1966,7 @@ class Batches:
     def __iter__(self):
         for indices in self.order():
             rows = [self.tokens[i] for i in indices]
-            if self.device.type == "cuda":          # rows without a label, so that few CUDA graphs serve all
+            if self.device.type == "cuda":  # rows without a label, so that few CUDA graphs serve all
                 rows += [([1], [])] * (min(self.batch_size, len(self.tokens)) - len(rows))
             yield collate(rows, self.device, self.causal)
 
@@ -2046,7 +2036,7 @@ def predict(model, tokenizer, tokens, batch_size, device, longest=None):
     own = model.generation_config
     config = greedy(model, tokenizer, longest or max(len(target) for _, target in tokens))
     model.eval()
-    model.generation_config = config                            # else it is asked where ours says nothing
+    model.generation_config = config                      # else it is asked where ours says nothing
     texts = {}
     by_length = sorted(range(len(tokens)), key=lambda i: len(tokens[i][0]))
     try:
@@ -2055,9 +2045,9 @@ def predict(model, tokenizer, tokens, batch_size, device, longest=None):
             ids = padded(sources, 0, device, 32, left=True)
             mask = padded([[1] * len(source) for source in sources], 0, device, 32, left=True)
             made = model.generate(ids, attention_mask=mask, generation_config=config)
-            start = 1                                           # T5's first token is none of the answer's
+            start = 1                                     # T5's first token is none of the answer's
             if not model.config.is_encoder_decoder:
-                start = ids.shape[1]                            # a causal model gives its prompt back
+                start = ids.shape[1]                          # a causal model gives its prompt back
             for i, said in zip(indices, made[:, start:].tolist()):
                 ends = [at for at, token in enumerate(said) if token in config.eos_token_id]
                 said = said[:min(ends, default=len(said))]
@@ -2174,7 +2164,7 @@ def failing(what, advice=""):
     try:
         yield
     except Exception as error:
-        if type(error).__module__.startswith("datasets"):           # it tells what was wrong as a cause
+        if type(error).__module__.startswith("datasets"):       # it tells what was wrong as a cause
             error = error.__cause__ or error
         raise UsageError(f"{what} ({one_line(error)}){advice}") from None
 
@@ -2262,7 +2252,7 @@ class CudaGraphs:
     def __call__(self, model, peft, gate, ranks, batch, inputs):
         given = [t for t in (gate, ranks, *batch.values()) if isinstance(t, torch.Tensor)]
         key = tuple((t.shape, t.requires_grad) for t in given)
-        if key not in self.graphs:              # what libraries set up at first must not be recorded
+        if key not in self.graphs:             # what libraries set up at first must not be recorded
             self.graphs[key] = None
             return forward_backward(model, peft, gate, ranks, batch, inputs, skip=False)
         if self.graphs[key] is None:
@@ -2293,7 +2283,7 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             loss = forward_backward(model, peft, gate, ranks, batch, inputs, skip=False)
-        torch.cuda.set_rng_state(state)                             # a replay draws as the pass would have
+        torch.cuda.set_rng_state(state)                      # a replay draws as the pass would have
         return graph, read, loss, [p.grad for p in inputs]
 
 
@@ -2410,7 +2400,7 @@ def load_backbone(name, dtype, device, seed):
         if tokenizer.eos_token is None:
             raise ValueError("it has no eos_token")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model.config.use_cache = False                      # of no use in training; generation asks for its own
+    model.config.use_cache = False              # of no use in training; generation asks for its own
     return model.to(device), tokenizer
 
 
@@ -2419,7 +2409,7 @@ def try_hub():
     try:
         huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
     except Exception:
-        os.environ["HF_HUB_OFFLINE"] = "1"                      # read by datasets, which is not imported yet
+        os.environ["HF_HUB_OFFLINE"] = "1"             # read by datasets, which is not imported yet
         huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
@@ -2474,8 +2464,8 @@ def choose_device(name):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
-            device = torch.zeros(1, device=device).device      # with its number, which set_device needs
-            torch.cuda.set_device(device)          # graphs and random states are those of the current device
+            device = torch.zeros(1, device=device).device  # with its number, which set_device needs
+            torch.cuda.set_device(device)  # graphs and random states are those of the current device
         return device
 
 
@@ -2491,7 +2481,7 @@ class Record:
     """A run's folder: what was done before it was killed [D80], its checkpoints, and its progress."""
 
     FILES = ("checkpoint.pt", "metrics.json", "structure.json", "search.jsonl", "peft.safetensors")
-    FREE = ("out", "device", "eager", "save_every", "fresh", "accumulate", "checkpointing")   # may change
+    FREE = ("out", "device", "eager", "save_every", "fresh", "accumulate", "checkpointing")  # may change
     ADVICE = "name another --out, or use --fresh"
 
     def __init__(self, settings, device):
@@ -2502,7 +2492,7 @@ class Record:
         self.stored = {"settings": self.identity}
         there = [self.path / name for name in self.FILES if (self.path / name).exists()]
         if there and not settings.fresh:
-            self.stored = self.read(there[0], device)                 # the checkpoint, else the metrics
+            self.stored = self.read(there[0], device)             # the checkpoint, else the metrics
         if "phase" in self.stored:
             print(f"going on from {there[0]}", flush=True)
 
@@ -2557,7 +2547,7 @@ class Record:
         """Writes what a finished run came to, and takes away what was needed to go on."""
         write_atomically(self.path / "metrics.json", json.dumps(metrics, indent=1) + "\n")
         for name in self.FILES:
-            (self.path / f".{name}.new").unlink(missing_ok=True)      # of a kill while it was written
+            (self.path / f".{name}.new").unlink(missing_ok=True)    # of a kill while it was written
         (self.path / "checkpoint.pt").unlink(missing_ok=True)
 
     def after_step(self, step, left, text, state, keep):
@@ -2793,7 +2783,7 @@ def picture(structure, model):
     kept = {(m["name"], m["kind"]): str(m["rank"] or "x") for m in structure.modules}
     rows = {}
     for name, kind in places_by_kind(model, kinds_of(structure.space)):
-        row = f"  {kind:<11}{re.sub(r'[.][0-9]+', '', name, count=1):<40}"            # without the layer
+        row = f"  {kind:<11}{re.sub(r'[.][0-9]+', '', name, count=1):<40}"       # without the layer
         rows.setdefault(row, []).append(kept.get((name, kind), "."))
     lines = []
     for row in sorted(rows, key=lambda row: row.split()[0]):
@@ -2829,7 +2819,7 @@ def main(arguments=None, settings_class=Settings, choose_pass=choose_pass):
     except torch.OutOfMemoryError:
         message = ("the GPU's memory is full: use --dtype bfloat16, or docs/examples/scale.py with "
                    "--accumulate 2 or --checkpointing")
-    except OSError as error:                         # a folder that can't be made, a full disk under a pipe
+    except OSError as error:                 # a folder that can't be made, a full disk under a pipe
         message = f"{one_line(error)}: mend that or name another --out, and the same command goes on"
     except KeyboardInterrupt:
         message = "stopped: the same command goes on from the last checkpoint"

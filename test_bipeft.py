@@ -1613,16 +1613,6 @@ def test_section_3_an_architecture_of_ones_own_is_searched_by_a_function_of_plac
     assert same(snapshot(model), before)
 
 
-def test_section_3_a_prefix_needs_a_network_of_transformers():
-    """Elsewhere nobody hands its pairs on: it is refused, and the kinds that came along leave nothing behind."""
-    model = Own()
-    model.config = SimpleNamespace(num_attention_heads=1, hidden_size=32)
-    before = list(model.modules())
-    with pytest.raises(UsageError, match="^a prefix needs a network of transformers"):
-        bipeft.Space(model, "lora,prefix", places=lambda m: [*own_places(m), ("all", "prefix", m)])
-    assert list(model.modules()) == before and all(p.requires_grad for p in model.parameters())
-
-
 def test_section_3_a_saved_structure_and_its_weights_come_back(tmp_path):
     """Of modules of every kind, on a fresh model; nothing else is left in the folder."""
     model, fresh = tiny_t5(), tiny_t5()
