@@ -1988,11 +1988,12 @@ def collate(rows, device, causal=False):
         inputs = [source + target for source, target in rows]
         labels = [[-100, *target] for target in labels]
     mask = [[1] * len(ids) for ids in inputs]
-    labels = padded(labels, -100, device, 4, causal)
-    batch = {"input_ids": padded(inputs, 0, device, 32, causal), "labels": labels,
-             "attention_mask": padded(mask, 0, device, 32, causal)}
+    batch = {"input_ids": padded(inputs, 0, device, 32, causal),
+             "attention_mask": padded(mask, 0, device, 32, causal),
+             "labels": padded(labels, -100, device, 4, causal)}
     if causal:
-        batch["logits_to_keep"] = labels.shape[1]
+        batch["labels"] = batch["labels"][:, -batch["input_ids"].shape[1]:]
+        batch["logits_to_keep"] = batch["labels"].shape[1]
     return batch
 
 

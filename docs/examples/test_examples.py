@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -17,6 +18,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import causal
 import encoder
+import trainer
 from to_peft import bipeft, to_peft
 
 SMALL = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -178,7 +180,7 @@ def data(tmp_path):
 
 @pytest.mark.parametrize("arguments, told", [
     (["--task", "qqqp"], "invalid choice: 'qqqp'"),
-    (["--task", "rte"], "/rte/validation.parquet, .jsonl or .csv"),
+    (["--task", "rte"], "/rte/validation.parquet, .jsonl, .csv"),
     (["--budget", "3"], "no search for a budget of 3 parameters"),
 ])
 def test_a_mistake_in_the_encoders_arguments_is_one_line(arguments, told, data, tmp_path):
@@ -230,3 +232,46 @@ def test_without_padding_the_causal_model_writes_what_predict_says():
     for (ids, _), text in zip(tokens, said):
         made = model.generate(torch.tensor([ids]), max_new_tokens=2, do_sample=False, pad_token_id=0)[0, len(ids):]
         assert tokenizer.decode(made, skip_special_tokens=True).strip() == text
+
+
+def test_trainer_trains_what_was_found_alone_and_on_two_processes(tmp_path):
+    """Search, Trainer, saving and loading end to end; then the same structure by torchrun, in step over gloo."""
+    small = "--rows 64 --search-steps 8 --warmup 2 --epochs 2 --pretraining 5".split()
+    untouched, trained, loaded = trainer.main([*small, "--out", str(tmp_path / "one")])
+    assert trained == loaded
+    structure = tmp_path / "one" / "structure.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", HERE / "trainer.py", *small,
+               "--structure", structure, "--out", tmp_path / "two"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = [line for line in done.stdout.splitlines() if "test accuracy" in line]
+    assert len(said) == 1 and f"untouched {untouched:.2f}" in said[0]
+    weights = [safetensors.torch.load_file(tmp_path / name / "peft.safetensors") for name in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    model, _ = bipeft.toy_backbone(0, 5)
+    fresh = bipeft.apply(model, bipeft.load_structure(structure)).named_weights()
+    for trained in weights:                                       # all of it has learnt
+        assert not any(torch.equal(trained[name], p) for name, p in fresh.items())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_backbone_is_searched_and_counted_by_its_real_numbers(bits, tmp_path):
+    """bitsandbytes' linear layers take every kind of module; a packed byte of 4-bit numbers counts as two."""
+    pytest.importorskip("bitsandbytes")
+    made(llama).save_pretrained(tmp_path)
+    quantised = transformers.BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantised)
+    ids = torch.arange(12).reshape(2, 6) + 3
+    batch, before = {"input_ids": ids, "labels": ids}, logits(model)
+    whole, plain = bipeft.Space(model, "all"), made(llama)
+    assert whole.geometry["parameters"] == sum(p.numel() for p in plain.parameters())
+    assert torch.equal(whole.param_counts, bipeft.Space(plain, "all").param_counts)
+    structure = bipeft.search(model, whole, [batch], [batch], 2000, 4, triggers=2, window=1, tau=0.0)
+    whole.detach()
+    assert 0 < structure.parameters <= 2000 and torch.equal(logits(model), before)
+    attached, losses = bipeft.Peft(model, [(n[:-len(k) - 1], k, 4) for n, k in zip(whole.names, whole.kinds)]), []
+    bipeft.train(model, attached, [batch] * 4, lambda: 0.0, 4, 0.01, after_step=lambda _, line: losses.append(line["loss"]))
+    assert losses[-1] < losses[0] - 0.2
+    bipeft.save_weights(attached, tmp_path / "w")
+    bipeft.load_weights(attached, tmp_path / "w")
