@@ -1198,6 +1198,12 @@ def test_section_3_family_generation_with_a_cache_is_the_arg_max_of_one_pass(nam
     assert torch.equal(found.sequences[:, -4:], logits.argmax(-1))
 
 
+def checkpoint(model, reentrant):
+    """Recomputed activations, by the name that a release of transformers has for them."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+
+
 @pytest.mark.parametrize("name", ["t5", "bert", "llama"])
 def test_section_3_family_gradient_checkpointing_gives_the_same_gradients(name):
     """Of all kinds together, some of them shut. The reentrant one, by which nothing would learn, is refused."""
@@ -1207,11 +1213,11 @@ def test_section_3_family_gradient_checkpointing_gives_the_same_gradients(name):
     gate = (torch.arange(len(space)) % 4 != 3).float()
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint(model, False)
         bipeft.forward_backward(model, space, gate, ranks_at(1, len(space)), batch, space.tensors)
         found.append(bipeft.flatten([p.grad for p in space.tensors]))
     assert close(*found) and found[0].any()
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    checkpoint(model, True)
     with pytest.raises(UsageError, match="use_reentrant=False"):
         bipeft.forward_backward(model, space, gate, ranks_at(1, len(space)), batch, space.tensors)
 
@@ -2120,16 +2126,15 @@ def test_section_4_modules_that_are_not_on_the_model_are_refused():
         assert "no gradient reaches" in refused(*small_search("s1", Wrapped(small_t5(), lost)))
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("name, space", [("llama", "lora,lnfit"), ("llama", "prefix"), ("bert", "lora,lnfit")])
 def test_section_4_reentrant_gradient_checkpointing_is_refused_and_the_other_finds_the_same(name, space):
     batches, plain, checkpointed = [batch_for(name, seed) for seed in range(3)], family(name), family(name)
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint(checkpointed, False)
     found, again = (small_search(space, model, steps=1)[0].run(batches, batches) for model in (plain, checkpointed))
     assert found == again
     for inputs_learn in (False, True):
         model = family(name)
-        model.gradient_checkpointing_enable({"use_reentrant": True})
+        checkpoint(model, True)
         if inputs_learn:
             model.enable_input_require_grads()
         assert "use_reentrant=False" in refused(small_search(space, model)[0], batches)

@@ -8,7 +8,7 @@
 Needs no more than bipeft.py does. What follows `--` goes to it (default --task toy). It runs once undisturbed, the
 reference; then each run is killed at a random moment: the odd ones anywhere after their start, the even ones after
 their first checkpoint, while a file is being written, which is when their folder holds a temporary one (its name
-begins with a dot). Every third is killed in writing once more. The same command then goes on to the end, where
+ends in .new). Every third is killed in writing once more. The same command then goes on to the end, where
 structure.json and peft.safetensors must be the reference's byte for byte, search.jsonl and metrics.json but for their
 clocks, and no other file may be there. With `--then 100` the last process saves as often as by default, and so
 overwrites less of what the killed one left. Prints a line a run; exit code 1 if one differs: all is then kept.
@@ -45,7 +45,13 @@ def start(arguments, folder, save_every):
 
 def temporary(folder):
     """The name of the temporary file in a run's folder, or None."""
-    return next((name for name in os.listdir(folder) if name[0] == "."), None)
+    return next((name for name in os.listdir(folder) if name.endswith(".new")), None)
+
+
+def has_written(folder, since):
+    """Whether a run's folder has a checkpoint of after a moment."""
+    checkpoint = folder / "checkpoint.pt"
+    return checkpoint.exists() and checkpoint.stat().st_mtime > since
 
 
 def kill(process, folder, moment, in_writing):
@@ -54,7 +60,7 @@ def kill(process, folder, moment, in_writing):
     Returns (the exit code, below 0 if it came before the end; the file that was being written or None).
     """
     since = time.time()
-    while in_writing and process.poll() is None and not (folder.is_dir() and folder.stat().st_mtime > since):
+    while in_writing and process.poll() is None and not has_written(folder, since):
         time.sleep(0.005)
     try:
         process.wait(moment)
@@ -85,6 +91,8 @@ def position(folder):
 
 def content(path):
     """What a file holds, in parts to compare: the whole, or value by value without the clocks."""
+    if path.is_dir():
+        return [file.read_bytes() for file in sorted(path.iterdir())]
     if path.name not in ("search.jsonl", "metrics.json"):
         return [path.read_bytes()]
     records = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
