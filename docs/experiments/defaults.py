@@ -1,0 +1,179 @@
+"""The defaults of `--task custom` and the separator of causal models: what was tried before they were chosen.
+
+    python docs/experiments/defaults.py --data-dir DIR --llama DIR --t5 DIR --workers 12      on a GPU
+    python docs/experiments/defaults.py --show                                                the tables
+
+A person's own data: rows of GLUE with words for labels, cut to 200, 1,000 and 2,490, in .jsonl with source and target.
+Each is run by the command line in full, search and re-training, at every rate, batch size and number of epochs; every
+separator trains one structure that needed no search, biases on evenly spaced norms, on three of the paper's tasks. A line
+a run goes to --out; what has a line is not run again. Needs no more than bipeft.py does; of --data-dir it reads .parquet.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import bipeft
+
+WORDS = {"sst2": ("negative", "positive"), "cola": ("wrong", "right"), "rte": ("follows", "open")}
+ROWS = {"sst2": 200, "cola": 1000, "rte": 2490}
+SEPARATORS = {"nothing": "", "a line break": "\n", "a blank": " "}
+RATES = ("3e-4", "1e-3", "3e-3", "1e-2")
+
+
+def write_custom(data_dir, folder):
+    """FOLDER/<task>/{train,validation}.jsonl: the task's fields as one text, its label as a word."""
+    for task, words in WORDS.items():
+        (folder / task).mkdir(parents=True, exist_ok=True)
+        for split in ("train", "validation"):
+            rows = bipeft.read_split(task, split, data_dir)
+            count = ROWS[task] if split == "train" else min(len(rows), 400)
+            lines = []
+            for row in bipeft.drawn(rows, count, 0)[0]:
+                source = " ".join(str(row[field]) for field in bipeft.TASKS[task].fields)
+                lines.append(json.dumps({"source": source, "target": words[int(row["label"])]}) + "\n")
+            (folder / task / f"{split}.jsonl").write_text("".join(lines))
+
+
+def even_norms(model, budget, path):
+    """Writes a structure of biases on evenly spaced norms of a model, as many as fit."""
+    norms = [name for name, role, _ in bipeft.places_of(model) if role == "norm"]
+    count = budget // model.config.hidden_size
+    chosen = [norms[(2 * i + 1) * len(norms) // (2 * count)] for i in range(count)]
+    modules = [{"name": name, "kind": "bitfit", "rank": None, "parameters": model.config.hidden_size}
+               for name in chosen]
+    bipeft.save_structure(bipeft.Structure("", bipeft.geometry(model), "bitfit", [1], budget, modules), path)
+
+
+def jobs_of(args, folder):
+    """[(what a line tells of a run, arguments of bipeft.py)], in the order of their importance."""
+    jobs = []
+    for seed in args.seeds:
+        for task, epochs in {"cola": 3, "rte": 8, "mrpc": 6}.items():
+            for name, separator in SEPARATORS.items():
+                jobs.append(({"part": "separator", "model": "llama", "task": task, "separator": name, "seed": seed},
+                             ["--task", task, "--data-dir", args.data_dir, "--model", args.llama, "--structure",
+                              str(folder / "even.json"), "--epochs", str(epochs), "--lr", "3e-3", "--separator",
+                              separator, "--seed", str(seed)]))
+    for batch, epochs, triggers, warmup in ((32, 20, 30, 5), (16, 20, 30, 5), (32, 10, 100, 1)):
+        for rate in RATES:
+            for model in ("llama", "t5"):
+                for task in ROWS:
+                    told = {"part": "custom", "model": model, "task": task, "rows": ROWS[task], "lr": rate,
+                            "batch": batch, "epochs": epochs, "triggers": triggers, "warmup": warmup, "seed": 0}
+                    budget = {"llama": "1.39e-4", "t5": "1e-3"}[model]
+                    jobs.append((told, [
+                        "--task", "custom", "--data-dir", str(folder / task), "--model", getattr(args, model), "--lr",
+                        rate, "--batch-size", str(batch), "--epochs", str(epochs), "--triggers", str(triggers),
+                        "--warmup-epochs", str(warmup), "--budget", budget]))
+    return jobs
+
+
+def run(number, told, arguments, args, folder):
+    """One run of the command line; its line, of its scores or of what went wrong."""
+    out = folder / f"run-{number}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if torch.cuda.device_count() > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, str(ROOT / "bipeft.py"), *arguments, *args.more, "--dtype", args.dtype,
+                           "--out", str(out)], capture_output=True, text=True, env=environment)
+    line = {**told, "seconds": round(time.monotonic() - started, 1)}
+    if done.returncode:
+        return {**line, "error": (done.stderr.splitlines() or ["killed"])[-1]}
+    metrics = json.loads((out / "metrics.json").read_text())
+    keys = ("metric", "modules", "parameters", "validation", "test", "test_untouched", "test_most_frequent",
+            "search_seconds", "train_seconds")
+    return {**line, **{key: metrics[key] for key in keys}}
+
+
+def untouched_losses(args):
+    """{task: {separator: the mean loss of the validation split's answers without any module}}"""
+    device = bipeft.choose_device("auto")
+    losses = {}
+    for task in ("cola", "rte", "mrpc"):
+        losses[task] = {}
+        for name, separator in SEPARATORS.items():
+            (settings,) = bipeft.parse(["--task", task, "--data-dir", args.data_dir, "--model", args.llama,
+                                        "--separator", separator, "--dtype", args.dtype])
+            losses[task][name] = bipeft.Work(settings, device).validate()[1]
+    return losses
+
+
+def show(lines):
+    """The tables: rows of settings, columns of models and data sets."""
+    for part, row, column in (("separator", ("separator",), ("task", "seed")),
+                              ("custom", ("batch", "epochs", "triggers", "lr"), ("model", "rows"))):
+        chosen = [line for line in lines if line["part"] == part]
+        columns = sorted({tuple(str(line[key]) for key in column) for line in chosen})
+        print(f"| {', '.join(row)} | " + " | ".join(" ".join(key) for key in columns) + " |")
+        print("| --- |" + " ---: |" * len(columns))
+        rows = dict.fromkeys(tuple(str(line[key]) for key in row) for line in chosen)
+        for key in rows:
+            cells = []
+            for other in columns:
+                found = [line.get("test") for line in chosen if tuple(str(line[k]) for k in row) == key
+                         and tuple(str(line[k]) for k in column) == other]
+                cells.append(f"{found[0]:.1f}" if found and found[0] is not None else "–")
+            print(f"| {', '.join(key).replace(chr(10), '')} | " + " | ".join(cells) + " |")
+        print()
+    for line in lines:
+        if line["part"] == "loss":
+            print(f"| {line['task']} | " + " | ".join(f"{loss:.2f}" for loss in line["losses"].values()) + " |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", help="the folder that holds <task>/<split>")
+    parser.add_argument("--llama", help="a causal model's folder")
+    parser.add_argument("--t5", help="a T5's folder")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the separators (0 1)")
+    parser.add_argument("--workers", type=int, default=12, help="runs side by side (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after that")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "defaults.jsonl")
+    parser.add_argument("--show", action="store_true", help="print the tables of --out")
+    parser.add_argument("more", nargs="*", help="further flags of bipeft.py, after --")
+    args = parser.parse_args()
+    lines = [json.loads(text) for text in args.out.read_text().splitlines()] if args.out.exists() else []
+    if args.show:
+        show(lines)
+        return
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, args.out.open("a") as file:
+        folder = Path(folder)
+        write_custom(args.data_dir, folder)
+        model, _ = bipeft.load_backbone(args.llama, args.dtype, torch.device("cpu"), 0)
+        even_norms(model, 18_697, folder / "even.json")
+
+        def keep(line):
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            print(f"{time.monotonic() - started:6.0f} s  {json.dumps(line)}", flush=True)
+
+        def work(job):
+            number, (told, arguments) = job
+            if time.monotonic() - started < 60 * args.minutes:
+                keep(run(number, told, arguments, args, folder))
+
+        due = [(told, arguments) for told, arguments in jobs_of(args, folder)
+               if not any(told.items() <= line.items() for line in lines)]
+        with ThreadPoolExecutor(args.workers) as pool:
+            list(pool.map(work, enumerate(due)))
+        if not any(line["part"] == "loss" for line in lines):
+            for task, losses in untouched_losses(args).items():
+                keep({"part": "loss", "task": task, "losses": losses})
+
+
+if __name__ == "__main__":
+    main()
