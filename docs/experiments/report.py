@@ -48,7 +48,9 @@ class Data:
         self.places = next((x["places"] for x in lines if x["stage"] == "places"), [])
         seeds = sorted({x["seed"] for x in self.tuning})
         tuned = list(dict.fromkeys(x["task"] for x in self.tuning))
-        plan = compare.Plan([], lines, None, SimpleNamespace(tune_tasks=tuned, tune_seeds=seeds))
+        family = next((x["settings"]["family"] for x in lines if "settings" in x), "bert")
+        args = SimpleNamespace(tune_tasks=tuned, tune_seeds=seeds, family=family)
+        plan = compare.Plan([], lines, None, args)
         budgets = {x["budget"] for x in trained} if seeds else set()
         self.rates = {(name, budget): plan.rate(name, budget)[0] for name in METHODS for budget in budgets}
         found = [x for x in lines if x["stage"] == "find" and x.get("method") in METHODS]
