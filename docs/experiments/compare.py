@@ -318,10 +318,11 @@ def work(settings, number, pipe):
 
 
 def first_line(bench):
-    """What a file's lines have in common: the places that a structure's numbers stand for, and the settings."""
+    """What a file's lines share: the places that a structure's numbers stand for, sizes, settings."""
     own = ("device", "workers", "folder", "surrogate")                      # they may differ between two calls
     settings = {key: value for key, value in dataclasses.asdict(bench.settings).items() if key not in own}
-    return {"stage": "places", "places": [f"{name}.{kind}" for name, kind in bench.keys], "settings": settings}
+    return {"stage": "places", "places": [f"{name}.{kind}" for name, kind in bench.keys],
+            "backbone_parameters": sum(p.numel() for p in bench.encoder.parameters()), "settings": settings}
 
 
 def attempt(bench, job):

@@ -813,8 +813,8 @@ MORE = {
     "AdaLoRA": Method("adalora", cheap=True),
     "random, best of 3": Method("best-random"), "AutoPEFT": Method("autopeft"),
 }
-LLAMA_CORE = ("BIPEFT", "LoRA", "biases on even norms", "matched random", "random", "one look", "BitFit", "LNFit",
-              "LoRA, r = 8", "all biases")                                               # first on a Llama
+LLAMA_CORE = ("BIPEFT", "LoRA", "biases on even norms", "matched random", "random", "one look", "BitFit",
+              "LNFit", "LoRA, r = 8", "all biases")                                      # first on a Llama
 ACROSS = ("BIPEFT", "one look", "random", "LoRA", "S3Delta-M, hard", "matched random", "serial adapter",
           "S3Delta-M, lr 3e-3")                                                            # of --table budgets
 ABLATIONS = {name: Method(finder) for name, finder in {

@@ -362,7 +362,8 @@ def test_a_llamas_tasks_are_prepared_with_a_line_break_before_the_answer(tmp_pat
     lengths = {}
     for task in ("cola", "boolq"):
         rows = bench.pools_of(task, settings)[0]
-        assert all(ids[-len(line_break):] == line_break for ids, _ in rows) and [y for _, (y,) in rows] == [0, 1, 1, 0, 1]
+        assert all(ids[-len(line_break):] == line_break for ids, _ in rows)
+        assert [y for _, (y,) in rows] == [0, 1, 1, 0, 1]
         (example,) = bench.bipeft.to_examples(task, dict(
             zip((*bench.bipeft.TASKS[task].fields, "label"), ["ben"] * (1 + (task == "boolq")) + [1])), False)
         assert rows[2][0] == tokenizer(example.source).input_ids + line_break
@@ -372,17 +373,17 @@ def test_a_llamas_tasks_are_prepared_with_a_line_break_before_the_answer(tmp_pat
 
 
 def test_methods_are_run_in_the_order_they_are_named_in(tmp_path):
-    args = argparse.Namespace(table=["main"], methods=["LoRA, r = 8", "BIPEFT", "LNFit"], tasks=["qnli", "cola"],
-                              seeds=[0, 1], first_seeds=1, budget=600, family="llama")
+    args = argparse.Namespace(table=["main"], methods=["LoRA, r = 8", "BIPEFT", "LNFit"], seeds=[0, 1],
+                              tasks=["qnli", "cola"], first_seeds=1, budget=600, family="llama")
     order = [(wish["seed"], wish["method"], wish["task"]) for wish in compare.wanted_of(args)]
     assert order == [(seed, name, task) for seed in (0, 1) for name in args.methods for task in args.tasks]
     args.methods = None
-    assert "head alone" not in {wish["method"] for wish in compare.wanted_of(args)}                # it has none
+    assert "head alone" not in {wish["method"] for wish in compare.wanted_of(args)}            # it has none
 
 
 def test_a_small_comparison_on_a_llama(tmp_path):
-    lines = run(tmp_path, "--family", "llama", "--table", "main", "--seeds", "0", "--methods", "BIPEFT", "LoRA",
-                "biases on even norms", "full")
+    lines = run(tmp_path, "--family", "llama", "--table", "main", "--seeds", "0", "--methods", "BIPEFT",
+                "LoRA", "biases on even norms", "full")
     assert not any("error" in x for x in lines) and lines[0]["settings"]["dtype"] == "bfloat16"
     trained = [x for x in lines if x["stage"] == "train"]
     assert {x["lr"] for x in trained if x["tuning"] and x["method"] != "full"} >= {1e-3, 3e-3, 1e-2}

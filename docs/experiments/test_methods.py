@@ -217,7 +217,8 @@ def test_a_llamas_pass_reads_no_number_on_the_host(llama):
 
 def test_even_norms_and_lora_on_even_layers_of_a_llama_by_hand(llama):
     # 600 is 18 biases of 32, and there are nine norms; 200 is 6: norms (i + 1/2) · 9/6 = 0, 2, 3, 5, 6, 8.
-    norms = [f"layers.{i}.{norm}_layernorm" for i in range(4) for norm in ("input", "post_attention")] + ["norm"]
+    norms = [f"layers.{i}.{norm}_layernorm" for i in range(4) for norm in ("input", "post_attention")]
+    norms += ["norm"]
     for budget, taken in (600, range(9)), (200, (0, 2, 3, 5, 6, 8)):
         found, _ = methods.find(llama, "even-norms", budget)["biases on even norms"]
         assert [m["name"] for m in found.modules] == [norms[i] for i in taken]
@@ -229,7 +230,7 @@ def test_even_norms_and_lora_on_even_layers_of_a_llama_by_hand(llama):
     # 448 is rank 1 in all four; and 600 pays for a second rank on some.
     assert methods.find(llama, "lora", 600)["LoRA"][0].parameters > 448
     assert methods.find(llama, "lora-8", 1)["LoRA, r = 8"][0].parameters == 8 * 448
-    # A layer: q, o, gate, up, down: 32 + 32 + 64 + 64 + 32; k and v: 16 each; two norms: 32 each. The last norm.
+    # Of a layer q, o, gate, up, down are 32 + 32 + 64 + 64 + 32, k and v 16 each, two norms 32 each.
     assert methods.find(llama, "all-biases", 1)["all biases"][0].parameters == 4 * 320 + 32
 
 
