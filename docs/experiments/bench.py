@@ -1,4 +1,4 @@
-"""What every method of compare.py stands on: an encoder, the tasks, a training, and a search's supernet."""
+"""What every method of compare.py stands on: a backbone, the tasks, a training, and a search's supernet."""
 
 import itertools
 import random
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -21,7 +22,7 @@ class Settings:
     """What is the same for every method."""
 
     folder: str = "runs/compare"     # what --prepare made
-    family: str = "bert"             # an encoder with a head, or "t5", which answers with a token
+    family: str = "bert"             # an encoder with a head; "t5" and "llama" answer with a token
     train_rows: int = 8000           # of sst2
     steps: int = 600                 # of re-training
     evaluations: int = 6             # on validation, evenly spaced
@@ -38,7 +39,7 @@ class Settings:
     bo_full: int = 3                 # and how many are then trained in full
     surrogate: str = "auto"          # botorch where installed, or "own"
     workers: int = 0                 # processes on the device, 0: this one
-    small: bool = False              # a tiny random encoder and synthetic rows
+    small: bool = False              # a tiny random backbone and synthetic rows
 
 
 SMALL = {"steps": 12, "evaluations": 3, "search_steps": 12, "warmup": 6, "batch_size": 8, "bo_random": 3,
@@ -46,7 +47,7 @@ SMALL = {"steps": 12, "evaluations": 3, "search_steps": 12, "warmup": 6, "batch_
 
 
 # ==================================================================================================
-# 1. The encoder
+# 1. The backbone
 # ==================================================================================================
 
 
@@ -100,43 +101,106 @@ class Reader(nn.Module):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
+class NextToken(nn.Module):
+    """A Llama whose next token after the prompt is the answer, one of the labels' digits. No head."""
+
+    head = ()
+
+    def __init__(self, llama, answers):
+        super().__init__()
+        self.encoder = llama
+        self.register_buffer("answers", torch.tensor(answers), persistent=False)
+
+    def fresh_head(self, seed):
+        pass
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        """As Classifier's; logits are of the label's tokens alone, at each prompt's last token alone.
+
+        Rows are padded at their ends, where causal attention doesn't look: so its mask is the same for all.
+        """
+        rows, length = input_ids.shape
+        dtype = self.encoder.get_output_embeddings().weight.dtype
+        shut = torch.full((length, length), torch.finfo(dtype).min, dtype=dtype, device=input_ids.device)
+        mask = shut.triu(1).expand(rows, 1, -1, -1)
+        hidden = self.encoder.base_model(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        last = (attention_mask.sum(1) - 1)[:, None, None].expand(-1, 1, hidden.shape[2])
+        hidden = hidden.gather(1, last)[:, 0]                                               # [rows, d]
+        words = self.encoder.get_output_embeddings().weight.index_select(0, self.answers)   # [labels, d]
+        logits = hidden.float() @ words.float().T
+        loss = None if labels is None else F.cross_entropy(logits, labels[:, 0], ignore_index=-100)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
 # ==================================================================================================
 # 2. The tasks
 # ==================================================================================================
 
 
+FILES = {"qnli": ("validation",), "mnli": ("validation_matched",), "sst2": ("train", "validation"),
+         "rte": ("train", "validation"), "cola": ("train", "validation")}               # of every family
+MORE_FILES = {"boolq": ("validation",), "multirc": ("validation",), "mrpc": ("train", "validation"),
+              "cb": ("train", "validation")}                                            # of Llamas
+
+
 def prepare(model, data_dir, settings):
-    """Tokens of the tasks, and the backbone in half precision: all that another machine needs."""
+    """Tokens of the tasks, and the backbone in half precision: all that another machine needs. A Llama, which
+    would be large, is not copied: its folder is linked.
+    """
     import pandas
-    from transformers import AutoModel, AutoTokenizer, T5ForConditionalGeneration
-    folder, arrays, t5 = Path(settings.folder), {}, settings.family == "t5"
-    advice = ": give a folder with config, weights and tokenizer, of --family's kind"
-    with bipeft.failing(f"{model} can't be loaded", advice):
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        backbone = T5ForConditionalGeneration.from_pretrained(model, dtype=torch.float16) if t5 else (
-            AutoModel.from_pretrained(model, add_pooling_layer=False, dtype=torch.float16))
-    for task, files in {"qnli": ("validation",), "mnli": ("validation_matched",), "sst2": ("train", "validation"),
-                        "rte": ("train", "validation"), "cola": ("train", "validation")}.items():
+    folder, arrays, family = Path(settings.folder), {}, settings.family
+    with bipeft.failing(f"{model} can't be loaded", MODEL_ADVICE):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    for task, files in (FILES | MORE_FILES if family == "llama" else FILES).items():
         for number, name in enumerate(files):
             path = Path(data_dir) / task / f"{name}.parquet"
             with bipeft.failing(f"{path} can't be read", ": --data-dir holds <task>/<split>.parquet, as the hub's"):
                 rows = pandas.read_parquet(path)
             if task == "sst2" and number == 0:                      # 8,000 are trained on, 500 validate
                 rows = rows.sample(settings.train_rows + 4000, random_state=0)
-            texts = [rows[field].tolist() for field in bipeft.TASKS[task].fields]
-            if t5:
-                texts = [[bipeft.to_examples(task, row, False)[0].source for row in rows.to_dict("records")]]
-            ids = tokenizer(*texts, truncation=True, max_length=128).input_ids
+            ids = token_ids(task, rows, tokenizer, family)
             arrays |= {f"{task}.{number}.ids": np.concatenate([np.array(row, np.uint16) for row in ids]),
-                       f"{task}.{number}.lengths": np.array([len(row) for row in ids], np.uint8),
+                       f"{task}.{number}.lengths": np.array([len(row) for row in ids], np.uint16),
                        f"{task}.{number}.labels": rows["label"].to_numpy(np.int8)}
-    folder.mkdir(parents=True, exist_ok=True)
-    if t5:
+    if family != "bert":                                            # the first token of each label's digit
         arrays["answers"] = np.array([tokenizer(digit).input_ids[0] for digit in "012"])
+    if family == "llama":
+        arrays["line_break"] = np.array(tokenizer("\n").input_ids)
+    folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / "tasks.npz", **arrays)
-    backbone.save_pretrained(folder / "model")
+    keep_backbone(model, folder / "model", family)
     for file in sorted(folder.rglob("*.*")):
         print(f"{file}  {file.stat().st_size / 2**20:.1f} MiB")
+
+
+MODEL_ADVICE = ": give a folder with config, weights and tokenizer, of --family's kind"
+
+
+def token_ids(task, rows, tokenizer, family):
+    """The tokens of a data frame's rows: an encoder's of the fields, the others' of bipeft's prompts, cut at
+    128 or, a Llama's, at the length that the paper gives the task, less the line break.
+    """
+    if family == "bert":
+        texts = [rows[field].tolist() for field in bipeft.TASKS[task].fields]
+    else:
+        texts = [[bipeft.to_examples(task, row, False)[0].source for row in rows.to_dict("records")]]
+    longest = bipeft.TASKS[task].max_length - 1 if family == "llama" else 128
+    return tokenizer(*texts, truncation=True, max_length=longest).input_ids
+
+
+def keep_backbone(model, path, family):
+    """A backbone's copy in half precision, or the link to a Llama's folder."""
+    if family == "llama":
+        path.unlink(missing_ok=True)
+        path.symlink_to(Path(model).resolve())
+        return
+    half = torch.float16
+    with bipeft.failing(f"{model} can't be loaded", MODEL_ADVICE):
+        if family == "t5":
+            backbone = transformers.T5ForConditionalGeneration.from_pretrained(model, dtype=half)
+        else:
+            backbone = transformers.AutoModel.from_pretrained(model, add_pooling_layer=False, dtype=half)
+    backbone.save_pretrained(path)
 
 
 def pools_of(task, settings):
@@ -146,12 +210,14 @@ def pools_of(task, settings):
         rows = [(rng.integers(20, 100, rng.integers(8, 20)).tolist(), i % 2) for i in range(400)]
         return [[([1, *(ids if not y else [5 + i % 10, *ids[1:]])], [y]) for i, (ids, y) in enumerate(rows)]]
     stored, pools = np.load(Path(settings.folder) / "tasks.npz"), []
+    after = stored["line_break"].tolist() if "line_break" in stored else []         # after a Llama's prompt
     for number in itertools.count():
         if f"{task}.{number}.ids" not in stored:
             return pools
         ids, lengths, labels = (stored[f"{task}.{number}.{key}"].tolist() for key in ("ids", "lengths", "labels"))
         ends = list(itertools.accumulate(lengths))
-        pools.append([(ids[end - n:end][:settings.max_length], [y]) for end, n, y in zip(ends, lengths, labels)])
+        longest = settings.max_length - len(after)
+        pools.append([(ids[end - n:end][:longest] + after, [y]) for end, n, y in zip(ends, lengths, labels)])
 
 
 def splits_of(task, settings, seed):
@@ -189,14 +255,36 @@ class Stretch:
         return itertools.islice(self.source, self.steps)
 
 
+def set_format(model, dtype):
+    """Another format for a model's parameters, but not for its buffers: rotary frequencies stay exact."""
+    for layer in model.modules():
+        bipeft.convert(layer, dtype)
+
+
+def small_backbone(family):
+    """A tiny one of random weights."""
+    if family == "t5":
+        return transformers.T5ForConditionalGeneration(transformers.T5Config(
+            vocab_size=100, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2,
+            decoder_start_token_id=0))
+    if family == "llama":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, use_cache=False))
+    return transformers.BertModel(transformers.BertConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=32), add_pooling_layer=False)
+
+
 class Bench:
-    """An encoder on a device, and what is cached beside it: models by number of labels, tokens by task and seed."""
+    """A backbone on a device, and what is cached: models by number of labels, tokens by task and seed."""
 
     def __init__(self, settings):
         torch.set_num_threads(1)
         torch.set_float32_matmul_precision("high")
         self.settings, self.device = settings, bipeft.choose_device(settings.device)
         self.graphs = self.device.type == "cuda"
+        self.dtype = getattr(torch, settings.dtype)
         self.encoder = self.load().to(self.device).eval()
         self.models, self.cache, self.costs = {}, {}, {}
         self.where = self.find_places()
@@ -214,23 +302,25 @@ class Bench:
         answers = [3, 4, 5]
         if not self.settings.small:
             answers = np.load(Path(self.settings.folder) / "tasks.npz")["answers"].tolist()
-        return Reader(self.encoder, answers[:labels])
+        around = {"t5": Reader, "llama": NextToken}[self.settings.family]
+        return around(self.encoder, answers[:labels])
 
     def load(self):
         """The backbone, of --prepare's folder or, small, random."""
-        from transformers import AutoModel, BertConfig, BertModel, T5Config, T5ForConditionalGeneration, utils
-        utils.logging.disable_progress_bar()
-        path, dtype = Path(self.settings.folder) / "model", getattr(torch, self.settings.dtype)
-        if self.settings.family == "t5":
+        transformers.utils.logging.disable_progress_bar()
+        family, path = self.settings.family, Path(self.settings.folder) / "model"
+        if self.settings.small:
             torch.manual_seed(0)
-            return T5ForConditionalGeneration(T5Config(
-                vocab_size=100, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0,
-            )) if self.settings.small else T5ForConditionalGeneration.from_pretrained(path, dtype=dtype)
-        if not self.settings.small:
-            return AutoModel.from_pretrained(path, add_pooling_layer=False, dtype=dtype)
-        torch.manual_seed(0)
-        return BertModel(BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                                    intermediate_size=64, max_position_embeddings=32), add_pooling_layer=False)
+            return small_backbone(family)
+        if family == "llama":
+            llama = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype)
+            llama.config.use_cache = False                          # of no use in training
+            if self.graphs:
+                bipeft.fuse_norms(llama)
+            return llama
+        if family == "t5":
+            return transformers.T5ForConditionalGeneration.from_pretrained(path, dtype=self.dtype)
+        return transformers.AutoModel.from_pretrained(path, add_pooling_layer=False, dtype=self.dtype)
 
     def open(self, task, seed):
         """Makes a task at a seed the present one."""
@@ -243,8 +333,9 @@ class Bench:
         self.splits, self.judged = self.cache[task, seed]
         labels = 1 + max(y for _, (y,) in self.splits["train"])
         if labels not in self.models:
-            self.models[labels] = self.around(labels).to(self.device, getattr(torch, self.settings.dtype))
+            self.models[labels] = self.around(labels).to(self.device)
         self.model = self.models[labels]
+        set_format(self.model, self.dtype)
         self.model.fresh_head(seed)
 
     def new_pass(self):
@@ -300,8 +391,10 @@ class Bench:
     def train(self, structure, lr, whole=False):
         """Re-trains; returns (peft, best validation score, curve). The model stays as after its best epoch, attached.
 
-        whole: with every weight of the backbone.
+        whole: with every weight of the backbone, in float32, where small steps are not lost.
         """
+        if whole:
+            set_format(self.model, torch.float32)
         also = (*["encoder"] * whole, *self.model.head)
         peft = bipeft.apply(self.model, structure, self.seed, also_train=also)
         evaluations = self.settings.evaluations

@@ -1,4 +1,4 @@
-"""BIPEFT and its rivals side by side: one encoder, one budget, one re-training, many ways of choosing.
+"""BIPEFT and its rivals side by side: one backbone, one budget, one re-training, many ways of choosing.
 
     python docs/experiments/compare.py --small                                        all of it, tiny, on a CPU
     python docs/experiments/compare.py --prepare --model DIR --data-dir DIR           once: runs/compare, 48 MB
@@ -7,8 +7,13 @@
     python docs/experiments/compare.py --table cost --workers 1                       Table 3: nothing beside it
     python docs/experiments/report.py                                                 tables and figures
 
+--family llama is of a causal language model, at the paper's 1.39 of 10,000 of SmolLM2-135M's parameters.
+
+    python docs/experiments/compare.py --family llama --prepare --model DIR --data-dir DIR
+    python docs/experiments/compare.py --family llama --table main --workers 14 --minutes 9
+
 Here is what is run, in which order, and on how many processes. The methods, each with its paper, are in
-methods.py; the encoder, the tasks, a training and the supernet that searches stand on in bench.py.
+methods.py; the backbone, the tasks, a training and the supernet that searches stand on in bench.py.
 
 Needs the project's packages; AdaLoRA also peft, AutoPEFT botorch (or bayes.py's own surrogate). A line of
 JSON a search and a training goes to --out; what has a line there, or in --out with ".gz" added, is not run again.
@@ -17,7 +22,8 @@ The rules. Every method gives a structure of at most B parameters, counted from 
 fresh weights for the same steps, batches, optimiser (AdamW, linear decay) and seed: the seed decides splits, order,
 head and weights. The re-training rate is a method's own, at each budget: of a ladder the one with the best mean
 validation score over tasks on --tune-seeds, which are never reported and whose test sets are not read. The epoch
-is the best on validation, the test is read once. The head is outside of B, and learns at the method's rate.
+is the best on validation, the test is read once. A BERT's head is outside of B, and learns at the method's
+rate; a T5 and a Llama have none: they answer with the token of a label's digit, chosen among these alone.
 Searches see two halves of the training set, and learn Delta W at one rate, --search-lr; AutoPEFT and the best of
 three train on all of it, at rates of their own. B is of parameters: what a search costs is told, not equal. FTE:
 passes of a search (forward and backward) over those of one re-training; a search's validations are not counted.
@@ -44,8 +50,8 @@ import torch
 import torch.multiprocessing as mp
 
 from bench import SMALL, Bench, Settings, bipeft, prepare
-from methods import (ABLATIONS, ACROSS, CORE, FTE, METHODS, MORE, SCALES, SENSITIVITY, find, scaled_lora,
-                     train_adalora)
+from methods import (ABLATIONS, ACROSS, CORE, FTE, LLAMA_CORE, METHODS, MORE, SCALES, SENSITIVITY, find,
+                     ladder, scaled_lora, train_adalora)
 
 HERE = Path(__file__).resolve().parent
 TABLES = ("main", "ablations", "budgets", "transfer", "sensitivity", "rates", "cost")
@@ -167,13 +173,13 @@ class Plan:
         """(chosen rate, {rate: score}) of a method; the rate is None while trainings for it are missing."""
         name = METHODS[name].rate_of or name
         if (name, budget) not in self.tuned:
-            ladder, first, last = METHODS[name].rates, 1, 4
+            rates, first, last = ladder(name, self.args.family), 1, 4
             while True:
-                scores = {lr: self.judge(name, budget, lr) for lr in ladder[first:last]}
+                scores = {lr: self.judge(name, budget, lr) for lr in rates[first:last]}
                 best = None if None in scores.values() else max(scores, key=scores.get)
-                if best == ladder[first] and first > 0:
+                if best == rates[first] and first > 0:
                     first -= 1
-                elif best == ladder[last - 1] and last < len(ladder):
+                elif best == rates[last - 1] and last < len(rates):
                     last += 1
                 else:
                     break
@@ -249,9 +255,11 @@ def key_of(job):
 
 def wanted_of(args):
     """All trainings of the tables asked for, the important ones first; those for rates follow from them."""
-    missing = "it is for --family bert" if args.family != "bert" else (
+    missing = "it is not for --family t5" if args.family == "t5" else (
         None if importlib.util.find_spec("peft") else "peft is not installed")
     installed = {name for name in args.methods or METHODS if not missing or METHODS[name].finder != "adalora"}
+    if args.family != "bert":
+        installed -= {"head alone"}                                 # they have none
 
     def of(names, seeds, budget=args.budget, tasks=args.tasks, **more):
         for seed, name, task in itertools.product(seeds, [n for n in names if n in installed], tasks):
@@ -262,11 +270,15 @@ def wanted_of(args):
     first, rest = args.seeds[:args.first_seeds], args.seeds[args.first_seeds:]
     for table in args.table:
         if table == "main":
-            yield from of(CORE, first)
-            for name in MORE:
+            core = list(LLAMA_CORE if args.family == "llama" else CORE)
+            more = [name for name in {**CORE, **MORE} if name not in core]
+            if args.methods:                                        # their order is that of importance
+                core, more = [name for name in args.methods if name in core + more], []
+            yield from of(core, first)
+            for name in more:
                 yield from of([name], first)
             for seed in rest:
-                yield from of({**CORE, **MORE}, [seed])
+                yield from of(core + more, [seed])
         elif table in ("ablations", "sensitivity"):
             for seed in args.seeds:
                 yield from of(["BIPEFT", *(ABLATIONS if table == "ablations" else SENSITIVITY)], [seed])
@@ -306,10 +318,11 @@ def work(settings, number, pipe):
 
 
 def first_line(bench):
-    """What a file's lines have in common: the places that a structure's numbers stand for, and the settings."""
+    """What a file's lines share: the places that a structure's numbers stand for, sizes, settings."""
     own = ("device", "workers", "folder", "surrogate")                      # they may differ between two calls
     settings = {key: value for key, value in dataclasses.asdict(bench.settings).items() if key not in own}
-    return {"stage": "places", "places": [f"{name}.{kind}" for name, kind in bench.keys], "settings": settings}
+    return {"stage": "places", "places": [f"{name}.{kind}" for name, kind in bench.keys],
+            "backbone_parameters": sum(p.numel() for p in bench.encoder.parameters()), "settings": settings}
 
 
 def attempt(bench, job):
@@ -590,7 +603,8 @@ def mistake_in_folder(args, settings):
         return f"{missing[0]} does not exist: run --prepare first, or name its --folder"
     with bipeft.failing(f"{tasks} can't be read", ": run --prepare again"):
         stored = set(np.load(tasks).files)
-    if (settings.family == "t5") != ("answers" in stored):
+    family = "llama" if "line_break" in stored else "t5" if "answers" in stored else "bert"
+    if settings.family != family:
         return f"{settings.folder} was not prepared with --family {settings.family}: give another --folder"
     if missing := [task for task in (*args.tasks, *args.tune_tasks) if f"{task}.0.ids" not in stored]:
         return f"{tasks} holds no task {missing[0]}"
@@ -608,11 +622,15 @@ def within(kind, low, high=10**12):
 
 # The flags of Settings: choices, and what numbers they take, where it is not 1 or more.
 COUNT, FROM_0, POSITIVE = within(int, 1), within(int, 0), within(float, 1e-12)
-CHOICES = {"family": ("bert", "t5"), "dtype": ("float32", "bfloat16", "float16"),
+CHOICES = {"family": ("bert", "t5", "llama"), "dtype": ("float32", "bfloat16", "float16"),
            "surrogate": ("auto", "botorch", "own")}
 TYPES = {"warmup": FROM_0, "bo_guided": FROM_0, "search_lr": POSITIVE, "bo_share": within(float, 1e-12, 1)}
 
-# What --small is of, unless a flag says otherwise.
+# What --family llama is of, and --small, unless a flag says otherwise.
+LLAMA_ARGS = {"folder": "runs/compare-smollm2", "out": HERE / "results" / "compare_smollm2.jsonl",
+              "dtype": "bfloat16", "budget": 18_697, "budgets": [5_000, 59_000, 74_790], "warmup": 150,
+              "max_length": 256, "tasks": ["cola", "qnli", "mnli", "sst2"], "tune_tasks": ["cola", "qnli"],
+              "tune_seeds": [100], "first_seeds": 5, "rates": [1e-3, 3e-3, 1e-2]}
 SMALL_ARGS = {**SMALL, "table": list(TABLES), "tasks": ["toy"], "budget": 600, "budgets": [300], "seeds": [0, 1],
               "first_seeds": 1, "out": Path("runs") / "compare-small" / "compare.jsonl"}
 
@@ -623,13 +641,13 @@ def parser_of():
     add = parser.add_argument
     add("--table", nargs="+", choices=TABLES, default=[])
     add("--prepare", action="store_true")
-    add("--model", help="for --prepare: the encoder's folder")
+    add("--model", help="for --prepare: the backbone's folder")
     add("--data-dir", help="for --prepare: the folder that holds <task>/<split>.parquet")
     add("--out", type=file_of_lines, default=HERE / "results" / "compare.jsonl")
     add("--tasks", nargs="+", default=["qnli", "mnli", "sst2"])
-    add("--methods", nargs="+", choices=list(METHODS), help="of --table's, these alone")
+    add("--methods", nargs="+", choices=list(METHODS), help="of --table's, these alone, the first first")
     add("--seeds", nargs="+", type=FROM_0, default=[0, 1, 2, 3, 4])
-    add("--first-seeds", type=FROM_0, default=3, help="how many seeds of the core methods come before the others")
+    add("--first-seeds", type=FROM_0, default=3, help="how many seeds of core methods come before the others")
     add("--tune-seeds", nargs="+", type=FROM_0, default=[100, 101])
     add("--tune-tasks", nargs="+", help="default: all of --tasks")
     add("--lr", type=POSITIVE, help="one re-training rate for all, instead of choosing")
@@ -651,9 +669,11 @@ def parser_of():
 def main(arguments=None):
     parser = parser_of()
     args = parser.parse_args(arguments)
+    if args.family == "llama":
+        parser.set_defaults(**LLAMA_ARGS)
     if args.small:
-        parser.set_defaults(**SMALL_ARGS)
-        args = parser.parse_args(arguments)
+        parser.set_defaults(**SMALL_ARGS, tune_tasks=None)
+    args = parser.parse_args(arguments)
     settings = Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
     args.tune_tasks = args.tune_tasks or args.tasks
     try:

@@ -4,9 +4,10 @@
     head alone                       head_alone           linear probing
     full                             full                 full fine-tuning
     all of S2                        whole_space          BIPEFT, 4.1
-    LoRA                             lora                 Hu et al. 2022
+    LoRA, within B and of rank 8     lora, lora_8         Hu et al. 2022
     serial adapter                   serial               Houlsby et al. 2019
-    BitFit                           bitfit               Ben Zaken et al. 2022
+    BitFit, within B and all         bitfit, all_biases   Ben Zaken et al. 2022
+    biases on even norms             even_norms           none: a control that needs no search
     LNFit                            lnfit                a kind of S2, S3Delta's space (Hu et al. 2022b)
     random                           chance               APET (Su et al. 2023)
     random, best of 3                best_of_chance       none: a control
@@ -29,6 +30,7 @@ import copy
 import itertools
 import math
 import random
+import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -67,9 +69,25 @@ def everywhere(bench, wanted, rank, budget):
 
 
 def lora(bench, budget):
-    """Hu et al. 2022:  y + B A x on q and v of every self-attention; the rank is what fits (`spread`)."""
-    return {"LoRA": spread(bench, budget, lambda kind, name: kind == "lora" and name.split(".")[-1] in (
-        "query", "value", "q", "v", "q_proj", "v_proj"))}
+    """Hu et al. 2022:  y + B A x on q and v of every self-attention; the rank is what fits (`spread`). If not
+    even rank 1 does, q and v of as many evenly spaced layers as fit have it.
+    """
+    if everywhere(bench, is_query_or_value, 1, budget).parameters <= budget:
+        return {"LoRA": spread(bench, budget, is_query_or_value)}
+    layers = defaultdict(list)
+    for name, kind in bench.keys:
+        if is_query_or_value(kind, name):
+            layers[name.rpartition(".")[0]].append((name, kind))
+    return {"LoRA": evenly_spaced(bench, budget, list(layers.values()))}
+
+
+def lora_8(bench, budget):
+    """LoRA as it is mostly used: rank 8 on q and v of every self-attention, outside of the budget."""
+    return {"LoRA, r = 8": everywhere(bench, is_query_or_value, 8, budget)}
+
+
+def is_query_or_value(kind, name):
+    return kind == "lora" and name.split(".")[-1] in ("query", "value", "q", "v", "q_proj", "v_proj")
 
 
 def serial(bench, budget):
@@ -82,9 +100,32 @@ def bitfit(bench, budget):
     return {"BitFit": spread(bench, budget, lambda kind, _: kind == "bitfit")}
 
 
+def all_biases(bench, budget):
+    """BitFit at all of S2's places, outside of the budget."""
+    return {"all biases": everywhere(bench, lambda kind, _: kind == "bitfit", 1, budget)}
+
+
+def even_norms(bench, budget):
+    """y + b on as many evenly spaced norms as fit: a guess from what searches find, without a search."""
+    norms = [[(name, kind)] for name, kind in bench.keys
+             if kind == "bitfit" and (name, "lnfit") in bench.where]
+    return {"biases on even norms": evenly_spaced(bench, budget, norms)}
+
+
 def lnfit(bench, budget):
     """A delta on layer norms' weights, at all of them or, for the budget, at evenly spaced ones."""
     return {"LNFit": spread(bench, budget, lambda kind, _: kind == "lnfit")}
+
+
+def evenly_spaced(bench, budget, groups):
+    """Rank 1 in as many evenly spaced groups of places as fit.   groups: lists of (name, kind)."""
+    found = bench.structure([], budget)
+    for count in range(1, len(groups) + 1):
+        taken = [groups[int((i + 0.5) * len(groups) / count)] for i in range(count)]
+        structure = bench.structure([(*key, 1) for group in taken for key in group], budget)
+        if structure.parameters <= budget:
+            found = structure
+    return found
 
 
 def spread(bench, budget, wanted):
@@ -256,11 +297,12 @@ def train_adalora(bench, budget, lr):
     every T/60 steps.
 
     Its training is its search, and until t_f holds more than B. An epoch counts only once the number of triplets
-    is final, the last 2 of 6; what has E = 0 in the best one is not counted.
+    is final, the last 2 of 6; what has E = 0 in the best one is not counted. Where k and v are smaller than q
+    and o, B is divided by the largest triplet: what it keeps may be less than B.
     Returns (best, curve, parameters, test or None).
     """
     T, model = bench.settings.steps, copy.deepcopy(bench.model)
-    of_triplet = 2 * model.encoder.config.hidden_size + 1
+    of_triplet = 2 * model.encoder.config.hidden_size + 1               # of q and o
     wrapped, allocator, last = with_adalora(model, budget // of_triplet, T, bipeft.derive(bench.seed, 30))
     learnt = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(learnt.values(), lr=lr, weight_decay=1e-4)
@@ -277,9 +319,9 @@ def train_adalora(bench, budget, lr):
         optimizer.zero_grad()
         if step % every == 0 or step == T:
             curve.append(round(bench.score("validation", wrapped), 2))
-            triplets = sum(int((p != 0).sum()) for name, p in learnt.items() if "lora_E" in name)
+            triplets, size = kept_triplets(learnt)
             if step >= last and curve[-1] > best and triplets <= allocator.target_bgt:
-                best, parameters = curve[-1], triplets * of_triplet
+                best, parameters = curve[-1], size
                 kept = {name: p.detach().clone() for name, p in learnt.items()}
     bench.passes += T
     if kept is None:
@@ -288,6 +330,18 @@ def train_adalora(bench, budget, lr):
         for name, p in learnt.items():
             p.copy_(kept[name])
     return best, curve, parameters, lambda: bench.score("test", wrapped)
+
+
+def kept_triplets(learnt):
+    """How many triplets do not have E = 0, and their parameters.   learnt: {name: parameter} of peft's."""
+    triplets, parameters = 0, 0
+    for name, p in learnt.items():
+        if "lora_E" in name:
+            kept = int((p != 0).sum())
+            d_in = learnt[name.replace("lora_E", "lora_A")].shape[1]
+            d_out = learnt[name.replace("lora_E", "lora_B")].shape[0]
+            triplets, parameters = triplets + kept, parameters + kept * (d_in + d_out + 1)
+    return triplets, parameters
 
 
 def with_adalora(model, triplets, steps, seed):
@@ -299,13 +353,13 @@ def with_adalora(model, triplets, steps, seed):
     config = peft.AdaLoraConfig(
         init_r=rank, target_r=1, lora_alpha=rank, tinit=round(0.1 * steps), tfinal=max(1, round(0.3 * steps)),
         deltaT=max(1, steps // 60), total_step=steps, lora_dropout=0.0,
-        target_modules=r".*attention\.(self\.(query|key|value)|output\.dense)")
+        target_modules=r".*(attention\.(self\.(query|key|value)|output\.dense)|self_attn\.[qkvo]_proj)")
     for p in model.parameters():
         p.requires_grad_(False)
     torch.manual_seed(seed)
     wrapped = peft.get_peft_model(model, config)
-    for p in model.classifier.parameters():
-        p.requires_grad_(True)
+    for name in model.head:
+        model.get_submodule(name).requires_grad_(True)
     allocator = wrapped.base_model.rankallocator
     allocator.target_bgt = triplets
     return wrapped, allocator, steps - config.tfinal
@@ -464,7 +518,7 @@ class Configurations:
 
     def __init__(self, net):
         self.net, self.kinds = net, bipeft.SPACES["s1"]
-        self.layers = [name.split(".layer.")[1].split(".")[0] for name in net.space.names]      # of each module
+        self.layers = [re.search(r"layers?\.(\d+)\.", name)[1] for name in net.space.names]  # of each module
         self.ordered = sorted(set(self.layers), key=int)
 
     def arrange(self, config):
@@ -708,6 +762,7 @@ class OtherTemperature(bipeft.Search):
 
 # Ladders of learning rates: the second to the fourth are tried, and more as long as the best is at an edge.
 RATES = (4e-4, 1e-3, 2.5e-3, 6e-3, 1.5e-2, 4e-2)                                     # of modules
+LLAMA_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)                                   # of modules on a Llama
 FULL_RATES, HEAD_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), (1e-3, 2.5e-3, 1e-2, 4e-2, 0.15)
 
 
@@ -728,7 +783,8 @@ class Method:
 
 FINDERS = {
     "head": head_alone, "full": full, "whole": whole_space, "lora": lora, "serial": serial, "bitfit": bitfit,
-    "lnfit": lnfit, "chance": chance, "bipeft": bipeft_search, "s3delta": s3delta, "prunepeft": prunepeft,
+    "lnfit": lnfit, "lora-8": lora_8, "all-biases": all_biases, "even-norms": even_norms,
+    "chance": chance, "bipeft": bipeft_search, "s3delta": s3delta, "prunepeft": prunepeft,
     "autopeft": autopeft, "best-random": best_of_chance, "without": without_selection,
     "s3delta-hard": lambda bench, budget: s3delta(bench, budget, hard=True),
     "s3delta-lr": lambda bench, budget: s3delta(bench, budget, name="S3Delta-M, lr 3e-3", lr=3e-3),
@@ -748,13 +804,17 @@ CORE = {
 }
 MORE = {
     "S3Delta-M": Method("s3delta"), "PrunePEFT": Method("prunepeft"), "BitFit": Method("bitfit", cheap=True),
-    "LNFit": Method("lnfit", cheap=True), "serial adapter": Method("serial", cheap=True),
+    "LNFit": Method("lnfit", cheap=True), "biases on even norms": Method("even-norms", cheap=True),
+    "LoRA, r = 8": Method("lora-8", cheap=True, free=True),
+    "all biases": Method("all-biases", cheap=True, free=True), "serial adapter": Method("serial", cheap=True),
     "BIPEFT, S1": Method("bipeft-s1"), "BIPEFT, all": Method("bipeft-all"),
     "S3Delta-M, hard": Method("s3delta-hard"), "S3Delta-M, lr 3e-3": Method("s3delta-lr"),
     "S3Delta-M, scale 16": Method("s3delta-16"), "PrunePEFT, 4 rounds": Method("prunepeft-4"),
     "AdaLoRA": Method("adalora", cheap=True),
     "random, best of 3": Method("best-random"), "AutoPEFT": Method("autopeft"),
 }
+LLAMA_CORE = ("BIPEFT", "LoRA", "biases on even norms", "matched random", "random", "one look", "BitFit",
+              "LNFit", "LoRA, r = 8", "all biases")                                      # first on a Llama
 ACROSS = ("BIPEFT", "one look", "random", "LoRA", "S3Delta-M, hard", "matched random", "serial adapter",
           "S3Delta-M, lr 3e-3")                                                            # of --table budgets
 ABLATIONS = {name: Method(finder) for name, finder in {
@@ -774,6 +834,12 @@ SENSITIVITY = {name: Method(f"variant:{name}", rate_of=None if "scale" in name e
 SCALES = {"variant:LoRA scale 16": 16.0, "s3delta-16": 16.0}              # of LoRA, 1 elsewhere
 METHODS = {**CORE, **MORE, **ABLATIONS, **SENSITIVITY}
 FTE = {"autopeft": 9, "prunepeft": 1}        # of a search, as expected for --minutes; 3 for all others
+
+
+def ladder(name, family):
+    """The learning rates that a method may be trained at."""
+    rates = METHODS[name].rates
+    return LLAMA_RATES if family == "llama" and rates is RATES else rates
 
 
 def find(bench, finder, budget):

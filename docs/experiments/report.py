@@ -45,10 +45,13 @@ class Data:
         self.budget = Counter(x["budget"] for x in trained).most_common(1)[0][0] if trained else 0
         self.tuning = once(x for x in trained if x["tuning"])
         self.tasks = list(dict.fromkeys(x["task"] for x in trained))
-        self.places = next((x["places"] for x in lines if x["stage"] == "places"), [])
+        first = next((x for x in lines if x["stage"] == "places"), {})
+        self.places, self.backbone = first.get("places", []), first.get("backbone_parameters")
         seeds = sorted({x["seed"] for x in self.tuning})
         tuned = list(dict.fromkeys(x["task"] for x in self.tuning))
-        plan = compare.Plan([], lines, None, SimpleNamespace(tune_tasks=tuned, tune_seeds=seeds))
+        family = first.get("settings", {}).get("family", "bert")
+        args = SimpleNamespace(tune_tasks=tuned, tune_seeds=seeds, family=family)
+        plan = compare.Plan([], lines, None, args)
         budgets = {x["budget"] for x in trained} if seeds else set()
         self.rates = {(name, budget): plan.rate(name, budget)[0] for name in METHODS for budget in budgets}
         found = [x for x in lines if x["stage"] == "find" and x.get("method") in METHODS]
@@ -136,6 +139,17 @@ def table(head, rows):
     return "\n".join(lines) if rows else "no data yet"
 
 
+def size(data, parameters):
+    """A number of parameters and, where the backbone's is known, how many of 10,000 these are."""
+    share = f" ({1e4 * parameters / data.backbone:.2f})" if data.backbone else ""
+    return f"{parameters:,.0f}{share}"
+
+
+def of_size(data, what):
+    """The heading of a column of sizes."""
+    return f"{what} (of 10,000)" if data.backbone else what
+
+
 def span(mean, half):
     """An interval as text."""
     return f"{signed(mean - half)} to {signed(mean + half)}" if half == half else "–"
@@ -160,8 +174,9 @@ def rates(data):
                      for lr, s in sorted(tried.items())]
             cells = [f"**{cell}**" if lr == chosen else cell for lr, cell in zip(sorted(tried), cells)]
             edge = {min(tried): "lowest", max(tried): "highest"}.get(chosen, "")
-            rows.append([f"{budget:,}", name, ", ".join(cells), "–" if chosen is None else f"{chosen:g}", edge])
-    return table(["budget", "method", "rate: mean validation score", "chosen", "edge"], rows)
+            told = "–" if chosen is None else f"{chosen:g}"
+            rows.append([size(data, budget), name, ", ".join(cells), told, edge])
+    return table([of_size(data, "budget"), "method", "rate: mean validation score", "chosen", "edge"], rows)
 
 
 def by_rate(data):
@@ -196,8 +211,8 @@ def elsewhere(data):
         both = [(score, own[cell]) for cell, score in cells.items() if cell in own]
         if lr != data.rates.get((name, budget), lr) and both:
             here, there = np.mean(both, 0)
-            rows.append([f"{budget:,}", name, f"{lr:g}", len(both), f"{here:.1f}", f"{there:.1f}"])
-    head = ["budget", "method", "rate", "trainings", "mean", "the same at its chosen rate"]
+            rows.append([size(data, budget), name, f"{lr:g}", len(both), f"{here:.1f}", f"{there:.1f}"])
+    head = [of_size(data, "budget"), "method", "rate", "trainings", "mean", "the same at its chosen rate"]
     return f"Other trainings at rates that were not chosen:\n\n{table(head, rows)}" if rows else (
         "There are no other trainings at rates that were not chosen.")
 
@@ -205,12 +220,14 @@ def elsewhere(data):
 def score_table(data, names, budget=None, extra=()):
     """A row a method: scores, sizes, cost.   extra: (heading, function of the method's searches) each.
 
-    Numbers are of the cells that all full rows have: those of methods with as many cells as most. A method with
-    fewer is shown by what it has, without a mean.
+    Numbers are of the cells that all full rows have: those of methods with as many of BIPEFT's cells as most.
+    A method with fewer is shown by what it has, without a mean.
     """
     scores, rows = data.scores(names, budget), []
-    most = Counter(map(len, scores.values())).most_common(1)[0][0] if scores else 0
-    full = [set(cells) for cells in scores.values() if len(cells) >= most]
+    every = set(scores.get("BIPEFT") or itertools.chain(*scores.values()))
+    held = [every & set(cells) for cells in scores.values()]
+    most = Counter(map(len, held)).most_common(1)[0][0] if held else 0
+    full = [cells for cells in held if len(cells) >= most]
     common = set.intersection(*full) if full else set()
     tasks = [task for task in data.tasks if task in {of for of, _ in common}]
     for name in scores:
@@ -222,9 +239,10 @@ def score_table(data, names, budget=None, extra=()):
             together = f"{np.mean([np.mean(t) for t in tests]):.1f}" if all(tests) and whole else "–"
             passes, parameters = (np.mean([x[key] for x in own]) for key in ("passes", "parameters"))
             fte = f"{np.mean([x['passes'] for x in looked]) / passes:.2f}" if looked else "–"
-            rows.append([name, *map(shown, tests), together, f"{parameters:,.0f}", mean([x["modules"] for x in own]),
-                         "0" if METHODS[name].cheap else fte, len(own), *(of(looked) for _, of in extra)])
-    head = ["method", *tasks, "mean", "parameters", "modules", "FTE", "trainings"]
+            rows.append([name, *map(shown, tests), together, size(data, parameters),
+                         mean([x["modules"] for x in own]), "0" if METHODS[name].cheap else fte, len(own),
+                         *(of(looked) for _, of in extra)])
+    head = ["method", *tasks, "mean", of_size(data, "parameters"), "modules", "FTE", "trainings"]
     return table(head + [heading for heading, _ in extra], rows)
 
 
@@ -320,8 +338,9 @@ def agreement(data):
         by_chance = [jaccard_by_chance(a, b, pool) for a, b in within + across]
         shares = [shown([jaccard(a, b) for a, b in pairs], 2) for pairs in (within, across)]
         shares.append(f"{np.mean(by_chance):.2f}" if by_chance else "–")
-        rows.append([f"{budget:,}", name, len(own), *shares])
-    return table(["budget", "method", "searches", "between seeds", "between tasks", "by chance"], rows)
+        rows.append([size(data, budget), name, len(own), *shares])
+    head = [of_size(data, "budget"), "method", "searches", "between seeds", "between tasks", "by chance"]
+    return table(head, rows)
 
 
 def shared(data, searches):
@@ -339,9 +358,9 @@ def kept(data):
     rows = []
     for (budget, name), count in counts.items():
         cells = [[f"{count.get((kind, rank), 0):.1f}" for rank in of] for kind, of in columns.items()]
-        rows.append([f"{budget:,}", name, *map("/".join, cells)])
+        rows.append([size(data, budget), name, *map("/".join, cells)])
     heads = [f"{KINDS[kind]} {'/'.join(map(str, of))}".removesuffix(" 0") for kind, of in columns.items()]
-    return table(["budget", "method", *heads], rows if columns else [])
+    return table([of_size(data, "budget"), "method", *heads], rows if columns else [])
 
 
 def table_1(data, budget):
@@ -349,11 +368,12 @@ def table_1(data, budget):
     seeds = {x["seed"] for x in data.of("BIPEFT", budget)}
     later = [f"### Pairs on seeds {min(LATER)} to {max(LATER)} alone",
              contrast_table(data.contrasts(RIVALS, budget, seeds=LATER), data.tasks)] if seeds >= LATER else []
-    return [f"## Table 1: test scores at {budget:,} parameters",
+    share = f", {1e4 * budget / data.backbone:.2f} of 10,000" if data.backbone else ""
+    return [f"## Table 1: test scores at {budget:,} parameters{share}",
             "Of the cells (task, seed) that all rows with a mean have.",
             score_table(data, RIVALS, budget),
             f"### Pairs at {budget:,} parameters",
-            "95 %: t interval of the mean over pairs; over seeds: of the seeds' means.\n"
+            "Plus: BIPEFT is better. 95 %: t interval of the mean over pairs; over seeds: of seeds' means.\n"
             "p: exact sign-flip test over pairs. Holm: over the methods within the budget.",
             contrast_table(data.contrasts(RIVALS, budget), data.tasks), ranks(data, budget), *later]
 

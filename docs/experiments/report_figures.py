@@ -4,6 +4,7 @@ A figure is a function of the data (report.Data), a page of PAGES and pyplot. It
 that it needs are not there.
 """
 
+import re
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -18,6 +19,9 @@ KINDS = {"bitfit": "BitFit", "lnfit": "LNFit", "lora": "LoRA", "adapter_lr": "Ad
 BERT = {"attention.output.dense": "o", "intermediate.dense": "wi", "output.dense": "wo", "embeddings": "n0",
         "attention.self.query": "q", "attention.self.key": "k", "attention.self.value": "v",
         "attention.output.LayerNorm": "n1", "output.LayerNorm": "n2", "attention.self": "attn"}
+LLAMA = {"input_layernorm": "n1", "post_attention_layernorm": "n2", "self_attn.q_proj": "q",
+         "self_attn.k_proj": "k", "self_attn.v_proj": "v", "self_attn.o_proj": "o", "mlp.gate_proj": "gate",
+         "mlp.up_proj": "up", "mlp.down_proj": "down", "self_attn": "attn", "mlp": "ffn"}
 BLOCKS = {"attention.output.dense": "attn", "output.dense": "ffn"}        # of kinds that stand after a block
 
 # Any two of a page's colours lie 28 or more apart in CIELAB, also as protanopes and deuteranopes see them,
@@ -197,10 +201,12 @@ def draw_readings(data, page, plt):
 def where(place):
     """(layer, short name, kind) of a place, "encoder.layer.3.output.dense.lora": ("3", "wo", "lora")."""
     name, _, kind = place.rpartition(".")
-    layer, _, path = name.partition("layer.")[2].partition(".")
-    path = path or name.removesuffix(".LayerNorm")
+    if name == "norm":                                              # a Llama's, after its layers
+        return "last", "n1", kind
+    found = re.fullmatch(r"(?:.*\.)?layers?\.(\d+)\.(.*)", name)
+    layer, path = found.groups() if found else ("emb", name.removesuffix(".LayerNorm"))
     block = BLOCKS.get(path) if kind in ("adapter_lr", "serial", "parallel") else None
-    return layer or "emb", block or BERT.get(path, path.rpartition(".")[2]), kind
+    return layer, block or {**BERT, **LLAMA}.get(path, path.rpartition(".")[2]), kind
 
 
 def draw_places(data, page, plt):

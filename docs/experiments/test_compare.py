@@ -16,6 +16,7 @@ import time
 import numpy as np
 import pytest
 
+import bench
 import compare
 import report
 from bench import SMALL, Settings
@@ -25,7 +26,7 @@ NO_PEFT = not importlib.util.find_spec("peft")
 
 def plan_of(scores, name="LoRA"):
     """A plan whose trainings for a method's rate have these validation scores, {lr: score}."""
-    args = argparse.Namespace(tune_seeds=[100, 101], tune_tasks=["toy"], lr=None)
+    args = argparse.Namespace(tune_seeds=[100, 101], tune_tasks=["toy"], lr=None, family="bert")
     lines = [{"stage": "train", "method": name, "task": "toy", "budget": 600, "seed": seed, "source": None, "lr": lr,
               "validation": score + seed} for lr, score in scores.items() for seed in (100, 101)]
     wish = {"method": name, "task": "toy", "budget": 600, "seed": 0, "source": None, "tuning": False}
@@ -342,3 +343,49 @@ def test_how_long_a_job_is_expected_to_take(tmp_path):
     assert results.expected(search) == 45
     beside_others = compare.Results(known(tmp_path, {"LoRA": 10.0}, workers=8), workers=0)
     assert beside_others.expected(search) == 0                                          # other durations: unknown
+
+
+def test_a_llamas_tasks_are_prepared_with_a_line_break_before_the_answer(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    bench.small_backbone("llama").save_pretrained(tmp_path / "model")
+    tokenizer = bench.bipeft.toy_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    for task, files in {**bench.FILES, **bench.MORE_FILES}.items():
+        (tmp_path / task).mkdir()
+        rows = {**{field: ["anna " * 300, "anna walks", "ben", "it rains", "good"]
+                   for field in bench.bipeft.TASKS[task].fields}, "label": [0, 1, 1, 0, 1]}
+        for file in files:
+            pandas.DataFrame(rows).to_parquet(tmp_path / task / f"{file}.parquet")
+    settings = Settings(folder=str(tmp_path / "made"), family="llama", train_rows=-3996, max_length=256)
+    bench.prepare(tmp_path / "model", tmp_path, settings)
+    line_break = tokenizer("\n").input_ids
+    lengths = {}
+    for task in ("cola", "boolq"):
+        rows = bench.pools_of(task, settings)[0]
+        assert all(ids[-len(line_break):] == line_break for ids, _ in rows)
+        assert [y for _, (y,) in rows] == [0, 1, 1, 0, 1]
+        (example,) = bench.bipeft.to_examples(task, dict(
+            zip((*bench.bipeft.TASKS[task].fields, "label"), ["ben"] * (1 + (task == "boolq")) + [1])), False)
+        assert rows[2][0] == tokenizer(example.source).input_ids + line_break
+        lengths[task] = max(len(ids) for ids, _ in rows)
+    assert lengths == {"cola": 127 + len(line_break), "boolq": 255 + len(line_break)}
+    assert (tmp_path / "made" / "model").resolve() == tmp_path / "model"
+
+
+def test_methods_are_run_in_the_order_they_are_named_in(tmp_path):
+    args = argparse.Namespace(table=["main"], methods=["LoRA, r = 8", "BIPEFT", "LNFit"], seeds=[0, 1],
+                              tasks=["qnli", "cola"], first_seeds=1, budget=600, family="llama")
+    order = [(wish["seed"], wish["method"], wish["task"]) for wish in compare.wanted_of(args)]
+    assert order == [(seed, name, task) for seed in (0, 1) for name in args.methods for task in args.tasks]
+    args.methods = None
+    assert "head alone" not in {wish["method"] for wish in compare.wanted_of(args)}            # it has none
+
+
+def test_a_small_comparison_on_a_llama(tmp_path):
+    lines = run(tmp_path, "--family", "llama", "--table", "main", "--seeds", "0", "--methods", "BIPEFT",
+                "LoRA", "biases on even norms", "full")
+    assert not any("error" in x for x in lines) and lines[0]["settings"]["dtype"] == "bfloat16"
+    trained = [x for x in lines if x["stage"] == "train"]
+    assert {x["lr"] for x in trained if x["tuning"] and x["method"] != "full"} >= {1e-3, 3e-3, 1e-2}
+    assert sorted(x["method"] for x in trained if not x["tuning"]) == [
+        "BIPEFT", "LoRA", "biases on even norms", "full"]

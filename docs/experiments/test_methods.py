@@ -155,3 +155,120 @@ def test_lora_at_scale_16_adds_sixteen_times_as_much():
     with methods.scaled_lora(methods.SCALES["variant:LoRA scale 16"]):
         torch.testing.assert_close(module(x, y) - y, 16 * plain)
     torch.testing.assert_close(module(x, y) - y, plain)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """The harness around a tiny Llama: 4 layers, 9 norms of 32, 2 key/value heads for 4 of queries."""
+    made = Bench(Settings(**{**SMALL, "family": "llama", "surrogate": "own"}))
+    made.open("toy", 0)
+    return made
+
+
+def test_a_llamas_answer_is_the_next_token_of_its_own_head(llama):
+    llama.open("toy", 0)
+    rows = [[1, 7, 9, 4], [1, 8], [1, 2, 3, 5, 6, 7]]
+    labels = [1, 0, 1]
+    batch = bipeft.collate([(ids, [y]) for ids, y in zip(rows, labels)], "cpu")
+    with torch.no_grad():
+        output = llama.model(**batch)
+        alone = [llama.encoder(torch.tensor([ids])).logits[0, -1, [3, 4]] for ids in rows]    # none padded
+    torch.testing.assert_close(output.logits, torch.stack(alone))
+    torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(
+        torch.stack(alone), torch.tensor(labels)))
+
+
+def test_padding_and_rows_that_fill_a_batch_change_no_answer_of_a_llama(llama):
+    llama.open("toy", 0)
+    batch = bipeft.collate([([1, 7, 9], [1]), ([1, 8, 5, 6], [0])], "cpu")
+    wider = bipeft.collate([([1, 7, 9], [1]), ([1, 8, 5, 6], [0]), ([1], [-100])], "cpu")
+    for key, filler in ("input_ids", 99), ("attention_mask", 0):
+        wider[key] = torch.nn.functional.pad(wider[key], (0, 5), value=filler)
+    with torch.no_grad():
+        narrow, wide = llama.model(**batch), llama.model(**wider)
+    torch.testing.assert_close(wide.logits[:2], narrow.logits)
+    torch.testing.assert_close(wide.loss, narrow.loss)
+
+
+class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes what reads a tensor's numbers on the host, which a CUDA graph must not."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero,
+                                       torch.ops.aten.is_nonzero, torch.ops.aten.item):
+            self.read.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_llamas_pass_reads_no_number_on_the_host(llama):
+    llama.open("toy", 0)
+    batch = bipeft.collate([([1, 7, 9], [1]), ([1, 8, 5, 6], [0])], "cpu")
+    with Watch() as watch:
+        llama.model(**batch).loss
+    assert watch.read == []
+    with Watch() as watch:
+        torch.ones(2).sum().item()
+    assert watch.read                                                      # it does see one
+
+
+def test_even_norms_and_lora_on_even_layers_of_a_llama_by_hand(llama):
+    # 600 is 18 biases of 32, and there are nine norms; 200 is 6: norms (i + 1/2) · 9/6 = 0, 2, 3, 5, 6, 8.
+    norms = [f"layers.{i}.{norm}_layernorm" for i in range(4) for norm in ("input", "post_attention")]
+    norms += ["norm"]
+    for budget, taken in (600, range(9)), (200, (0, 2, 3, 5, 6, 8)):
+        found, _ = methods.find(llama, "even-norms", budget)["biases on even norms"]
+        assert [m["name"] for m in found.modules] == [norms[i] for i in taken]
+        assert {m["kind"] for m in found.modules} == {"bitfit"} and found.parameters == 32 * len(taken)
+    # q is 32 x 32 and v 16 x 32: 64 + 48 a layer at rank 1. 300 is 2 layers: (i + 1/2) · 4/2 = 1, 3.
+    found, _ = methods.find(llama, "lora", 300)["LoRA"]
+    assert [(m["name"], m["rank"]) for m in found.modules] == [
+        (f"layers.{i}.self_attn.{of}_proj", 1) for i in (1, 3) for of in "qv"] and found.parameters == 224
+    # 448 is rank 1 in all four; and 600 pays for a second rank on some.
+    assert methods.find(llama, "lora", 600)["LoRA"][0].parameters > 448
+    assert methods.find(llama, "lora-8", 1)["LoRA, r = 8"][0].parameters == 8 * 448
+    # Of a layer q, o, gate, up, down are 32 + 32 + 64 + 64 + 32, k and v 16 each, two norms 32 each.
+    assert methods.find(llama, "all-biases", 1)["all biases"][0].parameters == 4 * 320 + 32
+
+
+@pytest.mark.parametrize("finder", [name for name in methods.FINDERS if name != "head"])
+def test_each_method_on_a_llama(llama, finder):
+    llama.open("toy", 0)
+    batch = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.long)
+    with torch.no_grad():
+        before = llama.model(*batch).logits
+    for name, (structure, _) in methods.find(llama, finder, 600).items():
+        method = methods.METHODS[name]
+        assert method.free or 0 < structure.parameters <= 600
+        peft, best, _ = llama.train(structure, 1e-3, method.whole)
+        assert 0 <= best <= 100 and (peft.size == structure.parameters or method.free)
+        peft.detach()
+    llama.open("toy", 0)
+    with torch.no_grad():
+        assert torch.equal(llama.model(*batch).logits, before)
+
+
+def test_full_fine_tuning_of_a_16_bit_llama_learns_in_float32_and_leaves_it_as_it_was():
+    llama = Bench(Settings(**{**SMALL, "family": "llama", "dtype": "bfloat16"}))
+    llama.open("toy", 0)
+    before = {name: p.clone() for name, p in llama.model.named_parameters()}
+    frequencies = {name: b.clone() for name, b in llama.model.named_buffers()}
+    assert {p.dtype for p in before.values()} == {torch.bfloat16}
+    peft, _, _ = llama.train(methods.find(llama, "full", 600)["full"][0], 1e-3, whole=True)
+    assert {p.dtype for p in llama.model.parameters()} == {torch.float32}
+    peft.detach()
+    llama.open("toy", 0)
+    assert all(torch.equal(p, before[name]) for name, p in llama.model.named_parameters())
+    assert all(torch.equal(b, frequencies[name]) for name, b in llama.model.named_buffers())
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="needs peft")
+def test_adalora_on_a_llama_counts_the_triplets_that_it_keeps(llama):
+    # B 600 is 9 triplets of q and o, 32 + 32 + 1; those of k and v are 16 + 32 + 1.
+    llama.open("toy", 0)
+    best, curve, parameters, test = methods.train_adalora(llama, 600, 1e-2)
+    assert 0 <= best <= 100 and len(curve) == 3 and 0 <= test() <= 100
+    assert parameters in {65 * qo + 49 * kv for qo in range(10) for kv in range(10) if qo + kv <= 9}

@@ -147,6 +147,33 @@ def test_berts_three_dense_layers_are_told_apart():
     assert len(set(labels)) == len(labels)
 
 
+def test_a_llamas_places_have_short_names():
+    at = "layers.12."
+    assert figures.where(at + "self_attn.q_proj.lora") == ("12", "q", "lora")
+    assert figures.where(at + "input_layernorm.bitfit") == ("12", "n1", "bitfit")
+    assert figures.where(at + "mlp.adapter_lr") == ("12", "ffn", "adapter_lr")
+    assert figures.where(at + "mlp.down_proj.bitfit") == ("12", "down", "bitfit")
+    assert figures.where("norm.lnfit") == ("last", "n1", "lnfit")
+
+
+def test_sizes_are_told_of_10_000_where_the_backbone_is_known():
+    lines = [line(name, "cola", seed, 1e-3, 40.0, 18_697) for name in ("BIPEFT", "LoRA") for seed in (0, 1)]
+    known = [{"stage": "places", "places": PLACES, "backbone_parameters": 134_515_008}, *lines]
+    told = "\n".join(report.table_1(report.Data(known), 18_697))
+    # 18,697 and the 18,688 of `line`, over 134,515,008.
+    assert "at 18,697 parameters, 1.39 of 10,000" in told
+    assert "| parameters (of 10,000) |" in told and "| 18,688 (1.39) |" in told
+    assert "of 10,000" not in "\n".join(report.table_1(report.Data(lines), 18_697))
+
+
+def test_a_table_is_of_the_cells_that_bipeft_has():
+    seeds = {"BIPEFT": 2, "LoRA": 4, "random": 4}
+    lines = [line(name, "qnli", seed, 1e-3, 70.0 + seed) for name in seeds for seed in range(seeds[name])]
+    told = report.score_table(report.Data(lines), ["BIPEFT", "LoRA", "random"])
+    # Seeds 0 and 1: 70 and 71.
+    assert all(f"| {name} | 70.5 ± 0.7 | 70.5 |" in told for name in ("BIPEFT", "LoRA", "random"))
+
+
 def test_colours_are_told_apart_by_colour_blind_readers():
     # Machado et al. 2009, severity 1: protanopia, deuteranopia; then plain sight. In linear sRGB.
     sights = np.array([
@@ -372,7 +399,8 @@ def test_what_is_not_under_the_budget_is_a_family_of_its_own():
 
 @pytest.mark.parametrize("page, lines", [("compare_tables.md", "compare.jsonl"),
                                          ("compare_t5_tables.md", "compare-t5.jsonl"),
-                                         ("compare_cola_tables.md", "compare-cola.jsonl")])
+                                         ("compare_cola_tables.md", "compare-cola.jsonl"),
+                                         ("compare_smollm2_tables.md", "compare_smollm2.jsonl")])
 def test_the_pages_of_all_tables_are_what_the_report_prints(page, lines):
     told = report.report(report.Data(compare.read(report.HERE / "results" / lines)))
     head, _, rest = (report.HERE / page).read_text().partition("\n## ")
