@@ -10,6 +10,7 @@ a run goes to --out; what has a line is not run again. Needs no more than bipeft
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -28,7 +29,9 @@ import bipeft
 WORDS = {"sst2": ("negative", "positive"), "cola": ("wrong", "right"), "rte": ("follows", "open")}
 ROWS = {"sst2": 200, "cola": 1000, "rte": 2490}
 SEPARATORS = {"nothing": "", "a line break": "\n", "a blank": " "}
-RATES = ("3e-4", "1e-3", "3e-3", "1e-2")
+TRIED = {  # batch size, epochs, triggers, epochs of warm-up: rates; the last is the paper's way
+    (32, 20, 30, 2): ("1e-3", "3e-3", "3e-4", "1e-2"), (16, 20, 30, 2): ("1e-3", "3e-3"),
+    (32, 10, 100, 1): ("3e-4",)}
 
 
 def write_custom(data_dir, folder):
@@ -65,17 +68,14 @@ def jobs_of(args, folder):
                              ["--task", task, "--data-dir", args.data_dir, "--model", args.llama, "--structure",
                               str(folder / "even.json"), "--epochs", str(epochs), "--lr", "3e-3", "--separator",
                               separator, "--seed", str(seed)]))
-    for batch, epochs, triggers, warmup in ((32, 20, 30, 5), (16, 20, 30, 5), (32, 10, 100, 1)):
-        for rate in RATES:
-            for model in ("llama", "t5"):
-                for task in ROWS:
-                    told = {"part": "custom", "model": model, "task": task, "rows": ROWS[task], "lr": rate,
-                            "batch": batch, "epochs": epochs, "triggers": triggers, "warmup": warmup, "seed": 0}
-                    budget = {"llama": "1.39e-4", "t5": "1e-3"}[model]
-                    jobs.append((told, [
-                        "--task", "custom", "--data-dir", str(folder / task), "--model", getattr(args, model), "--lr",
-                        rate, "--batch-size", str(batch), "--epochs", str(epochs), "--triggers", str(triggers),
-                        "--warmup-epochs", str(warmup), "--budget", budget]))
+    for (batch, epochs, triggers, warmup), rates in TRIED.items():
+        for task, rate, model in itertools.product(ROWS, rates, ("llama", "t5")):
+            told = {"part": "custom", "model": model, "task": task, "rows": ROWS[task], "lr": rate, "batch": batch,
+                    "epochs": epochs, "triggers": triggers, "warmup": warmup, "seed": 0}
+            jobs.append((told, [
+                "--task", "custom", "--data-dir", str(folder / task), "--model", getattr(args, model), "--lr", rate,
+                "--batch-size", str(batch), "--epochs", str(epochs), "--triggers", str(triggers), "--warmup-epochs",
+                str(warmup), "--budget", {"llama": "1.39e-4", "t5": "1e-3"}[model]]))
     return jobs
 
 
@@ -166,13 +166,17 @@ def main():
             if time.monotonic() - started < 60 * args.minutes:
                 keep(run(number, told, arguments, args, folder))
 
+        def measure_losses(_):
+            if not any(line["part"] == "loss" for line in lines):
+                for task, losses in untouched_losses(args).items():
+                    keep({"part": "loss", "task": task, "losses": losses})
+
         due = [(told, arguments) for told, arguments in jobs_of(args, folder)
                if not any(told.items() <= line.items() for line in lines)]
         with ThreadPoolExecutor(args.workers) as pool:
+            measured = pool.submit(measure_losses, None)
             list(pool.map(work, enumerate(due)))
-        if not any(line["part"] == "loss" for line in lines):
-            for task, losses in untouched_losses(args).items():
-                keep({"part": "loss", "task": task, "losses": losses})
+            measured.result()
 
 
 if __name__ == "__main__":
