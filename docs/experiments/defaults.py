@@ -82,12 +82,13 @@ def jobs_of(args, folder):
 def run(number, told, arguments, args, folder):
     """One run of the command line; its line, of its scores or of what went wrong."""
     out = folder / f"run-{number}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if torch.cuda.device_count() > 1:
-        environment["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = f"cuda:{number % torch.cuda.device_count()}"
     started = time.monotonic()
     done = subprocess.run([sys.executable, str(ROOT / "bipeft.py"), *arguments, *args.more, "--dtype", args.dtype,
-                           "--out", str(out)], capture_output=True, text=True, env=environment)
+                           "--device", device, "--out", str(out)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     line = {**told, "seconds": round(time.monotonic() - started, 1)}
     if done.returncode:
         return {**line, "error": (done.stderr.splitlines() or ["killed"])[-1]}
