@@ -86,11 +86,11 @@ class Settings:
     data_dir: str = None      # folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub
     max_length: int = None           # input tokens (GLUE and custom 128, SuperGLUE 256, ReCoRD 512)
     metric: str = None           # of custom: accuracy, F1, Matthews, Pearson or token-F1 (accuracy)
-    separator: str = None               # between a Llama's input and its answer (a line break)
+    separator: str = ""                 # between a Llama's input and its answer
     space: str = "s2"                   # s1, s2, all, or a comma list of kinds of module
     ranks: tuple = (1, 4, 8)            # Dim, the candidate ranks
     budget: float = 1.39e-4   # B: below 1 a share of the backbone, from 1 on a number of parameters
-    triggers: int = 100                 # Z, how many times modules and ranks are selected (toy: 30)
+    triggers: int = 100                 # Z, how many times modules and ranks are selected (custom, toy: 30)
     tau: float = 0.85                   # τ, the stability that triggers
     gamma: float = 0.85                 # γ, how much of the past s̄ keeps
     window: int = 5                     # H, the steps over which stability is measured
@@ -99,9 +99,9 @@ class Settings:
     warmup_epochs: int = None           # of these before the first trigger (the task's)
     arch_lr: float = 0.01               # learning rate of Θ and Φ
     structure: str = None               # a structure.json to train: no search
-    lr: float = 3e-4                    # learning rate of ΔW, falling linearly to 0 (toy: 3e-3)
+    lr: float = 3e-4                    # learning rate of ΔW, falling linearly to 0 (custom 1e-3, toy 3e-3)
     weight_decay: float = 1e-4          # of ΔW, Θ and Φ
-    batch_size: int = None              # examples a step (32, ReCoRD 16)
+    batch_size: int = None              # examples a step (32, ReCoRD and custom 16)
     seed: int = 0                       # one or more numbers: of splits, weights, draws
     out: str = None                     # folder to write (runs/<task>-<space>-<seed>)
     device: str = "auto"                # cpu, cuda, cuda:1, ...; auto takes a GPU if there is one
@@ -1532,7 +1532,8 @@ TASKS = {
     "record": Task(("query", "entities", "passage"), (), "token-F1", 1, 1, 512, 16, "answers", carve=True),
     "wic": Task(("word", "sentence1", "sentence2"), BINARY, "accuracy", 15, 2, 256),
     # a person's own, and one that is made here
-    "custom": Task(("source",), (), "accuracy", 10, 1, answer="target"),
+    "custom": Task(("source",), (), "accuracy", 20, 2, batch_size=16, answer="target",
+                   defaults={"lr": 1e-3, "triggers": 30}),                          # measured [D83]
     "toy": Task((), ("good", "bad"), "accuracy", 7, 4, defaults={
         "model": "toy", "lr": 3e-3, "budget": 0.03, "triggers": 30, "search_epochs": 5}),
 }
@@ -1866,10 +1867,10 @@ def toy_backbone(seed, steps=500, batch_size=64):
 # ==================================================================================================
 
 
-def tokenize(tokenizer, examples, max_length, causal=False, separator="\n"):
+def tokenize(tokenizer, examples, max_length, causal=False, separator=""):
     """[(input ids, label ids)] of Examples, cut to a length, but for what ends them.
 
-    causal: the input ends with the separator, the label with an end token, and is not cut [D69].
+    causal: the input ends with the separator [D82], the label with an end token, and is not cut [D69].
     """
     targets = [e.target for e in examples]
     if causal:
@@ -1979,35 +1980,53 @@ def cut(rows, size):
 def collate(rows, device, causal=False):
     """A padded batch of (input ids, label ids), what the model takes. The inputs are [batch, longest].
 
-    causal: input and label are one sequence. All end together, since logits are computed of the end alone:
-    of the `logits_to_keep` positions of the longest label and the one before it, which predicts its first.
+    causal: input and label are one sequence. What fills it up stands before the input's last token, so that
+    all labels end together, and logits are computed of the end alone: of the positions of the longest label
+    and the one before it, which predicts its first token. So hardly a row begins with padding: on a GPU the
+    gradients of attention can be lost where the first 128 keys are masked.
     """
     inputs = [source for source, _ in rows]
     labels = [target for _, target in rows]
-    if causal:
-        inputs = [source + target for source, target in rows]
-        labels = [[-100, *target] for target in labels]
-    mask = [[1] * len(ids) for ids in inputs]
-    batch = {"input_ids": padded(inputs, 0, device, 32, causal),
-             "attention_mask": padded(mask, 0, device, 32, causal),
-             "labels": padded(labels, -100, device, 4, causal)}
-    if causal:
-        batch["labels"] = batch["labels"][:, -batch["input_ids"].shape[1]:]
-        batch["logits_to_keep"] = batch["labels"].shape[1]
-    return batch
+    if not causal:
+        mask = [[1] * len(ids) for ids in inputs]
+        length = padded_length(inputs, device, 32)
+        return {"input_ids": padded(inputs, 0, length, device),
+                "attention_mask": padded(mask, 0, length, device),
+                "labels": padded(labels, -100, padded_length(labels, device, 4), device)}
+    inputs = [source + target for source, target in rows]
+    tails = [min(1 + len(target), len(ids)) for ids, target in zip(inputs, labels)]
+    labels = []
+    for source, target in rows:
+        if not source:                                  # nothing predicts the first token
+            target = target[1:]
+        labels.append([-100, *target])
+    length = padded_length(inputs, device, 32)
+    kept = padded_length(labels, device, 4)
+    return {"input_ids": padded(inputs, 0, length, device, tails),
+            "attention_mask": padded([[1] * len(ids) for ids in inputs], 0, length, device, tails),
+            "position_ids": padded([list(range(len(ids))) for ids in inputs], 0, length, device, tails),
+            "labels": padded(labels, -100, kept, device, [len(label) for label in labels]),
+            "logits_to_keep": kept}
 
 
-def padded(rows, filler, device, shortest, left=False):
-    """Lists as one tensor, filled up at their ends or on the left.   shortest: on a GPU lengths are powers of
-    two from there on, so that few CUDA graphs serve all batches.
-    """
+def padded_length(rows, device, shortest):
+    """The longest row's length; on a GPU a power of two, so that few CUDA graphs serve all batches."""
     longest = max(len(row) for row in rows)
     if torch.device(device).type == "cuda":
-        longest = max(shortest, 1 << (longest - 1).bit_length())
+        return max(shortest, 1 << (longest - 1).bit_length())
+    return longest
+
+
+def padded(rows, filler, length, device, tails=None):
+    """Lists as one tensor, [rows, length], filled up at their ends.   tails: how many numbers of each row
+    stand after what fills it up; all of them: it is padded on the left.
+    """
     filled = []
-    for row in rows:
-        fill = [filler] * (longest - len(row))
-        filled.append(fill + row if left else row + fill)
+    for i, row in enumerate(rows):
+        head = len(row)
+        if tails is not None:
+            head -= tails[i]
+        filled.append(row[:head] + [filler] * (length - len(row)) + row[head:])
     return torch.tensor(filled).to(device)
 
 
@@ -2043,8 +2062,9 @@ def predict(model, tokenizer, tokens, batch_size, device, longest=None):
     try:
         for indices in cut(by_length, batch_size):
             sources = [tokens[i][0] for i in indices]
-            ids = padded(sources, 0, device, 32, left=True)
-            mask = padded([[1] * len(source) for source in sources], 0, device, 32, left=True)
+            lengths = [len(source) for source in sources]
+            ids = padded(sources, 0, max(lengths), device, lengths)
+            mask = padded([[1] * n for n in lengths], 0, max(lengths), device, lengths)
             made = model.generate(ids, attention_mask=mask, generation_config=config)
             start = 1                                     # T5's first token is none of the answer's
             if not model.config.is_encoder_decoder:
@@ -2059,7 +2079,7 @@ def predict(model, tokenizer, tokens, batch_size, device, longest=None):
     return [texts[i] for i in range(len(tokens))]
 
 
-def answer(model, tokenizer, texts, separator="\n"):
+def answer(model, tokenizer, texts, separator=""):
     """What a model that `load_run` gave answers to input texts, in their order.
 
     separator: that of the run, if it was another; a T5 has none.
@@ -2333,7 +2353,6 @@ def parse(arguments, settings_class=Settings):
     values.update(task.defaults)
     values.update(given)
     values.setdefault("search_epochs", values["epochs"])
-    values.setdefault("separator", "\n")
     seeds = values.pop("seed", [0])
     if len(set(seeds)) < len(seeds):
         fail("--seed takes different numbers")

@@ -2499,15 +2499,39 @@ def test_section_6_tokens_of_both_families():
     assert bipeft.tokenize(tokenizer, examples, 4) == [([3, 4, 5, 1], [6, 1]), ([3, 1], [7, 5, 4, 1])]
     tokens = bipeft.tokenize(tokenizer, examples, 3, causal=True, separator=" rte")         # rte is 8
     assert tokens == [([3, 4, 8], [6, 1]), ([3, 8], [7, 5, 4, 3, 5, 1])]
-    (batch,) = bipeft.Batches(tokens, 2, "cpu", causal=True)             # the loss is on the target alone,
-    assert batch["input_ids"].tolist() == [[0, 0, 0, 3, 4, 8, 6, 1], [3, 8, 7, 5, 4, 3, 5, 1]]
-    assert batch["attention_mask"].tolist() == [[0] * 3 + [1] * 5, [1] * 8]
-    assert batch["labels"].tolist() == [[-100] * 5 + [6, 1], [-100, 7, 5, 4, 3, 5, 1]]   # and logits of it
+    (batch,) = bipeft.Batches(tokens, 2, "cpu", causal=True)         # padding stands before the last of the input
+    assert batch["input_ids"].tolist() == [[3, 4, 0, 0, 0, 8, 6, 1], [3, 8, 7, 5, 4, 3, 5, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0, 0, 1, 1, 1], [1] * 8]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 0, 0, 2, 3, 4], list(range(8))]
+    assert batch["labels"].tolist() == [[-100] * 5 + [6, 1], [-100, 7, 5, 4, 3, 5, 1]]     # logits are of these alone
     assert batch["logits_to_keep"] == 7
     (batch,) = bipeft.Batches(bipeft.tokenize(tokenizer, examples, 4), 2, "cpu")
     assert batch["input_ids"].tolist() == [[3, 4, 5, 1], [3, 1, 0, 0]]
     assert batch["labels"].tolist() == [[6, 1, -100, -100], [7, 5, 4, 1]]
     assert batch["attention_mask"].tolist() == [[1] * 4, [1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("kinds", [(), ("lora", "serial"), ("prefix",)])
+def test_section_6_a_causal_batch_has_the_loss_of_its_rows_alone(kinds, monkeypatch):
+    """However a row is filled up, and though logits are of the end alone: by a loop over rows without padding."""
+    model = family("llama").eval()
+    peft = randomise(bipeft.Peft(model, [at for kind in kinds for at in every(kind, model)]))
+    rows = [([5, 9, 7, 6], [8, 1]), ([4], [9, 9, 6, 1]), ([6, 7, 5, 5, 8, 9, 4], [1]), ([], [7, 5, 1])]
+    losses = []
+    for source, target in rows:
+        logits = model(torch.tensor([source + target])).logits[0].log_softmax(1)
+        ids = source + target
+        losses += [-logits[at - 1, ids[at]] for at in range(max(1, len(source)), len(ids))]
+    expected = sum(losses) / len(losses)
+    made = torch.tensor
+    for device in ("cpu", "cuda"):                       # "cuda": the shapes of a GPU, with a row that only fills up
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "tensor", lambda rows: made(rows))
+            patched.setattr(torch.Tensor, "to", lambda t, *args, **more: t)
+            (batch,) = bipeft.Batches(rows, 9, device, causal=True)
+        assert batch["input_ids"].shape[1] == (32 if device == "cuda" else 8)
+        assert close(model(**batch).loss.detach(), expected.detach())
+    peft.detach()
 
 
 def test_section_6_every_example_once_an_epoch_in_an_order_of_seed_and_epoch():
