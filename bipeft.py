@@ -86,7 +86,7 @@ class Settings:
     data_dir: str = None      # folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub
     max_length: int = None           # input tokens (GLUE and custom 128, SuperGLUE 256, ReCoRD 512)
     metric: str = None           # of custom: accuracy, F1, Matthews, Pearson or token-F1 (accuracy)
-    separator: str = ""                 # between a Llama's input and its answer
+    separator: str = None               # between a Llama's input and its answer (nothing)
     space: str = "s2"                   # s1, s2, all, or a comma list of kinds of module
     ranks: tuple = (1, 4, 8)            # Dim, the candidate ranks
     budget: float = 1.39e-4   # B: below 1 a share of the backbone, from 1 on a number of parameters
@@ -1485,6 +1485,10 @@ def stream(batches, start=0):
 # 5. The tasks as text to text (4.1, appendices A and B)
 # ==================================================================================================
 
+# A row of a data set becomes an Example: the task's name and its fields as one text, and the label as another.
+# A T5 reads the first and writes the second; a Llama goes on from the first. So one program serves thirteen
+# tasks, and a person's own. What stands in a file is taken as it stands: a label is a text, not a number.
+
 
 @dataclass(frozen=True)
 class Example:
@@ -1866,6 +1870,9 @@ def toy_backbone(seed, steps=500, batch_size=64):
 # 6. Training and evaluation
 # ==================================================================================================
 
+# From texts to tokens to batches; what a model answers, in text; and a training of what is attached. None of
+# it knows of the search, and the search knows of none of it: both go through iterables of batches.
+
 
 def tokenize(tokenizer, examples, max_length, causal=False, separator=""):
     """[(input ids, label ids)] of Examples, cut to a length, but for what ends them.
@@ -1901,7 +1908,7 @@ def check_texts(tokenizer, splits, tokens, settings, causal):
     """
     limit = settings.max_length
     examples = [e for part in splits.values() for e in part]
-    whole = tokenize(tokenizer, examples, sys.maxsize, causal, settings.separator)
+    whole = tokenize(tokenizer, examples, sys.maxsize, causal, settings.separator or "")
     lost = {}                                             # what happens: the texts to which it does
     said = {}                                         # a target as the model can say it: the target
     for e, (source, target) in zip(examples, whole):
@@ -2146,6 +2153,9 @@ def judged(result):
 # 7. Machinery, none of it the method's: the same results twice, files, speed on a GPU
 # ==================================================================================================
 
+# Who reads the method passes this section over. Files: the trained weights alone, and a structure. Speed: on
+# a GPU a pass of many small modules is bound by the launching of kernels, which a CUDA graph does at once.
+
 
 @contextlib.contextmanager
 def deterministic():
@@ -2325,6 +2335,10 @@ def fuse_norms(model):
 # ==================================================================================================
 # 8. The command line
 # ==================================================================================================
+
+# `main` makes Settings of the command line and calls `run` once for each seed. A run has four parts: `Work`
+# (data and backbone), `run_search`, `run_training`, and the look at the test set. `Record` is its folder: it
+# keeps what is needed to go on after a kill, and refuses to go on with something else.
 
 
 def parse(arguments, settings_class=Settings):
@@ -2614,7 +2628,7 @@ class Work:
         self.tokens = {}
         for key, examples in self.splits.items():
             self.tokens[key] = tokenize(
-                self.tokenizer, examples, settings.max_length, self.causal, settings.separator)
+                self.tokenizer, examples, settings.max_length, self.causal, settings.separator or "")
         self.longest = max(len(label) for part in self.tokens.values() for _, label in part)
         self.told = check_texts(self.tokenizer, self.splits, self.tokens, settings, self.causal)
 
