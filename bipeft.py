@@ -1485,7 +1485,7 @@ def stream(batches, start=0):
 # 5. The tasks as text to text (4.1, appendices A and B)
 # ==================================================================================================
 
-# A row of a data set becomes an Example: the task's name and its fields as one text, and the label as another.
+# A row of a data set becomes an Example: the task's name and its fields as one text, the label as another.
 # A T5 reads the first and writes the second; a Llama goes on from the first. So one program serves thirteen
 # tasks, and a person's own. What stands in a file is taken as it stands: a label is a text, not a number.
 
@@ -1645,6 +1645,9 @@ def read_split(name, split, data_dir, needed=True):
         files = [folder / f"{split}{suffix}" for folder in folders for suffix in READERS]
         files = [file for file in files if file.is_file()]
         if not files and not needed:
+            strange = [file for folder in folders for file in folder.glob(f"{split}.*")]
+            if strange:
+                raise UsageError(f"{strange[0]} is none of {', '.join(READERS)}: make it one or move it away")
             return None
         if len(files) != 1:
             raise UsageError(f"there must be one of {folders[0] / split}{', '.join(READERS)}, and there are "
@@ -1662,7 +1665,7 @@ def read_split(name, split, data_dir, needed=True):
                 row["sentence2"] = row.pop("hypothesis")
         for column in (*TASKS[name].fields, TASKS[name].answer):
             if not any(column in row for row in rows):
-                raise ValueError(f"no column '{column}' or no row; it has {', '.join(columns)}")
+                raise ValueError(f"no column '{column}' or no row; it has {', '.join(map(repr, columns))}")
     return rows
 
 
@@ -1683,7 +1686,14 @@ def read_hub(name, split):
 def read_parquet(path):
     """[{column: value}] of a .parquet file."""
     import pyarrow.parquet
-    return pyarrow.parquet.read_table(path).to_pylist()
+    table = pyarrow.parquet.read_table(path)
+    rows = table.to_pylist()
+    for column in table.schema:
+        narrow = {"float": np.float32, "halffloat": np.float16}.get(str(column.type))
+        for row in rows:
+            if narrow is not None and row[column.name] is not None:
+                row[column.name] = float(str(narrow(row[column.name])))     # 3.8, not 3.799999952316284
+    return rows
 
 
 def read_jsonl(path):
@@ -1701,6 +1711,7 @@ def read_jsonl(path):
 
 def read_csv(path):
     """[{column: text}] of a .csv file in UTF-8, with commas, semicolons or tabs; an empty cell is None."""
+    csv.field_size_limit(2**31 - 1)                             # else 131,072 characters
     text = path.read_bytes().decode("utf-8-sig")
     head = text.split("\n")[0]
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
@@ -1879,18 +1890,26 @@ def tokenize(tokenizer, examples, max_length, causal=False, separator=""):
 
     causal: the input ends with the separator [D82], the label with an end token, and is not cut [D69].
     """
-    targets = [e.target for e in examples]
+    end = tokenizer.eos_token_id
+    sources = [e.source for e in examples]
     if causal:
-        end = tokenizer.eos_token_id
-        inputs = tokenizer([e.source + separator for e in examples]).input_ids
-        inputs = [ids[:-1] if ids[-1:] == [end] else ids for ids in inputs]  # the answer is to follow
-        labels = [ids + [end] for ids in tokenizer(targets, add_special_tokens=False).input_ids]
+        inputs = [without(end, ids) for ids in tokenizer([text + separator for text in sources]).input_ids]
         ending = len(tokenizer(separator, add_special_tokens=False).input_ids)
     else:
-        ending = 1                                                                  # T5's end token
-        inputs = tokenizer([e.source for e in examples]).input_ids
-        labels = [shortened(ids, max_length, ending) for ids in tokenizer(targets).input_ids]
+        inputs = [[*without(end, ids), end] for ids in tokenizer(sources).input_ids]
+        ending = 1
+    labels = tokenizer([e.target for e in examples], add_special_tokens=not causal).input_ids
+    labels = [[*without(end, ids), end] for ids in labels]
+    if not causal:
+        labels = [shortened(ids, max_length, 1) for ids in labels]
     return [(shortened(ids, max_length, ending), label) for ids, label in zip(inputs, labels)]
+
+
+def without(end, ids):
+    """A list without the end token that a tokenizer may have put there."""
+    if ids[-1:] == [end]:
+        return ids[:-1]
+    return ids
 
 
 def shortened(ids, length, ending):
@@ -1900,11 +1919,11 @@ def shortened(ids, length, ending):
     return ids[:max(0, length - ending)] + ids[len(ids) - ending:]
 
 
-def check_texts(tokenizer, splits, tokens, settings, causal):
+def check_texts(tokenizer, splits, tokens, settings, causal, ends):
     """Lines on what of the texts is lost on a model: how often, and an example.
 
-    splits: {part: [Example]}.   tokens: the same, of `tokenize`, as the model gets them.   Raises UsageError
-    where labels become one, and where nothing could be learnt from what is left.
+    splits: {part: [Example]}.   tokens: the same, of `tokenize`, as the model gets them.   ends: the tokens
+    that end an answer.   Raises UsageError where labels become one, and where nothing could be learnt.
     """
     limit = settings.max_length
     examples = [e for part in splits.values() for e in part]
@@ -1912,7 +1931,7 @@ def check_texts(tokenizer, splits, tokens, settings, causal):
     lost = {}                                             # what happens: the texts to which it does
     said = {}                                         # a target as the model can say it: the target
     for e, (source, target) in zip(examples, whole):
-        text = tokenizer.decode(target, skip_special_tokens=True).strip()
+        text = decoded(tokenizer, target, ends)
         other = said.setdefault(text, e.target)
         if other.split() != e.target.split():
             raise UsageError(f"the targets {other!r:.60} and {e.target!r:.60} are one to the model, "
@@ -1921,6 +1940,8 @@ def check_texts(tokenizer, splits, tokens, settings, causal):
             raise UsageError("an input is empty: leave the row out")
         if not e.source.strip():
             lost.setdefault("inputs are empty", []).append(e.source)
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in source:
+            lost.setdefault("inputs hold what the tokenizer has no word for", []).append(e.source)
         if len(source) > limit:
             lost.setdefault(f"inputs are cut at --max-length {limit}", []).append(e.source)
         if len(target) > limit and not causal:
@@ -2045,13 +2066,11 @@ def greedy(model, tokenizer, longest):
     ends = own.eos_token_id or []
     if isinstance(ends, int):
         ends = [ends]
-    start = own.decoder_start_token_id
-    if start is None and model.config.is_encoder_decoder:
-        start = model.config.decoder_start_token_id
     # transformers makes a cache as deep as T5's encoder.
     caching = getattr(model.config, "num_decoder_layers", 0) <= model.config.num_hidden_layers
     return transformers.GenerationConfig(
-        max_new_tokens=longest, do_sample=False, num_beams=1, use_cache=caching, decoder_start_token_id=start,
+        max_new_tokens=longest, do_sample=False, num_beams=1, use_cache=caching,
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
         eos_token_id=sorted({tokenizer.eos_token_id, *ends}), pad_token_id=tokenizer.pad_token_id)
 
 
@@ -2077,23 +2096,26 @@ def predict(model, tokenizer, tokens, batch_size, device, longest=None):
             if not model.config.is_encoder_decoder:
                 start = ids.shape[1]                          # a causal model gives its prompt back
             for i, said in zip(indices, made[:, start:].tolist()):
-                ends = [at for at, token in enumerate(said) if token in config.eos_token_id]
-                said = said[:min(ends, default=len(said))]
-                texts[i] = tokenizer.decode(said, skip_special_tokens=True).strip()
+                texts[i] = decoded(tokenizer, said, config.eos_token_id)
     finally:
         model.generation_config = own
         model.train(was_training)
     return [texts[i] for i in range(len(tokens))]
 
 
-def answer(model, tokenizer, texts, separator=""):
-    """What a model that `load_run` gave answers to input texts, in their order.
+def decoded(tokenizer, ids, ends):
+    """The text of an answer's tokens, up to the first that ends it."""
+    at = [i for i, token in enumerate(ids) if token in ends]
+    return tokenizer.decode(ids[:min(at, default=len(ids))], skip_special_tokens=True).strip()
 
-    separator: that of the run, if it was another; a T5 has none.
-    """
+
+def answer(model, tokenizer, texts):
+    """What a model and a tokenizer that `load_run` gave answer to input texts, in their order."""
     causal = not model.config.is_encoder_decoder
     examples = [Example(text, "", ()) for text in texts]
-    tokens = tokenize(tokenizer, examples, tokenizer.model_max_length, causal, separator)
+    tokens = tokenize(tokenizer, examples, tokenizer.model_max_length, causal, tokenizer.separator)
+    if not all(source for source, _ in tokens):
+        raise UsageError("an input is empty to the model: leave it out")
     return predict(model, tokenizer, tokens, 32, model.device, model.generation_config.max_new_tokens)
 
 
@@ -2146,6 +2168,7 @@ def judged(result):
     if not isinstance(result, tuple):
         result = (result, 0.0)
     require_finite(result[0], "the validation score")
+    require_finite(result[1], "the validation loss")
     return result[0], -result[1]
 
 
@@ -2341,6 +2364,10 @@ def fuse_norms(model):
 # keeps what is needed to go on after a kill, and refuses to go on with something else.
 
 
+SEARCH_ALONE = ("space", "ranks", "budget", "triggers", "tau", "gamma", "window", "search_epochs",
+                "warmup_epochs", "arch_lr")
+
+
 def parse(arguments, settings_class=Settings):
     """[Settings], one for each seed of a command line. Defaults: the paper's, or the task's.   UsageError."""
     def fail(message):
@@ -2360,6 +2387,9 @@ def parse(arguments, settings_class=Settings):
         else:
             parser.add_argument(flag, type=f.type, help=text)
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    useless = [name for name in given if name in SEARCH_ALONE]
+    if "structure" in given and useless:
+        fail(f"--structure is trained without a search: leave out --{useless[0].replace('_', '-')}")
     task = TASKS.get(given.get("task", Settings.task))
     if task is None:
         fail(f"unknown task '{given['task']}': choose one of {', '.join(TASKS)}")
@@ -2429,7 +2459,7 @@ def load_backbone(name, dtype, device, seed):
         if Path(name).is_dir() and not {"tokenizer.json", "spiece.model"} & set(os.listdir(name)):
             raise ValueError("it has no tokenizer.json or spiece.model")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        if len(tokenizer) > len(model.get_input_embeddings().weight):
+        if max(tokenizer.get_vocab().values()) >= len(model.get_input_embeddings().weight):
             raise ValueError(f"it has no weights for its tokenizer's {len(tokenizer)} words")
         if tokenizer.eos_token is None:
             raise ValueError("it has no eos_token")
@@ -2477,7 +2507,8 @@ def load_run(folder, device="cpu", model=None):
         metrics = json.loads(Path(folder, "metrics.json").read_text())
         settings = metrics["settings"]
         longest = metrics["longest_answer"]
-    name = model or settings["model"]
+    name = str(model or settings["model"])
+    device = choose_device(str(device))
     if name == "toy":
         name = str(Path(folder, "backbone"))
     if model is None and metrics["backbone_in_a_folder"] and not Path(name).is_dir():
@@ -2487,6 +2518,7 @@ def load_run(folder, device="cpu", model=None):
     load_weights(peft, Path(folder, "peft.safetensors"))
     model.generation_config = greedy(model, tokenizer, longest)
     tokenizer.model_max_length = settings["max_length"]
+    tokenizer.separator = settings["separator"] or ""
     return model, tokenizer, peft
 
 
@@ -2570,10 +2602,10 @@ class Record:
     def save(self, state):
         """Writes checkpoint.pt and the log so far. Only here does --fresh take older scores away."""
         self.stored.update(state=state, elapsed=self.elapsed())
-        (self.path / "metrics.json").unlink(missing_ok=True)
         stream = io.BytesIO()
         torch.save(self.stored, stream)
         write_atomically(self.path / "checkpoint.pt", stream.getvalue())
+        (self.path / "metrics.json").unlink(missing_ok=True)
         log = "".join(json.dumps(line) + "\n" for line in self.stored.get("log", []))
         write_atomically(self.path / "search.jsonl", log)
 
@@ -2630,11 +2662,25 @@ class Work:
             self.tokens[key] = tokenize(
                 self.tokenizer, examples, settings.max_length, self.causal, settings.separator or "")
         self.longest = max(len(label) for part in self.tokens.values() for _, label in part)
-        self.told = check_texts(self.tokenizer, self.splits, self.tokens, settings, self.causal)
+        with failing(f"the model {settings.model} can't answer", ": mend its generation_config.json"):
+            ends = greedy(self.model, self.tokenizer, self.longest).eos_token_id
+        self.told = check_texts(self.tokenizer, self.splits, self.tokens, settings, self.causal, ends)
+        self.check_sequences()
+
+    def check_sequences(self):
+        """Raises UsageError for what would be without effect on a T5, or hidden from a Llama."""
+        if self.settings.separator and not self.causal:
+            raise UsageError("--separator is for causal models: a T5's answer is a sequence of its own")
+        window = getattr(self.model.config, "sliding_window", None)
+        longest = max(len(source) + len(label) for part in self.tokens.values() for source, label in part)
+        if self.causal and window is not None and 1 << (longest - 1).bit_length() > window:
+            raise UsageError(f"a text and its answer of {longest} tokens may pass the model's sliding window "
+                             f"of {window}: take a smaller --max-length")
 
     def digest(self):
-        """A number that tells these texts from others."""
-        texts = json.dumps([[dataclasses.astuple(e) for e in part] for part in self.splits.values()])
+        """A number that tells these texts and tokens from others."""
+        examples = [[dataclasses.astuple(e) for e in part] for part in self.splits.values()]
+        texts = json.dumps([examples, self.tokens])
         return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
     def batches(self, tokens, number):
@@ -2753,8 +2799,9 @@ def run(settings, choose_pass):
     metrics = {**facts(work, record, structure, search_seconds), "validation": validation,
                **test_scores(work, peft)}
     if settings.model == "toy":                                 # its backbone is nowhere else
-        work.model.save_pretrained(record.path / "backbone")
-        work.tokenizer.save_pretrained(record.path / "backbone")
+        with failing(f"{record.path}/backbone can't be written", ": make room, or change --out"):
+            work.model.save_pretrained(record.path / "backbone")
+            work.tokenizer.save_pretrained(record.path / "backbone")
     record.finish(metrics)
     print(f"{results(metrics)}\nwritten to {record.path}", flush=True)
     return metrics
@@ -2838,6 +2885,9 @@ def main(arguments=None, settings_class=Settings, choose_pass=choose_pass):
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    for stream in (sys.stdout, sys.stderr):                     # a console may lack a text's characters
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         tests = []
         for settings in parse(arguments, settings_class):
@@ -2853,10 +2903,14 @@ def main(arguments=None, settings_class=Settings, choose_pass=choose_pass):
     except torch.OutOfMemoryError:
         message = ("the GPU's memory is full: use --dtype bfloat16, or docs/examples/scale.py with "
                    "--accumulate 2 or --checkpointing")
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        message = "the memory is full: use a smaller --batch-size or --max-length, or shorter answers"
     except OSError as error:                 # a folder that can't be made, a full disk under a pipe
-        message = f"{one_line(error)}: mend that or name another --out, and the same command goes on"
+        message = f"{one_line(error)}: mend that or name another --out; then the same command goes on"
     except KeyboardInterrupt:
-        message = "stopped: the same command goes on from the last checkpoint"
+        message = "stopped: the same command, without --fresh, goes on from the last checkpoint"
     print(f"bipeft.py: {message}", file=sys.stderr)
     return 2
 

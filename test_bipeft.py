@@ -2296,7 +2296,7 @@ TEXTS = {  # the end of a name, what the file holds: what its sources or, in quo
         '{"source": "a", "target": {"b": 1}}': "'target that is no text",
         '{"source": "\\ud800", "target": "x"}': "'source that is no text",
         '[{"source": "a", "target": "x"}]': "'line 1 (it is no object)",
-        '{"source": "a", "targets": "x"}': "'no column 'target' or no row; it has source, targets"},
+        '{"source": "a", "targets": "x"}': "'no column 'target' or no row; it has 'source', 'targets'"},
     ".csv": {
         "source,target\n007,1\n1.10,1\ntrue,1\nNone,1\nN/A,1\n1e5,1\n": "007 1.10 true None N/A 1e5".split(),
         "\ufefftarget;source;more\r\n1;a,b;\r\n\r\n1; c ;\r\n": ["a,b", " c "],
@@ -2307,7 +2307,7 @@ TEXTS = {  # the end of a name, what the file holds: what its sources or, in quo
         "source,target\na,b,1\n": "'line 2 has 3 cells, the first line 2",
         'source,target\n"a,1\n': "'unexpected end",
         "source,source\na,1\n": "'two columns have one name",
-        "source|target\na|1\n": "'no column 'source' or no row; it has source|target",
+        "source|target\na|1\n": "'no column 'source' or no row; it has 'source|target'",
         "": "'no column 'source' or no row"}}
 
 
@@ -2333,10 +2333,15 @@ def test_section_5_text_stays_the_text_that_stands_there(suffix, tmp_path):
 
 def test_section_5_parquet_has_numbers_as_they_are_stored(tmp_path):
     """A truth is written as in jsonl; a time, which no text stands for, is refused."""
-    rows = [{"source": True, "target": 1.5}, {"source": False, "target": 2.0}]
-    write_split(tmp_path, "custom", "train", rows, "parquet")
-    examples = [bipeft.to_examples("custom", row, True)[0] for row in bipeft.read_split("custom", "train", tmp_path)]
-    assert [(e.source, e.target) for e in examples] == [("true", "1.5"), ("false", "2.0")]
+    rows = {"source": [True, False], "target": [3.8, 2.0]}
+    for width in ("float16", "float32", "float64"):
+        columns = datasets.Features(source=datasets.Value("bool"), target=datasets.Value(width))
+        datasets.Dataset.from_dict(rows, features=columns).to_parquet(tmp_path / "train.parquet")
+        found = [bipeft.to_examples("custom", row, True)[0] for row in bipeft.read_split("custom", "train", tmp_path)]
+        assert [(e.source, e.target) for e in found] == [("true", "3.8"), ("false", "2.0")]
+    (tmp_path / "test.tsv").write_text("source\ttarget\n")
+    with pytest.raises(UsageError, match="test.tsv is none of .parquet, .jsonl, .csv: make it one or move"):
+        bipeft.read_split("custom", "test", tmp_path, needed=False)
     with pytest.raises(UsageError, match="source that is no text: datetime"):
         bipeft.to_examples("custom", {"source": datetime.date(2020, 1, 31), "target": "x"}, True)
 
@@ -2534,6 +2539,18 @@ def test_section_6_a_causal_batch_has_the_loss_of_its_rows_alone(kinds, monkeypa
     peft.detach()
 
 
+def test_section_6_the_end_token_is_there_whatever_a_tokenizer_does():
+    """Once in a T5's input and label and in a Llama's label, and not in a Llama's input, which is gone on from."""
+    from tokenizers import processors
+    examples = [bipeft.Example("say", "yes", ())]
+    for template in ("$A", "$A </s>"):
+        tokenizer = word_tokenizer()
+        special = [("</s>", 1)] if "</s>" in template else []
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+        assert bipeft.tokenize(tokenizer, examples, 9) == [([3, 1], [6, 1])]
+        assert bipeft.tokenize(tokenizer, examples, 9, causal=True) == [([3], [6, 1])]
+
+
 def test_section_6_every_example_once_an_epoch_in_an_order_of_seed_and_epoch():
     """A seed and an epoch make an order, again and again; without a seed it is the given one."""
     tokens = [([n] * (1 + n % 3), [n]) for n in range(2, 12)]
@@ -2588,7 +2605,7 @@ def lost(tokenizer, targets, sources=("say 0", "say 1", "say"), causal=False, ma
     examples = [bipeft.Example(source, target, ()) for source, target in zip(sources, targets)]
     tokens = bipeft.tokenize(tokenizer, examples, max_length, causal, separator)
     settings = bipeft.Settings(max_length=max_length, separator=separator)
-    return bipeft.check_texts(tokenizer, {"train": examples, "test": []}, {"train": tokens}, settings, causal)
+    return bipeft.check_texts(tokenizer, {"train": examples, "test": []}, {"train": tokens}, settings, causal, {1, 19})
 
 
 def test_section_6_what_a_model_can_not_read_or_say_is_told():
@@ -2602,6 +2619,10 @@ def test_section_6_what_a_model_can_not_read_or_say_is_told():
     assert lost(tokenizer, ("yes", "no", "yes no yes"), max_length=3, causal=True) == []      # its end is the target's
     assert lost(tokenizer, ("yes", "no", "yes { no")) == [
         "1 of 3 targets come back from the tokenizer as another text, first 'yes { no as yes no'"]
+    assert lost(tokenizer, targets, ("say 0", "say 猫", "say 1")) == [
+        "1 of 3 inputs hold what the tokenizer has no word for, first 'say 猫'"]
+    assert lost(tokenizer, ("yes", "no", "yes 8 no")) == [                                    # 8 is 19, which ends a text
+        "1 of 3 targets come back from the tokenizer as another text, first 'yes 8 no as yes'"]
     assert lost(tokenizer, ("yes", " yes", "no  no")) == [
         "1 of 3 targets come back from the tokenizer as another text, first 'no  no as no no'"]
     for words, given in (
@@ -2631,7 +2652,8 @@ def greedy(model, tokenizer, source, most, ends):
 
 
 FOLDERS = {"repetition_penalty": 9.0, "min_new_tokens": 3, "suppress_tokens": [6, 7], "num_beams": 3, "do_sample": True,
-           "bad_words_ids": [[9]], "eos_token_id": [20, 9], "forced_eos_token_id": 1, "no_repeat_ngram_size": 1}
+           "bad_words_ids": [[9]], "eos_token_id": [20, 9], "forced_eos_token_id": 1, "no_repeat_ngram_size": 1,
+           "decoder_start_token_id": 5}
 
 
 @pytest.mark.parametrize("folders", [{}, FOLDERS], ids=["plain", "its own"])
@@ -2661,7 +2683,7 @@ def test_section_6_predictions_are_those_of_each_input_alone(name, folders):
     alone = [greedy(model, tokenizer, source, 4, ends) for source, _ in tokens]          # 3 words and the end
     assert together == alone and len(set(together)) > 2
     model.generation_config = bipeft.greedy(model, tokenizer, 4)                         # as `load_run` has it
-    tokenizer.model_max_length = 20
+    tokenizer.model_max_length, tokenizer.separator = 20, ""
     assert bipeft.answer(model, tokenizer, inputs) == alone
     peft.detach()
 
@@ -2733,8 +2755,9 @@ def test_section_6_training_refuses_what_it_cannot_train():
         with pytest.raises(UsageError, match=f"^the loss at training step 1 is {value}: .*bfloat16.*--lr"):
             bipeft.train(model, peft, batches, lambda: 0.0, 1, 0.1)
         handle.remove()
-    with pytest.raises(UsageError, match="^the validation score is nan"):
-        bipeft.train(model, peft, batches, lambda: (math.nan, 1.0), 1, 0.1)
+    for name, judged in (("score", (math.nan, 1.0)), ("loss", (1.0, math.nan))):
+        with pytest.raises(UsageError, match=f"^the validation {name} is nan"):
+            bipeft.train(model, peft, batches, lambda: judged, 1, 0.1)
     for target, detached in ((tiny_t5(), False), (model, True)):
         if detached:
             peft.detach()
@@ -2900,6 +2923,10 @@ def world(tmp_path_factory):
     safetensors.torch.save_file(weights, root / "half" / "model.safetensors", {"format": "pt"})
     config = json.loads((root / "no_start" / "config.json").read_text())
     (root / "no_start" / "config.json").write_text(json.dumps({**config, "decoder_start_token_id": None}))
+    mistral = transformers.MistralConfig(vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                         num_attention_heads=2, num_key_value_heads=1, sliding_window=4)
+    transformers.MistralForCausalLM(mistral).save_pretrained(root / "mistral")
+    word_tokenizer().save_pretrained(root / "mistral")
     shutil.copytree(root / "model", root / "quantised")
     (root / "quantised" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     shutil.copytree(root / "model", root / "damaged")
@@ -2970,6 +2997,9 @@ BAD = [  # arguments, and words that the message must hold
     ("--task rte --data-dir {root}/data --model nowhere/t5-large", "nowhere/t5-large can't be loaded network"),
     ("--task custom --data-dir {root}/data --model {root}/model --metric F1", "metric F1 target none --metric"),
     ("--task rte --metric F1", "--metric custom"),
+    ("--structure {root}/good.json --budget 20", "--structure without a search --budget"),
+    (RTE + "--separator x", "--separator causal T5"),
+    ("--task custom --data-dir {root}/data --model {root}/mistral", "tokens sliding window of 4 --max-length"),
     ("--task custom --metric rouge", "--metric rouge accuracy token-F1"),
     (RTE + "--budget 1", "budget of 1 smallest 32 whole space"),
     (RTE + "--budget 1e9", "budget of 1,000,000,000 whole space"),
@@ -3308,7 +3338,7 @@ def test_section_8_whatever_ends_a_run_is_one_line_and_it_goes_on(world, finishe
     for name, number, effect, words in (
             ("checkpoint.pt", 3, full, r"checkpoint.pt can't be written \(No space left .*make room or change --out"),
             ("loss", 10, math.nan, "at search step 6 is nan: use --dtype bfloat16 .* smaller --lr"),
-            ("search.jsonl", 2, KeyboardInterrupt(), "stopped: the same command goes on from the last checkpoint"),
+            ("search.jsonl", 2, KeyboardInterrupt(), "stopped: the same command, without --fresh, goes on from the last checkpoint"),
             ("structure.json", 1, full, "structure.json can't be written"),
             ("loss", 4, math.inf, "the loss at training step 4 is inf: use --dtype bfloat16"),
             ("checkpoint.pt", 5, torch.OutOfMemoryError(), "the GPU's memory is full: use --dtype bfloat16"),
@@ -3362,12 +3392,31 @@ def test_section_8_a_damaged_file_is_refused_and_left_as_it_is(world, finished, 
     assert name == "metrics.json" or metrics_of(run)["search_seconds"] == 1000 < metrics_of(run)["train_seconds"] / 2
 
 
+def test_section_8_a_full_disk_takes_no_finished_run_away(world, finished, tmp_path, monkeypatch, capfd):
+    """With --fresh the old scores go when the first checkpoint is there."""
+    run = copied(finished, tmp_path)
+
+    def write_bytes(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    assert go(world, run, more="--fresh") == 2 and "No space left" in capfd.readouterr().err
+    assert contents(run) == contents(finished)
+
+
 def test_section_8_a_causal_model_twice(world, tmp_path):
     """A tiny Llama is searched and trained, twice to the same bytes, and answers as it did."""
     for out in ("one", "two"):
         assert go(world, tmp_path / out, more="--model {root}/llama --budget 800 --epochs 2") == 0
     assert_same_end(tmp_path / "one", tmp_path / "two")
-    assert_answers(tmp_path / "one", bipeft.load_splits("custom", world / "data", 0)["test"])
+    examples = bipeft.load_splits("custom", world / "data", 0)["test"]
+    said = assert_answers(tmp_path / "one", examples)
+    model, tokenizer, _ = bipeft.load_run(tmp_path / "one")
+    assert bipeft.answer(model, tokenizer, [e.source for e in examples]) == said
+    with pytest.raises(UsageError, match="an input is empty"):
+        bipeft.answer(model, tokenizer, ["say", ""])
+    with pytest.raises(UsageError, match="^--device nonsense can't be used"):
+        bipeft.load_run(tmp_path / "one", "nonsense")
 
 
 def test_section_8_the_toy_end_to_end(tmp_path, monkeypatch):
