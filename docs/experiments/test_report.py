@@ -32,7 +32,8 @@ def line(method, task, seed, lr, test, budget=10_000, source=None, **more):
     """A training's."""
     return {"stage": "train", "method": method, "task": task, "budget": budget, "seed": seed,
             "source": source, "lr": lr, "tuning": test is None, "test": test, "validation": 70.0,
-            "passes": 600, "parameters": budget - 9, "modules": 12, "seconds": 10.0, "workers": 13, **more}
+            "passes": 600, "parameters": 22_565_376 if method == "full" else budget - 9, "modules": 12, "seconds": 10.0,
+            "workers": 13, **more}
 
 
 def find(method, task, seed, budget=10_000, structure="0:1 3:1", **more):
@@ -122,7 +123,6 @@ def test_contrasts_by_hand():
     assert np.isnan(found["b"].half_of_seeds)                                               # one seed
     assert (found["a"].mean, found["a"].p, found["a"].holm, found["a"].above) == (2, 0.25, 0.5, 3)
     assert (found["b"].mean, found["b"].p, found["b"].holm, found["b"].above) == (0, 1, 1, 1)
-    assert stats.contrasts(base, {"a": {x: 4.0, y: 5.0}}, -1)["a"].mean == -1.5
     # A seed with two of a task is one seed: means 2 and 4, as far from 3 as 12.706 · 1.414 / 1.414.
     two = {("qnli", 0, "mnli"): 1.0, ("qnli", 0, "sst2"): 3.0, ("qnli", 1, "mnli"): 4.0}
     found = stats.contrasts(two, {"a": dict.fromkeys(two, 0.0)})["a"]
@@ -164,6 +164,9 @@ def test_sizes_are_told_of_10_000_where_the_backbone_is_known():
     assert "at 18,697 parameters, 1.39 of 10,000" in told
     assert "| parameters (of 10,000) |" in told and "| 18,688 (1.39) |" in told
     assert "of 10,000" not in "\n".join(report.table_1(report.Data(lines), 18_697))
+    # Full fine-tuning trains the backbone, so that its line says how large it is.
+    whole = [line("full", "cola", seed, 1e-4, 45.0, 18_697) for seed in (0, 1)]
+    assert "| 18,688 (8.28) |" in "\n".join(report.table_1(report.Data([*lines, *whole]), 18_697))
 
 
 def test_a_table_is_of_the_cells_that_bipeft_has():
@@ -229,8 +232,8 @@ def test_tables_by_hand():
     # 1 and 3: mean 2, 12.706 · 1.414 / 1.414 to each side; 2 of 4 sign vectors.
     told = report.contrast_table(data.contrasts(["LoRA"]), data.tasks)
     assert "| LoRA | +2.00 | +2.00 | −10.71 to +14.71 | −10.71 to +14.71 | 2 of 2 | 0.5 | 0.5 |" in told
-    # 78 - 80 and 82 - 84.
-    assert "| sst2 | −2.00 | −2.00 | −2.00 to −2.00 | −2.00 to −2.00 | 0 of 2 | 0.5 | 0.5 |" in report.transfer(data)
+    # 80 - 78 and 84 - 82: what was found on qnli itself is better.
+    assert "| sst2 | +2.00 | +2.00 | +2.00 to +2.00 | +2.00 to +2.00 | 2 of 2 | 0.5 | 0.5 |" in report.transfer(data)
 
 
 def test_a_table_has_columns_of_the_tasks_that_its_rows_share():
@@ -238,12 +241,12 @@ def test_a_table_has_columns_of_the_tasks_that_its_rows_share():
     lines += [line(name, task, seed, 1e-3, 71.0 + 3 * seed) for name in ("Z = 10", "Z = 50")
               for task in TASKS[:2] for seed in (0, 1)]
     data = report.Data(lines)
-    told = report.family(data, "Table 6", ["Z = 10", "Z = 50"], (), -1)
+    told = report.family(data, "Table 6", ["Z = 10", "Z = 50"], ())
     # 71 and 74 on either task; BIPEFT's row is of the same four cells, 70 and 71.
     assert "| method | qnli | mnli | mean |" in told[1] and "| Z = 10 | 72.5 ± 2.1 | 72.5 ± 2.1 | 72.5 |" in told[1]
     assert "| BIPEFT | 70.5 ± 0.7 | 70.5 ± 0.7 | 70.5 |" in told[1]
     # 1 and 3 by seed.
-    assert "| − BIPEFT | qnli | mnli | mean |" in told[2] and "| Z = 10 | +2.00 | +2.00 | +2.00 |" in told[2]
+    assert "| BIPEFT − | qnli | mnli | mean |" in told[2] and "| Z = 10 | −2.00 | −2.00 | −2.00 |" in told[2]
 
 
 def test_moves_of_a_seed_are_one_seed():
@@ -253,7 +256,7 @@ def test_moves_of_a_seed_are_one_seed():
     lines = [line("BIPEFT", *cell, 1e-3, test) for cell, test in own.items()]
     lines += [line("BIPEFT", task, seed, 1e-3, test, source=source) for (task, source, seed), test in moved.items()]
     (row,) = [row for row in report.transfer(report.Data(lines)).splitlines() if row.startswith("| any other")]
-    assert row.startswith("| any other | +3.00 | +5.00 | +4.00 |") and "| −21.41 to +29.41 | 4 of 4 |" in row
+    assert row.startswith("| any other | −3.00 | −5.00 | −4.00 |") and "| −29.41 to +21.41 | 0 of 4 |" in row
 
 
 def test_rates_of_each_budget_are_told_apart_and_each_line_counts_once():
@@ -335,6 +338,21 @@ def test_what_a_forest_plot_draws_and_leaves_off_its_axis():
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
+def test_without_trainings_at_equal_rates_the_figure_is_of_validation():
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+    lines = [line("BIPEFT", "qnli", seed, lr, None, validation=v + seed) for seed in (100, 101)
+             for lr, v in zip(RATES[1:], (70, 75, 71))] + [line("full", "qnli", 100, 1e-4, None, validation=80.0)]
+    lines += [line("BIPEFT", "qnli", 0, 1e-3, 60.0), line("BIPEFT", "sst2", 0, 1e-3, 90.0)]
+    fig = figures.draw_rates(report.Data(lines), figures.PAGES["light"], plt)
+    (ax,) = fig.axes                                       # no rate was chosen on sst2; full is not in the budget
+    assert ax.get_ylabel() == "validation score" and ax.get_title() == "qnli"
+    assert [list(bars[0].get_ydata()) for bars in ax.containers] == [[170.5, 175.5, 171.5]]
+    plt.close(fig)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
 @pytest.mark.parametrize("draw, at", [(figures.draw_budgets, "budget"), (figures.draw_rates, "rate")])
 def test_a_line_is_of_the_cells_that_all_its_points_have(draw, at):
     import matplotlib
@@ -375,7 +393,7 @@ def test_a_whole_report(lines, tmp_path, capsys):
     assert ("no data yet" in told) == (len(lines) < 100) and "nan" not in told
     if len(lines) > 100 and importlib.util.find_spec("matplotlib"):
         drawn = {path.name for path in tmp_path.glob("*.png")}
-        assert drawn == {f"compare-{name}-{page}.png" for name in figures.FIGURES for page in figures.PAGES}
+        assert drawn == {f"lines-{name}-{page}.png" for name in figures.FIGURES for page in figures.PAGES}
     assert max(len(row) for row in told.splitlines() if not row.startswith(str(tmp_path))) <= 120
 
 
