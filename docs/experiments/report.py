@@ -29,6 +29,7 @@ from stats import contrasts, jaccard, jaccard_by_chance, mean_rank, shown, signe
 HERE = Path(__file__).resolve().parent
 TIMED = 900                                               # the seed of compare.py --table cost
 LATER = set(range(5, 10))                                 # seeds that were added when 0 to 4 had been read
+FAILED = 6                                                # points below the median over seeds: a training that failed
 
 
 # ==================================================================================================
@@ -121,12 +122,24 @@ class Data:
         every = [set(cells) for scores in at.values() for cells in scores.values()]
         return set.intersection(*(cells for cells in every if len(cells) >= least)) if every else set()
 
-    def contrasts(self, names, budget=None, seeds=None):
+    def failed(self, names, budget=None):
+        """{name: {(task, seed): test score}} of trainings FAILED points or more below the median over the seeds that
+        the method has on the task.
+        """
+        found = {}
+        for name, cells in self.scores(names, budget).items():
+            medians = {task: np.median([s for (of, _), s in cells.items() if of == task]) for task in self.tasks
+                       if any(of == task for of, _ in cells)}
+            found[name] = {cell: s for cell, s in cells.items() if s <= medians[cell[0]] - FAILED}
+        return {name: cells for name, cells in found.items() if cells}
+
+    def contrasts(self, names, budget=None, seeds=None, without=None):
         """Of BIPEFT against each of a family; what is not under the budget is a family of its own for Holm.
 
-        seeds: which alone count, if not all.
+        seeds: which alone count, if not all.   without: {name: cells} that don't count.
         """
-        scores = {name: {cell: score for cell, score in cells.items() if seeds is None or cell[1] in seeds}
+        scores = {name: {cell: score for cell, score in cells.items() if (seeds is None or cell[1] in seeds)
+                         and cell not in (without or {}).get(name, ())}
                   for name, cells in self.scores(["BIPEFT", *names], budget).items()}
         base = scores.pop("BIPEFT", {})
         free = {name: scores.pop(name) for name in list(scores) if METHODS[name].free}
@@ -372,6 +385,13 @@ def kept(data):
 def table_1(data, budget):
     """Scores at a budget, pairs, mean ranks; pairs of the seeds that were added later."""
     seeds = {x["seed"] for x in data.of("BIPEFT", budget)}
+    failed = data.failed(RIVALS, budget)
+    told = "; ".join(f"{name} on {task}, seed {seed} ({score:.1f})" for name, cells in failed.items()
+                     for (task, seed), score in cells.items())
+    whole = ["### Pairs without failed trainings",
+             textwrap.fill(f"{FAILED} points or more below the median over the method's seeds on the task are: "
+                           f"{told}.", 110),
+             contrast_table(data.contrasts(RIVALS, budget, without=failed), data.tasks)] if failed else []
     later = [f"### Pairs on seeds {min(LATER)} to {max(LATER)} alone",
              contrast_table(data.contrasts(RIVALS, budget, seeds=LATER), data.tasks)] if seeds >= LATER else []
     share = f", {1e4 * budget / data.backbone:.2f} of 10,000" if data.backbone else ""
@@ -381,7 +401,7 @@ def table_1(data, budget):
             f"### Pairs at {budget:,} parameters",
             "Plus: BIPEFT is better. 95 %: t interval of the mean over pairs; over seeds: of seeds' means.\n"
             "p: exact sign-flip test over pairs. Holm: over the methods within the budget.",
-            contrast_table(data.contrasts(RIVALS, budget), data.tasks), ranks(data, budget), *later]
+            contrast_table(data.contrasts(RIVALS, budget), data.tasks), ranks(data, budget), *whole, *later]
 
 
 def family(data, heading, names, extra):

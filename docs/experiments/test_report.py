@@ -308,6 +308,19 @@ def test_seeds_that_were_added_later_have_pairs_of_their_own():
     assert "alone" not in "\n".join(report.table_1(report.Data(lines[:-2]), 10_000))
 
 
+def test_failed_trainings_are_named_and_left_out_of_pairs_of_their_own():
+    # LoRA's 60 is 10 below its median of 70 on qnli, 64.1 is 5.9 below: not failed. BIPEFT has 72 three times.
+    lines = [line("BIPEFT", "qnli", seed, 1e-3, 72.0) for seed in range(3)]
+    lines += [line("LoRA", "qnli", *cell) for cell in ((0, 1e-3, 70.0), (1, 1e-3, 71.0), (2, 1e-3, 60.0))]
+    lines += [line("random", "qnli", *cell) for cell in ((0, 1e-3, 70.0), (1, 1e-3, 70.0), (2, 1e-3, 64.1))]
+    data = report.Data(lines)
+    assert data.failed(METHODS) == {"LoRA": {("qnli", 2): 60.0}}
+    before, _, whole = "\n".join(report.table_1(data, 10_000)).partition("### Pairs without failed trainings")
+    assert "are: LoRA on qnli, seed 2 (60.0)." in whole
+    assert "| LoRA | +5.00 | +5.00 |" in before and "| LoRA | +1.50 | +1.50 |" in whole      # 2, 1, 12; 2 and 1
+    assert "| random | +3.97 |" in before and "| random | +3.97 |" in whole
+
+
 def contrast_of(values):
     """A Contrast of these differences, {(task, seed): d}."""
     return stats.contrasts(values, {"it": dict.fromkeys(values, 0.0)})["it"]
