@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -428,11 +429,52 @@ def test_what_is_not_under_the_budget_is_a_family_of_its_own():
     assert {name: c.holm for name, c in found.items()} == {"LoRA": 4 / 64, "random": 4 / 64, "full": 2 / 64}
 
 
-@pytest.mark.parametrize("page, lines", [("compare_tables.md", "compare.jsonl"),
-                                         ("compare_t5_tables.md", "compare-t5.jsonl"),
-                                         ("compare_cola_tables.md", "compare-cola.jsonl"),
-                                         ("compare_smollm2_tables.md", "compare_smollm2.jsonl")])
+TABLES = {"compare_tables.md": "compare.jsonl", "compare_t5_tables.md": "compare-t5.jsonl",
+          "compare_cola_tables.md": "compare-cola.jsonl", "compare_smollm2_tables.md": "compare_smollm2.jsonl"}
+
+
+@pytest.mark.parametrize("page, lines", TABLES.items())
 def test_the_pages_of_all_tables_are_what_the_report_prints(page, lines):
     told = report.report(report.Data(compare.read(report.HERE / "results" / lines)))
     head, _, rest = (report.HERE / page).read_text().partition("\n## ")
     assert "report.py" in head and f"## {rest}".strip() == told.strip()
+
+
+def rows_of(text):
+    """The tables' rows of a page, as lists of cells."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+def unknown_numbers(text):
+    """What a page says that stands in no row of TABLES: deviations, intervals, and numbers beside a method's name."""
+    known = [row for page in TABLES for row in rows_of((report.HERE / page).read_text())]
+    of = {name: set(re.findall(NUMBER, str([row for row in known if name in row[:2]]))) for name in METHODS}
+    cells = {cell for row in known for cell in row}
+    spans = {(mean, span) for row in known for mean, span in itertools.product(row, row) if " to " in span}
+    unknown = [found for found in re.findall(r"\d+\.\d ± \d+\.\d", text) if found not in cells]
+    for mean, low, high in re.findall(r"([+−][\d.]+)\s\[([+−][\d.]+),\s([+−][\d.]+)\]", text):
+        unknown += [f"{mean} [{low}, {high}]"] if (mean, f"{low} to {high}") not in spans else []
+    for name, *rest in rows_of(text):
+        if name in of:
+            unknown += [f"{name}: {number}" for number in re.findall(NUMBER, str(rest)) if number not in of[name]]
+    return unknown
+
+
+NUMBER = r"[+−]?\d+\.\d+"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_what_the_pages_say_stands_in_the_tables(page):
+    assert unknown_numbers((report.HERE.parents[1] / page).read_text()) == []
+
+
+def test_a_number_that_stands_in_no_table_is_found():
+    true = "| BIPEFT | 40.5 ± 1.2 |\n| LoRA | +1.81 [−15.96, +19.58] |\nBIPEFT is at −3.85\n[−15.02, +7.32].\n"
+    assert unknown_numbers(true) == []
+    false = "| BIPEFT | 40.6 ± 1.2 | 68.8 |\n| LoRA | −3.85 |\nBIPEFT is at −3.85 [−15.02, +19.58].\n"
+    assert unknown_numbers(false) == ["40.6 ± 1.2", "−3.85 [−15.02, +19.58]", "BIPEFT: 40.6", "LoRA: −3.85"]
+
+
+def test_results_md_is_short():
+    text = (report.HERE.parent / "results.md").read_text()
+    assert sum(len(line.split()) for line in text.splitlines() if not line.startswith("|")) <= 2500
