@@ -447,7 +447,7 @@ def main(arguments=None):
     try:
         data = Data(compare.read(args.lines))
         print(report(data), "## Figures", "", sep="\n\n", end="")
-        print("\n".join(draw(data, args.figures, args.lines.name.partition(".")[0])))
+        print("\n".join(draw(data, args.figures, args.lines.name.partition(".")[0].replace("_", "-"))))
     except bipeft.UsageError as mistake:
         parser.error(str(mistake))
     except OSError as error:
