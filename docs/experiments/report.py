@@ -5,8 +5,10 @@
 
 Needs the project's packages; the figures (report_figures.py) matplotlib. The comparison's rules are in compare.py,
 its methods in methods.py, formulas in stats.py. Reported are trainings on seeds that no rate was chosen on,
-each at its method's chosen rate. A cell is a task and a seed; a pair is BIPEFT and another method in one cell;
-intervals are t intervals of the mean over pairs. A part whose lines are not there says so in a line.
+each at its method's chosen rate. A cell is a task and a seed; a pair is BIPEFT and another method in one cell, its
+difference BIPEFT's score less the other's: plus means that BIPEFT is better, in every table and figure. Intervals are
+t intervals of the mean over pairs. A part whose lines are not there says so in a line. The figures begin with the name
+of the file of lines, compare-pairs-light.png.
 """
 
 import argparse
@@ -21,12 +23,13 @@ import numpy as np
 import compare
 from bench import bipeft
 from methods import ABLATIONS, METHODS, SENSITIVITY
-from report_figures import KINDS, RIVALS, draw, in_order
+from report_figures import KINDS, RIVALS, draw, in_order, size
 from stats import contrasts, jaccard, jaccard_by_chance, mean_rank, shown, signed
 
 HERE = Path(__file__).resolve().parent
 TIMED = 900                                               # the seed of compare.py --table cost
 LATER = set(range(5, 10))                                 # seeds that were added when 0 to 4 had been read
+FAILED = 6                                                # points below the median over seeds: a training that failed
 
 
 # ==================================================================================================
@@ -46,7 +49,8 @@ class Data:
         self.tuning = once(x for x in trained if x["tuning"])
         self.tasks = list(dict.fromkeys(x["task"] for x in trained))
         first = next((x for x in lines if x["stage"] == "places"), {})
-        self.places, self.backbone = first.get("places", []), first.get("backbone_parameters")
+        whole = next((x["parameters"] for x in trained if x["method"] == "full"), None)
+        self.places, self.backbone = first.get("places", []), first.get("backbone_parameters", whole)
         seeds = sorted({x["seed"] for x in self.tuning})
         tuned = list(dict.fromkeys(x["task"] for x in self.tuning))
         family = first.get("settings", {}).get("family", "bert")
@@ -91,6 +95,14 @@ class Data:
             count[kind, rank if bipeft.KINDS[kind].ranked else 0] += 1
         return {pair: count[pair] / len(found) for pair in sorted(count, key=in_order)}
 
+    def tuned(self):
+        """{name: {rate: {(task, seed): validation score}}} of what chose the rates within the main budget."""
+        found = {name: defaultdict(dict) for name in RIVALS if not METHODS[name].free}
+        for x in self.tuning:
+            if x["budget"] == self.budget and x["method"] in found:
+                found[x["method"]][x["lr"]][x["task"], x["seed"]] = x["validation"]
+        return {name: rates for name, rates in found.items() if rates}
+
     def at_rates(self):
         """{rate: {name: {(task, seed): test score}}} at the main budget, of what was re-trained at three rates or more
         (--table rates), where BIPEFT and another have scores.
@@ -110,16 +122,28 @@ class Data:
         every = [set(cells) for scores in at.values() for cells in scores.values()]
         return set.intersection(*(cells for cells in every if len(cells) >= least)) if every else set()
 
-    def contrasts(self, names, budget=None, sign=1, seeds=None):
+    def failed(self, names, budget=None):
+        """{name: {(task, seed): test score}} of trainings FAILED points or more below the median over the seeds that
+        the method has on the task.
+        """
+        found = {}
+        for name, cells in self.scores(names, budget).items():
+            medians = {task: np.median([s for (of, _), s in cells.items() if of == task]) for task in self.tasks
+                       if any(of == task for of, _ in cells)}
+            found[name] = {cell: s for cell, s in cells.items() if s <= medians[cell[0]] - FAILED}
+        return {name: cells for name, cells in found.items() if cells}
+
+    def contrasts(self, names, budget=None, seeds=None, without=None):
         """Of BIPEFT against each of a family; what is not under the budget is a family of its own for Holm.
 
-        seeds: which alone count, if not all.
+        seeds: which alone count, if not all.   without: {name: cells} that don't count.
         """
-        scores = {name: {cell: score for cell, score in cells.items() if seeds is None or cell[1] in seeds}
+        scores = {name: {cell: score for cell, score in cells.items() if (seeds is None or cell[1] in seeds)
+                         and cell not in (without or {}).get(name, ())}
                   for name, cells in self.scores(["BIPEFT", *names], budget).items()}
         base = scores.pop("BIPEFT", {})
         free = {name: scores.pop(name) for name in list(scores) if METHODS[name].free}
-        return {**contrasts(base, scores, sign), **contrasts(base, free, sign)}
+        return {**contrasts(base, scores), **contrasts(base, free)}
 
 
 def once(lines):
@@ -137,12 +161,6 @@ def table(head, rows):
     """Markdown."""
     lines = [f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * len(head), *rows]]
     return "\n".join(lines) if rows else "no data yet"
-
-
-def size(data, parameters):
-    """A number of parameters and, where the backbone's is known, how many of 10,000 these are."""
-    share = f" ({1e4 * parameters / data.backbone:.2f})" if data.backbone else ""
-    return f"{parameters:,.0f}{share}"
 
 
 def of_size(data, what):
@@ -310,9 +328,9 @@ def transfer(data):
         rows.append([source, *map(shown, by_task)])
     every = {(*cell, source): s for source in data.tasks for cell, s in moved[source].items()}
     itself = {cell: own[cell[:2]] for cell in every if cell[:2] in own}
-    found = {**contrasts(own, moved, -1), **contrasts(itself, {"any other": every}, -1)}
+    found = {**contrasts(own, moved), **contrasts(itself, {"any other": every})}
     return (table(["found on", *data.tasks], rows) + "\n\n"
-            + contrast_table(found, data.tasks, "found on, − the task's own"))
+            + contrast_table(found, data.tasks, "the task's own − found on"))
 
 
 def places(search):
@@ -358,14 +376,22 @@ def kept(data):
     rows = []
     for (budget, name), count in counts.items():
         cells = [[f"{count.get((kind, rank), 0):.1f}" for rank in of] for kind, of in columns.items()]
-        rows.append([size(data, budget), name, *map("/".join, cells)])
+        cells = ["/".join(of) if any(float(mean) for mean in of) else "–" for of in cells]
+        rows.append([size(data, budget), name, *cells])
     heads = [f"{KINDS[kind]} {'/'.join(map(str, of))}".removesuffix(" 0") for kind, of in columns.items()]
-    return table([of_size(data, "budget"), "method", *heads], rows if columns else [])
+    return table(["budget", "method", *heads], rows if columns else [])
 
 
 def table_1(data, budget):
     """Scores at a budget, pairs, mean ranks; pairs of the seeds that were added later."""
     seeds = {x["seed"] for x in data.of("BIPEFT", budget)}
+    failed = data.failed(RIVALS, budget)
+    told = "; ".join(f"{name} on {task}, seed {seed} ({score:.1f})" for name, cells in failed.items()
+                     for (task, seed), score in cells.items())
+    whole = ["### Pairs without failed trainings",
+             textwrap.fill(f"{FAILED} points or more below the median over the method's seeds on the task are: "
+                           f"{told}.", 110),
+             contrast_table(data.contrasts(RIVALS, budget, without=failed), data.tasks)] if failed else []
     later = [f"### Pairs on seeds {min(LATER)} to {max(LATER)} alone",
              contrast_table(data.contrasts(RIVALS, budget, seeds=LATER), data.tasks)] if seeds >= LATER else []
     share = f", {1e4 * budget / data.backbone:.2f} of 10,000" if data.backbone else ""
@@ -375,16 +401,15 @@ def table_1(data, budget):
             f"### Pairs at {budget:,} parameters",
             "Plus: BIPEFT is better. 95 %: t interval of the mean over pairs; over seeds: of seeds' means.\n"
             "p: exact sign-flip test over pairs. Holm: over the methods within the budget.",
-            contrast_table(data.contrasts(RIVALS, budget), data.tasks), ranks(data, budget), *later]
+            contrast_table(data.contrasts(RIVALS, budget), data.tasks), ranks(data, budget), *whole, *later]
 
 
-def family(data, heading, names, extra, sign):
+def family(data, heading, names, extra):
     """Scores of ablations or variants beside BIPEFT's, and pairs."""
     if not data.scores(names):
         return [f"## {heading}", "no data yet"]
-    found = data.contrasts(names, sign=sign)
     return [f"## {heading}", score_table(data, ["BIPEFT", *names], extra=extra),
-            contrast_table(found, data.tasks, "BIPEFT −" if sign > 0 else "− BIPEFT")]
+            contrast_table(data.contrasts(names), data.tasks)]
 
 
 def report(data):
@@ -397,12 +422,12 @@ def report(data):
     budgets = {x["budget"] for x in data.reported if x["method"] == "BIPEFT"}
     for budget in sorted(budgets, key=data.order) or [0]:
         parts += table_1(data, budget)
-    parts += family(data, "Table 2: ablations", ABLATIONS, uncut, 1)
+    parts += family(data, "Table 2: ablations", ABLATIONS, uncut)
     parts += ["## Table 3: cost, alone on the device", cost(data), "## Table 4: transfer", transfer(data)]
     used = [("steps", lambda of: mean([x.get("steps") for x in of], 0)),
             ("made up", lambda of: mean([x.get("made_up") for x in of], 0)),
-            ("shared", lambda of: shown(shared(data, of), 2))]
-    parts += family(data, "Tables 6–9, and own readings", SENSITIVITY, used, -1)
+            ("shared", lambda of: mean(shared(data, of), 2))]
+    parts += family(data, "Tables 6–9, and own decisions", SENSITIVITY, used)
     parts += ["steps: when a search ends; made up: triggers carried out then; shared: places, by Jaccard, with "
               "BIPEFT's.",
               "## What is kept", "Jaccard: places that two structures share, over the places of either.",
@@ -422,7 +447,7 @@ def main(arguments=None):
     try:
         data = Data(compare.read(args.lines))
         print(report(data), "## Figures", "", sep="\n\n", end="")
-        print("\n".join(draw(data, args.figures)))
+        print("\n".join(draw(data, args.figures, args.lines.name.partition(".")[0].replace("_", "-"))))
     except bipeft.UsageError as mistake:
         parser.error(str(mistake))
     except OSError as error:

@@ -36,16 +36,23 @@ FAR = "head alone", "gamma = 1"                        # rows that would stretch
 FEWEST = 6          # pairs that a row of the forest plot has: with fewer its interval is all that is seen
 
 
+def size(data, parameters):
+    """A number of parameters and, where the backbone's is known, how many of 10,000 these are."""
+    share = f" ({1e4 * parameters / data.backbone:.2f})" if data.backbone else ""
+    return f"{parameters:,.0f}{share}"
+
+
 def in_order(pair):
     """A key to sort (kind, rank) by."""
     return list(KINDS).index(pair[0]), pair[1]
 
 
-def curves(series, tasks, page, plt, label):
-    """A panel a task, a line a method: mean test scores, with 95 % t intervals over seeds, of three or more, which the
+def curves(series, tasks, page, plt, labels, tick):
+    """A panel a task, a line a method: mean scores, with 95 % t intervals over seeds, of three or more, which the
     panel may cut off.
 
-    series: {method: {x: {(task, seed): score}}}, of at most len(MARKERS) methods.   label: of the x axis.
+    series: {method: {x: {(task, seed): score}}}, of at most len(MARKERS) methods.   labels: of the axes.   tick: the
+    text below an x.
     """
     fig, axes = plt.subplots(1, len(tasks), figsize=(8.3, 4.6), squeeze=False, layout="constrained")
     for ax, task in zip(axes[0], tasks):
@@ -63,9 +70,9 @@ def curves(series, tasks, page, plt, label):
         ax.set_ylim(low - 0.3 * (high - low), high + 0.3 * (high - low))
         ticks = sorted(set().union(*series.values()))
         ax.set_xscale("log")
-        ax.set_xticks(ticks, [f"{x / 1000 if x >= 1 else 1000 * x:g}" for x in ticks])
+        ax.set_xticks(ticks, [tick(x) for x in ticks])
         ax.minorticks_off()
-        ax.set(title=task, xlabel=label, ylabel="test score" if ax is axes[0][0] else "")
+        ax.set(title=task, xlabel=labels[0], ylabel=labels[1] if ax is axes[0][0] else "")
         ax.grid(axis="y", color=page["soft"], alpha=0.25, lw=0.6)
     return fig, axes[0]
 
@@ -92,7 +99,9 @@ def draw_budgets(data, page, plt):
     common = set.intersection(*map(set, series["BIPEFT"].values()))
     series = {name: {b: {cell: s for cell, s in cells.items() if cell in common} for b, cells in points.items()}
               for name, points in series.items()}
-    fig, axes = curves(series, data.tasks, page, plt, "budget, 1,000 parameters")
+    share = {b: f"\n({1e4 * b / data.backbone:.1f})" if data.backbone else "" for b in series["BIPEFT"]}
+    label = "budget, 1,000 parameters" + (" (of 10,000)" if data.backbone else "")
+    fig, axes = curves(series, data.tasks, page, plt, (label, "test score"), lambda b: f"{b / 1000:g}{share[b]}")
     for ax, task in zip(axes, data.tasks):
         for name, style in (("full", ":"), ("all of S2", "--")):
             if tests := [x["test"] for x in data.of(name) if x["task"] == task and (task, x["seed"]) in common]:
@@ -103,17 +112,21 @@ def draw_budgets(data, page, plt):
 
 def draw_rates(data, page, plt):
     """Score against the rate of re-training, of the cells that all have; ringed: the rate that validation on other
-    seeds chose.
+    seeds chose. Without trainings of --table rates it is the validation on those other seeds.
     """
-    series, common = defaultdict(dict), data.cells_at_rates()
+    series, common, score = defaultdict(dict), data.cells_at_rates(), "test score"
     for lr, scores in data.at_rates().items():
         for name in CORE.keys() & scores.keys():
             series[name][lr] = {cell: scores[name][cell] for cell in common & scores[name].keys()}
     series = {name: series[name] for name in CORE if name in series}
     if not series:
+        score, series = "validation score", dict(list(data.tuned().items())[:len(MARKERS)])
+    if not series:
         return None
-    fig, axes = curves(series, data.tasks, page, plt, "re-training rate, 1e-3")
-    for ax, task in zip(axes, data.tasks):
+    tasks = [task for task in data.tasks if any(task == of for points in series.values() for cells in points.values()
+                                                for of, _ in cells)]
+    fig, axes = curves(series, tasks, page, plt, ("re-training rate, 1e-3", score), lambda lr: f"{1000 * lr:g}")
+    for ax, task in zip(axes, tasks):
         for i, (name, points) in enumerate(series.items()):
             own = data.rates.get((name, data.budget))
             if tests := [s for (of, _), s in points.get(own, {}).items() if of == task]:
@@ -190,12 +203,13 @@ def draw_pairs(data, page, plt):
 
 
 def draw_readings(data, page, plt):
-    """Variant − BIPEFT: Tables 6-9 of the paper, then readings that are ours."""
-    found, groups = data.contrasts(SENSITIVITY, sign=-1), {}
+    """BIPEFT − variant: Tables 6-9 of the paper, then decisions that are ours."""
+    found, groups = data.contrasts(SENSITIVITY), {}
     for name, c in found.items():
-        heading = {"Z =": "Table 6", "gam": "Table 7", "H =": "Table 8", "tau": "Table 9"}.get(name[:3], "own readings")
+        of_paper = {"Z =": "Table 6", "gam": "Table 7", "H =": "Table 8", "tau": "Table 9"}
+        heading = of_paper.get(name[:3], "own decisions")
         groups.setdefault(heading, {})[name] = c
-    return forest(forest_rows(groups), data.tasks, page, plt, ("BIPEFT as it is", "variant"))
+    return forest(forest_rows(groups), data.tasks, page, plt, ("variant", "BIPEFT as it is"))
 
 
 def where(place):
@@ -222,7 +236,8 @@ def draw_places(data, page, plt):
     layers = list(dict.fromkeys(layer for panel in panels.values() for layer, _ in panel))
     columns = {kind: list(dict.fromkeys(short for _, short in panel)) for kind, panel in panels.items()}
     order = sorted(panels, key=list(KINDS).index)
-    fig, axes = plt.subplots(1, len(order), figsize=(8.3, 0.9 + 0.3 * len(layers)), squeeze=False,
+    height = min(0.3, 6 / len(layers))                              # of a row, inches
+    fig, axes = plt.subplots(1, len(order), figsize=(8.3, 0.9 + height * len(layers)), squeeze=False,
                              sharey=True, width_ratios=[len(columns[kind]) for kind in order],
                              layout="constrained")
     shade = plt.matplotlib.colors.LinearSegmentedColormap.from_list("", [page["page"], page["deep"]])
@@ -232,8 +247,8 @@ def draw_places(data, page, plt):
         ax.imshow(grid, vmin=0, vmax=1, cmap=shade, aspect="auto")
         for (y, x), share in np.ndenumerate(grid):
             if share == share:
-                ax.text(x, y, f"{100 * share:.0f}" if share else "·", ha="center", va="center", fontsize=8,
-                        color=page["page" if share > 0.6 else "ink"])
+                ax.text(x, y, f"{100 * share:.0f}" if share else "·", ha="center", va="center",
+                        fontsize=8 if height == 0.3 else 6.5, color=page["page" if share > 0.6 else "ink"])
         ax.set_xticks(range(len(columns[kind])), columns[kind])
         ax.set_yticks(range(len(layers)), layers)
         ax.set_title(KINDS[kind])
@@ -261,10 +276,11 @@ def draw_kinds(data, page, plt):
         ax.barh(range(len(bars)), widths, left=left, color=(colour, {1: 0.4, 4: 0.7}.get(rank, 1)),
                 label=f"{KINDS[kind]} {rank or ''}".strip())              # the larger the rank, the stronger
         left += widths
-    ax.set_yticks(range(len(bars)), [f"{budget:,}: {name}" for name, budget in bars])
+    ax.set_yticks(range(len(bars)), [f"{size(data, budget)}: {name}" for name, budget in bars])
     ax.invert_yaxis()
     ax.margins(x=0.02)
-    ax.set_xlabel("modules kept, mean over searches; a number after a kind is the rank")
+    of = " (of 10,000)" if data.backbone else ""
+    ax.set_xlabel(f"modules kept at a budget{of}, mean over searches; a number after a kind is the rank")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=8, columnspacing=1.2,
                handlelength=1)
     return fig
@@ -274,8 +290,8 @@ FIGURES = {"budgets": draw_budgets, "rates": draw_rates, "pairs": draw_pairs, "r
            "places": draw_places, "kinds": draw_kinds}
 
 
-def draw(data, folder):
-    """Every figure on every page, as folder/compare-NAME-PAGE.png; transparent."""
+def draw(data, folder, prefix):
+    """Every figure on every page, as folder/PREFIX-NAME-PAGE.png; transparent."""
     try:
         import matplotlib
         matplotlib.use("agg")
@@ -292,7 +308,7 @@ def draw(data, folder):
                                  "axes.titlesize": 10}):
                 fig = make(data, page, plt)
                 if fig is not None:
-                    path = folder / f"compare-{name}-{key}.png"
+                    path = folder / f"{prefix}-{name}-{key}.png"
                     fig.savefig(path, dpi=200, transparent=True, metadata={"Software": None})
                     plt.close(fig)
                 told.append(str(path) if fig is not None else f"{name}: no data yet")

@@ -89,15 +89,15 @@ class Contrast:
         return sum(d > 0 for d in self.pairs.values())
 
 
-def contrasts(base, others, sign=1):
-    """{name: Contrast} of sign · (base - other) over shared cells, where these are two or more; and Holm.
+def contrasts(base, others):
+    """{name: Contrast} of base - other over shared cells, where these are two or more; and Holm.
 
     base: {cell: score}.   others: {name: {cell: score}}, of a family that is fixed beforehand.   A cell: (task, seed),
     and what else tells it from others of these.
     """
     found = {}
     for name, scores in others.items():
-        pairs = {cell: sign * (base[cell] - scores[cell]) for cell in base if cell in scores}
+        pairs = {cell: base[cell] - scores[cell] for cell in base if cell in scores}
         if len(pairs) > 1:
             d = list(pairs.values())
             by_seed = defaultdict(list)
