@@ -2621,8 +2621,8 @@ def test_section_6_what_a_model_can_not_read_or_say_is_told():
         "1 of 3 targets come back from the tokenizer as another text, first 'yes { no as yes no'"]
     assert lost(tokenizer, targets, ("say 0", "say 猫", "say 1")) == [
         "1 of 3 inputs hold what the tokenizer has no word for, first 'say 猫'"]
-    assert lost(tokenizer, ("yes", "no", "yes 8 no")) == [                                    # 8 is 19, which ends a text
-        "1 of 3 targets come back from the tokenizer as another text, first 'yes 8 no as yes'"]
+    assert lost(tokenizer, ("yes", "no", "0 8 yes")) == [                        # 8 is 19, which ends a text
+        "1 of 3 targets come back from the tokenizer as another text, first '0 8 yes as 0'"]
     assert lost(tokenizer, ("yes", " yes", "no  no")) == [
         "1 of 3 targets come back from the tokenizer as another text, first 'no  no as no no'"]
     for words, given in (
