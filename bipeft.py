@@ -19,7 +19,8 @@ open. Ratios are parts per ten thousand, the paper's %%.
     Dim, R       space.dim, space.ranks[-1]         [K]      candidate ranks; the largest of them
     Θ            theta                              [N, 2]   binary architecture weights: remove, keep
     Φ            phi                                [N, K]   rank architecture weights
-    ΔW           space.tensors                               weights of the PEFT modules
+    ΔW           space.tensors                               weights of the PEFT modules, then of also_train
+    P            space.size                                  numbers in ΔW
     W_0          model                                       the pretrained backbone, frozen
     G(D)         train_gradients, val_gradients     [P]      gradients of ΔW on D_tra and on D_val
     f            train_magnitude, val_magnitude     [N]      Eq. 2
@@ -75,18 +76,17 @@ from torch import nn
 
 @dataclass
 class Settings:
-    """All that a run is told; the flags of the command line. None stands for the task's own number.
+    """All that a run is told; the flags of the command line. None: the task's own number, or nothing given.
 
     The parser takes the fields' comments as help texts; the search, the training and metrics.json read the
     fields. `search` of section 4 takes any of them by name.
     """
 
     task: str = "rte"                   # which data set, a key of TASKS
-    model: str = "google-t5/t5-large"   # a T5 or Llama on the hub or in a folder
+    model: str = "google-t5/t5-large"   # T5 or Llama (whose answer follows its input), hub or folder
     data_dir: str = None      # folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub
-    max_length: int = None           # input tokens (GLUE and custom 128, SuperGLUE 256, ReCoRD 512)
+    max_length: int = None  # tokens of inputs and T5's targets (custom, GLUE 128, SuperGLUE 256, ReCoRD 512)
     metric: str = None           # of custom: accuracy, F1, Matthews, Pearson or token-F1 (accuracy)
-    separator: str = None               # between a Llama's input and its answer (nothing)
     space: str = "s2"                   # s1, s2, all, or a comma list of kinds of module
     ranks: tuple = (1, 4, 8)            # Dim, the candidate ranks
     budget: float = 1.39e-4   # B: below 1 a share of the backbone, from 1 on a number of parameters
@@ -95,7 +95,7 @@ class Settings:
     gamma: float = 0.85                 # γ, how much of the past s̄ keeps
     window: int = 5                     # H, the steps over which stability is measured
     epochs: int = None                  # passes over train in re-training (the task's: 1 to 40)
-    search_epochs: int = None           # passes over half of train, at most (as --epochs)
+    search_epochs: int = None           # passes over half of train, at most (as --epochs; toy: 5)
     warmup_epochs: int = None           # of these before the first trigger (the task's)
     arch_lr: float = 0.01               # learning rate of Θ and Φ
     structure: str = None               # a structure.json to train: no search
@@ -267,7 +267,8 @@ def potential_ranks(phi, dim, kept, fixed, choice):
 def rank_quota(potential_before, potential_now, fixed, remaining):
     """Eq. (10):  Y_z = floor( sum(1 - d_{z-1}) · cos(v_{z-1}, v_z) / (Z - z) )
 
-    potential_before, potential_now: v at the last trigger and now, [N].   fixed: d_{z-1}, [N] bool.
+    potential_before, potential_now: v at the last trigger and now, [N].   fixed: d_{z-1}, with those that
+    this trigger has removed [D5], [N] bool.
     remaining: Z - z >= 1.   Returns Y_z, an integer scalar; 0 if either v is zero [D17].
     """
     norms = (potential_before.square().sum() * potential_now.square().sum()).sqrt()
@@ -485,7 +486,7 @@ class SerialAdapter(Searchable):
 
 
 class ParallelAdapter(SerialAdapter):
-    """He et al. 2022:  y + U gelu(D x + b) + c, beside a feed-forward block with input x; else the serial."""
+    """He et al. 2022:  y + U gelu(D x + b) + c: the serial adapter, but it reads the block's input x."""
 
     roles = ("ffn", "residual")
 
@@ -530,8 +531,8 @@ class BitFit(Searchable):
 class LNFit(Searchable):
     """A trainable delta on a layer norm's weight w.   Parameters: d.
 
-    (w + delta) · x/rms(x) = y + delta · x/rms(x), so that w, in Gemma 1 + w, stays untouched; an
-    nn.LayerNorm has its own for x/rms(x). delta starts at zero; the gate scales it [D31].
+    (w + delta) · x/rms(x) = y + delta · x/rms(x): so w stays untouched, also where it is 1 + w, as in Gemma,
+    and where x is centred before, as in nn.LayerNorm. delta starts at zero; the gate scales it [D31].
     """
 
     roles = ("norm",)
@@ -625,7 +626,7 @@ def prefix_attention(module, query, key, value, attention_mask, dropout=0.0, sca
 
 
 def additive_mask(*args, dtype=torch.float32, **more):
-    """The mask that `prefix_attention` adds to the scores; transformers' own reads the host."""
+    """The mask that `prefix_attention` adds to the scores. transformers' own looks at values on a GPU."""
     more["allow_is_causal_skip"] = False
     mask = transformers.masking_utils.sdpa_mask(*args, **more)
     if mask is not None:
@@ -866,7 +867,7 @@ class Peft:
 
 
 class Head:
-    """What of the network's own learns beside the modules [D73]. In a 16-bit network small steps of it
+    """The network's own parameters that learn beside the modules [D73]. In a 16-bit network small steps of it
     would be lost: it computes in float32 as long as it learns.
 
     paths: of modules or parameters, such as "classifier".   Raises UsageError for one that is not there.
@@ -874,7 +875,7 @@ class Head:
 
     def __init__(self, model, paths):
         networks = [name for name, m in model.named_modules() if isinstance(m, transformers.PreTrainedModel)]
-        within = f"{networks[0]}." if networks else ""          # a wrapper's name is not stored
+        within = f"{networks[0]}." if networks else ""          # names are without a wrapper's
         named = {name: p for name, p in model.named_parameters() if "bipeft_" not in name}
         self.parameters = {}                                    # {name: parameter}
         for path in paths:
@@ -1109,13 +1110,14 @@ def forward_backward(model, peft, gate, ranks, batch, inputs, skip=True):
     gate, ranks: the architecture, [N] and [N, K], detached where it is held; None in re-training, where
     modules are whole.   batch: what the model takes, a dict of tensors.   inputs: the tensors, of ΔW, Θ or
     Φ; where the loss does not depend on one, its gradient is zero.   skip: shut modules are not computed,
-    unless the gates' gradients are wanted [D9]; removed ones never [D36].   Returns the loss.
-    A search asks no more of the network: whoever can do it faster gives it another function.
+    unless the gates' gradients are wanted [D9], nor are removed ones [D36]; False: all are, times zero.
+    Returns the loss. A search asks no more of the network: `CudaGraphs` is another such function.
     Raises UsageError for a module that was to be computed and got no gradient [D79].
     """
     copies = {}
     if gate is not None:
-        computed = peft.kept if gate.requires_grad else gate > 0
+        wants_gates = gate.requires_grad                        # what a shut module would add
+        computed = peft.kept if wants_gates else gate > 0
         copies = peft.enter(gate, ranks, computed if skip else None)
     for p in inputs:
         p.grad = None                                    # nothing leaks from one pass into the next
@@ -1237,10 +1239,10 @@ class Search:
         indicator = importance_indicator(self.smoothed, self.expected_sizes(), self.kept, self.budget)
         self.indicators = [*self.indicators, indicator][-(settings.window + 1):]
         beta = stability(torch.stack(self.indicators), settings.window)
+        expected = expected_parameters(self.keep_probabilities(), self.expected_sizes())    # E_t, for the log
+        self.steps_done += 1
 
         # "If β_t ≥ τ": not in the warm-up [D7], nor before there are H + 1 indicators.
-        self.steps_done += 1
-        expected = expected_parameters(self.keep_probabilities(), self.expected_sizes())
         reduction = None                                        # R_z
         if beta >= settings.tau and self.steps_done > max(self.warmup, settings.window):
             reduction = float(self.select())
@@ -1336,7 +1338,12 @@ class Search:
                 "triggers": self.triggers_done}
 
     def run(self, train_batches, val_batches, backbone="", after_step=None):
-        """Algorithm 1's loop, from where the state is to the end.   Arguments and result: as for `search`."""
+        """Algorithm 1's loop, from where the state is to the end.   Returns the Structure that is found.
+
+        train_batches, val_batches: iterables of dicts of tensors, D_tra and D_val, gone through again and
+        again: a step takes one of the first, for ΔW, and two of the second, for Θ and for Φ.   backbone: a
+        name to write into the structure.   after_step: called with the Search and the step's log line.
+        """
         was_training = self.model.training
         self.model.train()
         train = stream(train_batches, self.steps_done)
@@ -1382,11 +1389,8 @@ def search(model, space, train_batches, val_batches, budget, steps, warmup=0, ba
     """Algorithm 1 in one call: the structure of at most `budget` parameters that the search finds.
 
     model, steps, warmup, run_pass: those of Search.   space: stays attached; `space.detach()` takes it off.
-    train_batches, val_batches: iterables of dicts of tensors, D_tra and D_val, gone through again and
-    again: a step takes one of the first, for ΔW, and two of the second, for Θ and for Φ.   budget: B, in
-    parameters, or below 1 a share of the backbone.   backbone: a name to write into the structure.
-    after_step: called with the Search and the step's log line.   settings: further fields of Settings.
-    Returns a Structure.
+    budget: B, in parameters, or below 1 a share of the backbone.   train_batches, val_batches, backbone,
+    after_step: those of `Search.run`.   settings: further fields of Settings.   Returns a Structure.
     """
     search = Search(model, space, Settings(budget=budget, **settings), steps, warmup, run_pass)
     return search.run(train_batches, val_batches, backbone, after_step)
@@ -1501,7 +1505,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """How a data set becomes text, how it is scored, and how long the paper trains on it."""
+    """How a data set becomes text, how it is scored, and how long it is trained here."""
 
     fields: tuple                   # columns, in the order of the prompt
     labels: tuple                   # valid targets; empty: any text is
@@ -1885,24 +1889,19 @@ def toy_backbone(seed, steps=500, batch_size=64):
 # it knows of the search, and the search knows of none of it: both go through iterables of batches.
 
 
-def tokenize(tokenizer, examples, max_length, causal=False, separator=""):
-    """[(input ids, label ids)] of Examples, cut to a length, but for what ends them.
+def tokenize(tokenizer, examples, max_length, causal=False):
+    """[(input ids, label ids)] of Examples, cut to a length, but for the end token of each.
 
-    causal: the input ends with the separator [D82], the label with an end token, and is not cut [D69].
+    causal: the input has no end token, and the label follows with nothing between [D82] and is not cut [D69].
     """
     end = tokenizer.eos_token_id
-    sources = [e.source for e in examples]
-    if causal:
-        inputs = [without(end, ids) for ids in tokenizer([text + separator for text in sources]).input_ids]
-        ending = len(tokenizer(separator, add_special_tokens=False).input_ids)
-    else:
-        inputs = [[*without(end, ids), end] for ids in tokenizer(sources).input_ids]
-        ending = 1
+    inputs = [without(end, ids) for ids in tokenizer([e.source for e in examples]).input_ids]
     labels = tokenizer([e.target for e in examples], add_special_tokens=not causal).input_ids
-    labels = [[*without(end, ids), end] for ids in labels]
-    if not causal:
-        labels = [shortened(ids, max_length, 1) for ids in labels]
-    return [(shortened(ids, max_length, ending), label) for ids, label in zip(inputs, labels)]
+    labels = [without(end, ids) for ids in labels]
+    if causal:
+        return [(ids[:max_length], [*label, end]) for ids, label in zip(inputs, labels)]
+    room = max_length - 1
+    return [([*ids[:room], end], [*label[:room], end]) for ids, label in zip(inputs, labels)]
 
 
 def without(end, ids):
@@ -1910,13 +1909,6 @@ def without(end, ids):
     if ids[-1:] == [end]:
         return ids[:-1]
     return ids
-
-
-def shortened(ids, length, ending):
-    """A list of at most `length` numbers, of which the last `ending` stay."""
-    if len(ids) <= length:
-        return ids
-    return ids[:max(0, length - ending)] + ids[len(ids) - ending:]
 
 
 def check_texts(tokenizer, splits, tokens, settings, causal, ends):
@@ -1927,7 +1919,7 @@ def check_texts(tokenizer, splits, tokens, settings, causal, ends):
     """
     limit = settings.max_length
     examples = [e for part in splits.values() for e in part]
-    whole = tokenize(tokenizer, examples, sys.maxsize, causal, settings.separator or "")
+    whole = tokenize(tokenizer, examples, sys.maxsize, causal)
     lost = {}                                             # what happens: the texts to which it does
     said = {}                                         # a target as the model can say it: the target
     for e, (source, target) in zip(examples, whole):
@@ -2008,54 +2000,37 @@ def cut(rows, size):
 def collate(rows, device, causal=False):
     """A padded batch of (input ids, label ids), what the model takes. The inputs are [batch, longest].
 
-    causal: input and label are one sequence. What fills it up stands before the input's last token, so that
-    all labels end together, and logits are computed of the end alone: of the positions of the longest label
-    and the one before it, which predicts its first token. So hardly a row begins with padding: on a GPU the
-    gradients of attention can be lost where the first 128 keys are masked.
+    causal: input and label are one sequence. Logits are computed from the first label on alone: of the last
+    `logits_to_keep` positions, which on a GPU are a power of two, as lengths are.
     """
     inputs = [source for source, _ in rows]
     labels = [target for _, target in rows]
+    if causal:
+        inputs = [source + target for source, target in rows]
+        labels = [[-100] * len(source) + target for source, target in rows]
+    mask = [[1] * len(ids) for ids in inputs]
+    batch = {"input_ids": padded(inputs, 0, device, 32), "attention_mask": padded(mask, 0, device, 32)}
     if not causal:
-        mask = [[1] * len(ids) for ids in inputs]
-        length = padded_length(inputs, device, 32)
-        return {"input_ids": padded(inputs, 0, length, device),
-                "attention_mask": padded(mask, 0, length, device),
-                "labels": padded(labels, -100, padded_length(labels, device, 4), device)}
-    inputs = [source + target for source, target in rows]
-    tails = [min(1 + len(target), len(ids)) for ids, target in zip(inputs, labels)]
-    labels = []
-    for source, target in rows:
-        if not source:                                  # nothing predicts the first token
-            target = target[1:]
-        labels.append([-100, *target])
-    length = padded_length(inputs, device, 32)
-    kept = padded_length(labels, device, 4)
-    return {"input_ids": padded(inputs, 0, length, device, tails),
-            "attention_mask": padded([[1] * len(ids) for ids in inputs], 0, length, device, tails),
-            "position_ids": padded([list(range(len(ids))) for ids in inputs], 0, length, device, tails),
-            "labels": padded(labels, -100, kept, device, [len(label) for label in labels]),
-            "logits_to_keep": kept}
+        batch["labels"] = padded(labels, -100, device, 4)
+        return batch
+    length = batch["input_ids"].shape[1]
+    shortest = min(len(source) for source, _ in rows)
+    batch["logits_to_keep"] = min(length, padded_length(length - shortest + 1, device, 4))
+    batch["labels"] = padded(labels, -100, device, 32)[:, length - batch["logits_to_keep"]:]
+    return batch
 
 
-def padded_length(rows, device, shortest):
-    """The longest row's length; on a GPU a power of two, so that few CUDA graphs serve all batches."""
-    longest = max(len(row) for row in rows)
+def padded_length(longest, device, shortest):
+    """A length; on a GPU a power of two from the shortest on, so that few CUDA graphs serve all batches."""
     if torch.device(device).type == "cuda":
         return max(shortest, 1 << (longest - 1).bit_length())
     return longest
 
 
-def padded(rows, filler, length, device, tails=None):
-    """Lists as one tensor, [rows, length], filled up at their ends.   tails: how many numbers of each row
-    stand after what fills it up; all of them: it is padded on the left.
-    """
-    filled = []
-    for i, row in enumerate(rows):
-        head = len(row)
-        if tails is not None:
-            head -= tails[i]
-        filled.append(row[:head] + [filler] * (length - len(row)) + row[head:])
-    return torch.tensor(filled).to(device)
+def padded(rows, filler, device, shortest):
+    """Lists as one tensor, filled up at their ends.   shortest: as of `padded_length`."""
+    length = padded_length(max(len(row) for row in rows), device, shortest)
+    return torch.tensor([row + [filler] * (length - len(row)) for row in rows]).to(device)
 
 
 def greedy(model, tokenizer, longest):
@@ -2088,9 +2063,11 @@ def predict(model, tokenizer, tokens, batch_size, device, longest=None):
     try:
         for indices in cut(by_length, batch_size):
             sources = [tokens[i][0] for i in indices]
-            lengths = [len(source) for source in sources]
-            ids = padded(sources, 0, max(lengths), device, lengths)
-            mask = padded([[1] * n for n in lengths], 0, max(lengths), device, lengths)
+            longer = max(len(source) for source in sources)     # padded on the left: an answer goes on
+            ids = [[0] * (longer - len(source)) + source for source in sources]
+            mask = [[0] * (longer - len(source)) + [1] * len(source) for source in sources]
+            ids = torch.tensor(ids).to(device)
+            mask = torch.tensor(mask).to(device)
             made = model.generate(ids, attention_mask=mask, generation_config=config)
             start = 1                                     # T5's first token is none of the answer's
             if not model.config.is_encoder_decoder:
@@ -2113,7 +2090,7 @@ def answer(model, tokenizer, texts):
     """What a model and a tokenizer that `load_run` gave answer to input texts, in their order."""
     causal = not model.config.is_encoder_decoder
     examples = [Example(text, "", ()) for text in texts]
-    tokens = tokenize(tokenizer, examples, tokenizer.model_max_length, causal, tokenizer.separator)
+    tokens = tokenize(tokenizer, examples, tokenizer.model_max_length, causal)
     if not all(source for source, _ in tokens):
         raise UsageError("an input is empty to the model: leave it out")
     return predict(model, tokenizer, tokens, 32, model.device, model.generation_config.max_new_tokens)
@@ -2214,7 +2191,7 @@ def one_line(error):
 
 @contextlib.contextmanager
 def failing(what, advice=""):
-    """Makes any error inside a person's: what failed, the error in brackets, and what to do about it."""
+    """Turns any error inside into a UsageError: what failed, the error in brackets, what to do about it."""
     try:
         yield
     except Exception as error:
@@ -2369,7 +2346,7 @@ SEARCH_ALONE = ("space", "ranks", "budget", "triggers", "tau", "gamma", "window"
 
 
 def parse(arguments, settings_class=Settings):
-    """[Settings], one for each seed of a command line. Defaults: the paper's, or the task's.   UsageError."""
+    """[Settings], one for each seed of a command line, with defaults of the task.   UsageError."""
     def fail(message):
         raise UsageError(f"{message} (--help lists the flags)")
     parser = argparse.ArgumentParser("bipeft.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -2518,7 +2495,6 @@ def load_run(folder, device="cpu", model=None):
     load_weights(peft, Path(folder, "peft.safetensors"))
     model.generation_config = greedy(model, tokenizer, longest)
     tokenizer.model_max_length = settings["max_length"]
-    tokenizer.separator = settings["separator"] or ""
     return model, tokenizer, peft
 
 
@@ -2616,14 +2592,14 @@ class Record:
             (self.path / f".{name}.new").unlink(missing_ok=True)    # of a kill while it was written
         (self.path / "checkpoint.pt").unlink(missing_ok=True)
 
-    def after_step(self, step, left, text, state, keep):
-        """Shows how it goes every ten seconds, and if keep; saves at times.
+    def after_step(self, step, left, text, state, show):
+        """Shows how it goes every ten seconds, and if told to show it; saves at times.
 
         step: done in this phase.   left: steps to go.   state: a function that gives the state.
         """
         if step % self.settings.save_every == 0:
             self.save(state())
-        if keep or time.monotonic() - self.shown_at > 10:
+        if show or time.monotonic() - self.shown_at > 10:
             self.shown_at = time.monotonic()
             print(f"{text}  left {clock(left * self.elapsed() / step)}", flush=True)
 
@@ -2659,26 +2635,14 @@ class Work:
         self.causal = not self.model.config.is_encoder_decoder
         self.tokens = {}
         for key, examples in self.splits.items():
-            self.tokens[key] = tokenize(
-                self.tokenizer, examples, settings.max_length, self.causal, settings.separator or "")
+            self.tokens[key] = tokenize(self.tokenizer, examples, settings.max_length, self.causal)
         self.longest = max(len(label) for part in self.tokens.values() for _, label in part)
         with failing(f"the model {settings.model} can't answer", ": mend its generation_config.json"):
             ends = greedy(self.model, self.tokenizer, self.longest).eos_token_id
         self.told = check_texts(self.tokenizer, self.splits, self.tokens, settings, self.causal, ends)
-        self.check_sequences()
-
-    def check_sequences(self):
-        """Raises UsageError for what would be without effect on a T5, or hidden from a Llama."""
-        if self.settings.separator and not self.causal:
-            raise UsageError("--separator is for causal models: a T5's answer is a sequence of its own")
-        window = getattr(self.model.config, "sliding_window", None)
-        longest = max(len(source) + len(label) for part in self.tokens.values() for source, label in part)
-        if self.causal and window is not None and 1 << (longest - 1).bit_length() > window:
-            raise UsageError(f"a text and its answer of {longest} tokens may pass the model's sliding window "
-                             f"of {window}: take a smaller --max-length")
 
     def digest(self):
-        """A number that tells these texts and tokens from others."""
+        """16 hexadecimal digits that tell these texts and tokens from others."""
         examples = [[dataclasses.astuple(e) for e in part] for part in self.splits.values()]
         texts = json.dumps([examples, self.tokens])
         return hashlib.sha256(texts.encode()).hexdigest()[:16]
@@ -2733,7 +2697,7 @@ def run_search(work, record, run_pass):
         text = (f"search {line['step']}/{steps}  loss {line['loss_train']:.3f}  beta {line['beta']:.2f}  "
                 f"E {line['expected']:,.0f}/{search.budget:,}  kept {line['kept']}  "
                 f"triggers {line['triggers']}/{settings.triggers}")
-        record.after_step(line["step"], left, text, search.state_dict, keep=left == 0)
+        record.after_step(line["step"], left, text, search.state_dict, show=left == 0)
 
     structure = search.run(weight_half, architecture_half, settings.model, after_step)
     missing = settings.triggers - record.stored["log"][-1]["triggers"]

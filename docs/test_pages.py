@@ -336,7 +336,7 @@ def finished(tmp_path, monkeypatch):
         lines = [json.dumps({"source": e.source, "target": e.target}) for e in examples[:8]]
         Path(f"{split}.jsonl").write_text("\n".join(lines))
     assert bipeft.main("--task custom --data-dir . --model model --space lora,bitfit --budget 400 --triggers 2 --epochs 1 "
-                       "--batch-size 4 --device cpu --out runs/rte-s2-0".split()) == 0
+                       "--batch-size 4 --device cpu --out runs/custom-s2-0".split()) == 0
 
 
 def test_the_code_of_the_readme_runs(finished, monkeypatch, capsys):

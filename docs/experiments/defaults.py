@@ -1,11 +1,11 @@
-"""The defaults of `--task custom` and the separator of causal models: what was tried before they were chosen.
+"""The defaults of `--task custom`, and what stands before a causal model's answer: what was tried.
 
     python docs/experiments/defaults.py --data-dir DIR --llama DIR --t5 DIR --workers 12      on a GPU
     python docs/experiments/defaults.py --show                                                the tables
 
 A person's own data: rows of GLUE with words for labels, cut to 200, 1,000 and 2,490, in .jsonl with source and target.
 Each is run by the command line in full, search and re-training, at every rate, batch size and number of epochs; every
-separator trains one structure that needed no search, biases on evenly spaced norms, on three of the paper's tasks. A line
+separator, at the end of three of the paper's prompts, trains a structure that needed no search, biases on even norms. A line
 a run goes to --out; what has a line is not run again. Needs no more than bipeft.py does; of --data-dir it reads .parquet.
 """
 
@@ -48,6 +48,17 @@ def write_custom(data_dir, folder):
             (folder / task / f"{split}.jsonl").write_text("".join(lines))
 
 
+def write_prompts(task, separator, args, folder):
+    """A folder of {train,validation}.jsonl with a paper's task's prompts, each with a separator at its end."""
+    place = folder / f"{task}-{'-'.join(map(str, separator.encode()))}"
+    place.mkdir(exist_ok=True)
+    for split in ("train", "validation"):
+        examples = [bipeft.to_examples(task, row, True)[0] for row in bipeft.read_split(task, split, args.data_dir)]
+        lines = [json.dumps({"source": e.source + separator, "target": e.target}) + "\n" for e in examples]
+        (place / f"{split}.jsonl").write_text("".join(lines))
+    return place
+
+
 def even_norms(model, budget, path):
     """Writes a structure of biases on evenly spaced norms of a model, as many as fit."""
     norms = [name for name, role, _ in bipeft.places_of(model) if role == "norm"]
@@ -64,10 +75,12 @@ def jobs_of(args, folder):
     for seed in args.seeds:
         for task, epochs in {"cola": 3, "rte": 8, "mrpc": 6}.items():
             for name, separator in SEPARATORS.items():
-                jobs.append(({"part": "separator", "model": "llama", "task": task, "separator": name, "seed": seed},
-                             ["--task", task, "--data-dir", args.data_dir, "--model", args.llama, "--structure",
-                              str(folder / "even.json"), "--epochs", str(epochs), "--lr", "3e-3", "--separator",
-                              separator, "--seed", str(seed)]))
+                jobs.append(({"part": "separator", "model": "llama", "task": task, "separator": name, "seed": seed,
+                              "lr": "1e-3"},
+                             ["--task", "custom", "--data-dir", str(write_prompts(task, separator, args, folder)),
+                              "--metric", bipeft.TASKS[task].metric, "--model", args.llama, "--structure",
+                              str(folder / "even.json"), "--epochs", str(epochs), "--batch-size", "32", "--lr", "1e-3",
+                              "--seed", str(seed)]))
     for (batch, epochs, triggers, warmup), rates in TRIED.items():
         for task, rate, model in itertools.product(ROWS, rates, ("llama", "t5")):
             told = {"part": "custom", "model": model, "task": task, "rows": ROWS[task], "lr": rate, "batch": batch,
@@ -98,15 +111,16 @@ def run(number, told, arguments, args, folder):
     return {**line, **{key: metrics[key] for key in keys}}
 
 
-def untouched_losses(args):
+def untouched_losses(args, folder):
     """{task: {separator: the mean loss of the validation split's answers without any module}}"""
     device = bipeft.choose_device("auto")
     losses = {}
     for task in ("cola", "rte", "mrpc"):
         losses[task] = {}
         for name, separator in SEPARATORS.items():
-            (settings,) = bipeft.parse(["--task", task, "--data-dir", args.data_dir, "--model", args.llama,
-                                        "--separator", separator, "--dtype", args.dtype])
+            place = write_prompts(task, separator, args, folder)
+            (settings,) = bipeft.parse(["--task", "custom", "--data-dir", str(place), "--model", args.llama, "--dtype",
+                                        args.dtype])
             losses[task][name] = bipeft.Work(settings, device).validate()[1]
     return losses
 
@@ -169,7 +183,7 @@ def main():
 
         def measure_losses(_):
             if not any(line["part"] == "loss" for line in lines):
-                for task, losses in untouched_losses(args).items():
+                for task, losses in untouched_losses(args, folder).items():
                     keep({"part": "loss", "task": task, "losses": losses})
 
         due = [(told, arguments) for told, arguments in jobs_of(args, folder)
