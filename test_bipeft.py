@@ -2632,7 +2632,7 @@ def test_section_6_what_a_model_can_not_read_or_say_is_told():
         "1 of 3 targets come back from the tokenizer as another text, first '0 8 yes as 0'"]
     assert lost(tokenizer, ("yes", " yes", "no  no")) == [
         "1 of 3 targets come back from the tokenizer as another text, first 'no  no as no no'"]
-    many = [f"yes {n % 26} {n // 26}" for n in range(99)]                        # free text, no labels: told, not refused
+    many = [f"yes {10 + n % 15} {10 + n // 15}" for n in range(99)]               # free text, no labels: told, not refused
     assert lost(tokenizer, [*many, "yes {", "yes"], [f"say {n % 26} {n // 26}" for n in range(101)]) == [
         "1 of 101 targets come back from the tokenizer as another text, first 'yes { as yes'"]
     for words, given in (
