@@ -3206,10 +3206,14 @@ def test_section_8_a_run_is_of_one_folder_one_data_set_and_one_backbone(world, t
     place = shutil.copytree(world, tmp_path / "world", ignore=lambda *_: ["runs"])
     file = place / "data/custom/train.jsonl"
     given = file.read_bytes()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
     for what in ("data", "a backbone of other numbers"):
         run = tmp_path / what[:4]
         with monkeypatch.context() as stopped:
-            stopped.setattr(bipeft, "run_training", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+            stopped.setattr(bipeft, "run_training", interrupted)
             assert go(place, run) == 2
         if what == "data":
             file.write_bytes(given.replace(b"say 0 4", b"say 0 5"))
