@@ -650,7 +650,8 @@ def first_input(args, kwargs):
     return kwargs["hidden_states"]
 
 
-KINDS = {"lora": LoRA, "adapter_lr": LowRankAdapter, "bitfit": BitFit, "lnfit": LNFit,  # new: an entry
+# The registry of kinds and the paper's two search spaces. A new kind is a class above, and an entry here.
+KINDS = {"lora": LoRA, "adapter_lr": LowRankAdapter, "bitfit": BitFit, "lnfit": LNFit,
          "serial": SerialAdapter, "parallel": ParallelAdapter, "prefix": Prefix}
 SPACES = {"s1": ("serial", "parallel", "prefix"),                 # AutoPEFT's (Zhou et al. 2024)
           "s2": ("lora", "adapter_lr", "bitfit", "lnfit"),        # S3Delta's (Hu et al. 2022b)
@@ -714,7 +715,9 @@ def llama_places(model):
     return places_in(model, "self_attn", LLAMA_LAYER, ("norm",))
 
 
-PLACES = {"t5": t5_places, "mt5": t5_places}                   # a backbone's model type: its places
+# A backbone's model type, as its config.json has it, and the function that finds its places. A family with
+# the parts of one of these needs an entry alone; another one needs a function, too.
+PLACES = {"t5": t5_places, "mt5": t5_places}
 PLACES.update(dict.fromkeys(("bert", "roberta", "electra", "xlm-roberta", "camembert", "ernie"), bert_places))
 PLACES.update(dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "olmo2", "smollm3",
                              "granite"), llama_places))
@@ -927,6 +930,7 @@ def convert(layer, dtype):
         p.data = p.data.to(dtype)
 
 
+# Modules on a model: who holds them, and how they come off.
 def holder_of(place):
     """The module that a place's modules are children of: itself, but an nn.Sequential would run them."""
     if isinstance(place, nn.Sequential):
@@ -940,7 +944,10 @@ def attached_to(model):
 
 
 def take_off(model, modules, bare):
-    """Takes attached modules off, and puts back what attaching had changed once none is left."""
+    """Takes attached modules off, and puts back what attaching had changed once none is left.
+
+    It looks for them by what they are, not by where they were put: a copy of a model holds copies of them.
+    """
     for holder in list(model.modules()):
         for name, module in list(holder.named_children()):
             if module in modules:
@@ -961,7 +968,7 @@ def detach(model):
 
 
 def count_of(module):
-    """The number of a module's parameters."""
+    """The number of a module's parameters, counted from its tensors: q_n is made of these."""
     return sum(p.numel() for p in module.parameters())
 
 
@@ -1100,6 +1107,7 @@ def apply(model, structure, seed=0, places=None, also_train=()):
 # Eq. 10: Y_z = floor(3 · .953 / (2 - 0)) = 1. The lowest λ is B's: its rank gets fixed, at 1.
 
 
+# What a person reads who trains or searches with modules that the loss does not depend on [D79].
 NOT_REACHED = ("no gradient reaches the attached modules: the model must compute its loss with them, and "
                "gradient checkpointing needs use_reentrant=False")
 
@@ -1407,7 +1415,7 @@ def require_attached(model, peft):
 
 @torch.no_grad()
 def flatten(tensors):
-    """Tensors' numbers end to end, [P]."""
+    """Tensors' numbers end to end, [P]. Of a module's tensors they are w, and of their gradients G."""
     return torch.cat([t.flatten() for t in tensors])
 
 
@@ -1454,7 +1462,7 @@ def require_finite(value, what):
 
 
 def put_back(tensors, values):
-    """Gives tensors other numbers."""
+    """Gives tensors other numbers, and leaves everything else of them, such as who trains them, as it is."""
     with torch.no_grad():
         for t, value in zip(tensors, values):
             t.copy_(value)
@@ -1466,7 +1474,9 @@ def copies(tensors):
 
 
 def kept_random_state(device):
-    """A context after which the caller's random numbers go on as before it."""
+    """A context after which the caller's random numbers go on as before it: a search draws from seeds of its
+    own, and nobody else's dropout should depend on whether one has been there.
+    """
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
@@ -1516,7 +1526,7 @@ class Task:
     batch_size: int = 32
     answer: str = "label"           # the column that holds the target
     carve: bool = False            # validation comes out of train, and the original one is the test
-    defaults: dict = field(default_factory=dict)  # of further settings, where they are not the paper's
+    defaults: dict = field(default_factory=dict)  # of further settings
 
 
 BINARY = ("0", "1")
@@ -1524,6 +1534,7 @@ THREE = ("0", "1", "2")
 FIFTHS = tuple(f"{n / 5:.1f}" for n in range(26))     # 0.0, 0.2, .. 5.0
 PAIR = ("sentence1", "sentence2")
 NLI = ("premise", "hypothesis")
+# Columns, labels, metric, epochs and epochs of warm-up, input length; see Task. GLUE's tasks, first:
 TASKS = {
     "cola": Task(("sentence",), BINARY, "Matthews", 15, 2),
     "sst2": Task(("sentence",), BINARY, "accuracy", 5, 1, carve=True),
@@ -1545,6 +1556,7 @@ TASKS = {
     "toy": Task((), ("good", "bad"), "accuracy", 7, 4, defaults={
         "model": "toy", "lr": 3e-3, "budget": 0.03, "triggers": 30, "search_epochs": 5}),
 }
+# Those of SuperGLUE that the hub does not hold under GLUE's name. RTE is in both.
 SUPERGLUE = ("boolq", "cb", "multirc", "record", "wic")
 
 
@@ -1696,7 +1708,7 @@ def read_parquet(path):
         narrow = {"float": np.float32, "halffloat": np.float16}.get(str(column.type))
         for row in rows:
             if narrow is not None and row[column.name] is not None:
-                row[column.name] = float(str(narrow(row[column.name])))     # 3.8, not 3.799999952316284
+                row[column.name] = float(str(narrow(row[column.name])))  # 3.8, not 3.7999999523
     return rows
 
 
@@ -1731,10 +1743,12 @@ def read_csv(path):
     return rows
 
 
+# Which file of a split is read, by its name's end; a new format is a function and an entry.
 READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".csv": read_csv}
 
 
-# The metrics: predicted texts and, for each, the texts that count as right. All return per cent.
+# The metrics: predicted texts and, for each, the texts that count as right. All return per cent. Most need
+# numbers, and a model may say anything: what is no number counts as wrong as an answer can be.
 def accuracy(predictions, answers):
     """Share of predictions that are among their answers."""
     return 100 * sum(p in right for p, right in zip(predictions, answers)) / len(answers)
@@ -1774,6 +1788,7 @@ def matthews(predictions, answers):
     return pearson(predictions, answers, "[01]", 1)
 
 
+# SQuAD's way with free text: an answer need not have the very words, nor their order.
 def words_of(text):
     """A text's bag of words as SQuAD counts them: no case, punctuation or articles."""
     bare = "".join(c for c in text.lower() if c not in string.punctuation)
@@ -1794,7 +1809,8 @@ def token_f1(predictions, answers):
     return 100 * total / len(answers)
 
 
-METRICS = {"accuracy": accuracy, "F1": f1, "Matthews": matthews, "Pearson": pearson, "token-F1": token_f1}
+METRICS = {"accuracy": accuracy, "F1": f1, "Matthews": matthews, "Pearson": pearson,
+           "token-F1": token_f1}
 
 
 # The toy: was the thing found good or bad? The adjective and a "not" decide together; neither alone tells.
@@ -1825,7 +1841,10 @@ def toy_sentence(rng):
 
 
 def toy_splits(seed):
-    """4,000 training, 500 validation and 500 test Examples; no sentence is in two of them."""
+    """4,000 training, 500 validation and 500 test Examples; no sentence is in two of them.
+
+    So few words make many sentences twice: a dict keeps each once, in the order in which they came.
+    """
     rng = random.Random(derive(seed, 6))
     seen = {}
     while len(seen) < 5000:
@@ -1836,7 +1855,7 @@ def toy_splits(seed):
 
 
 def toy_tokenizer():
-    """A tokenizer of the toy's words."""
+    """A tokenizer of the toy's words, a number each. It ends a text with </s>, as T5's does."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     words = "<pad> </s> <unk> <mask> good bad toy sentence: found the not and so".split()
     words += " ".join(TOY_WORDS.values()).split()
@@ -1845,7 +1864,8 @@ def toy_tokenizer():
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", mask_token="<mask>")
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        mask_token="<mask>")
 
 
 def toy_masked(rng):
@@ -1864,7 +1884,11 @@ def toy_masked(rng):
 
 
 def toy_backbone(seed, steps=500, batch_size=64):
-    """(model, tokenizer): a tiny T5, pretrained on the spot to fill in masked words."""
+    """(model, tokenizer): a tiny T5, pretrained on the spot to fill in masked words.
+
+    It has seen each word, and what a finding makes people feel, but no verdict that was not drawn by lot: so
+    it answers the task in form and at chance, and what it learns there its modules have learnt.
+    """
     tokenizer = toy_tokenizer()
     rng = random.Random(derive(seed, 7))
     with kept_random_state(torch.device("cpu")):
@@ -1921,8 +1945,8 @@ def check_texts(tokenizer, splits, tokens, settings, causal, ends):
     examples = [e for part in splits.values() for e in part]
     whole = tokenize(tokenizer, examples, sys.maxsize, causal)
     are_labels = len({e.target for e in examples}) <= 100
-    lost = {}                                             # what happens: the texts to which it does
-    said = {}                                             # a target as the model can say it: the target
+    lost = {}                                 # what happens: the texts to which it does
+    said = {}                                 # a target as the model can say it: the target
     for e, (source, target) in zip(examples, whole):
         text = decoded(tokenizer, target, ends)
         other = said.setdefault(text, e.target)
@@ -1980,7 +2004,8 @@ class Batches:
         rng = torch.Generator().manual_seed(derive(self.seed, 9, self.epoch))
         batches = []
         # Of every 16 batches' worth those of like length share a batch, which halves the padding.
-        for window in cut(torch.randperm(len(numbers), generator=rng).tolist(), 16 * self.batch_size):
+        shuffled = torch.randperm(len(numbers), generator=rng).tolist()
+        for window in cut(shuffled, 16 * self.batch_size):
             window.sort(key=lambda i: len(self.tokens[i][0]))
             batches += cut(window, self.batch_size)
         return [batches[i] for i in torch.randperm(len(batches), generator=rng).tolist()]
@@ -1988,7 +2013,7 @@ class Batches:
     def __iter__(self):
         for indices in self.order():
             rows = [self.tokens[i] for i in indices]
-            if self.device.type == "cuda":  # rows without a label, so that few CUDA graphs serve all
+            if self.device.type == "cuda":  # rows without a label: few CUDA graphs serve all
                 rows += [([1], [])] * (min(self.batch_size, len(self.tokens)) - len(rows))
             yield collate(rows, self.device, self.causal)
 
@@ -2010,7 +2035,8 @@ def collate(rows, device, causal=False):
         inputs = [source + target for source, target in rows]
         labels = [[-100] * len(source) + target for source, target in rows]
     mask = [[1] * len(ids) for ids in inputs]
-    batch = {"input_ids": padded(inputs, 0, device, 32), "attention_mask": padded(mask, 0, device, 32)}
+    batch = {"input_ids": padded(inputs, 0, device, 32),
+             "attention_mask": padded(mask, 0, device, 32)}
     if not causal:
         batch["labels"] = padded(labels, -100, device, 4)
         return batch
@@ -2051,8 +2077,10 @@ def greedy(model, tokenizer, longest):
 
 
 def predict(model, tokenizer, tokens, batch_size, device, longest=None):
-    """The texts that a model generates for tokenised inputs.   longest: tokens of an answer, at most; as many
-    as the longest target has, if None.
+    """The texts that a model generates for tokenised inputs, in their order.
+
+    tokens: of `tokenize`; inputs of like length share a batch.   batch_size: inputs at a time.   longest:
+    tokens of an answer, at most; as many as the longest target has, if None.
     """
     was_training = model.training
     own = model.generation_config
@@ -2064,7 +2092,7 @@ def predict(model, tokenizer, tokens, batch_size, device, longest=None):
     try:
         for indices in cut(by_length, batch_size):
             sources = [tokens[i][0] for i in indices]
-            longer = max(len(source) for source in sources)     # padded on the left: an answer goes on
+            longer = max(len(source) for source in sources)  # padded on the left: an answer goes on
             ids = [[0] * (longer - len(source)) + source for source in sources]
             mask = [[0] * (longer - len(source)) + [1] * len(source) for source in sources]
             ids = torch.tensor(ids).to(device)
@@ -2094,7 +2122,8 @@ def answer(model, tokenizer, texts):
     tokens = tokenize(tokenizer, examples, tokenizer.model_max_length, causal)
     if not all(source for source, _ in tokens):
         raise UsageError("an input is empty to the model: leave it out")
-    return predict(model, tokenizer, tokens, 32, model.device, model.generation_config.max_new_tokens)
+    longest = model.generation_config.max_new_tokens
+    return predict(model, tokenizer, tokens, 32, model.device, longest)
 
 
 def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed=0,
@@ -2160,7 +2189,10 @@ def judged(result):
 
 @contextlib.contextmanager
 def deterministic():
-    """Has torch take only algorithms that give the same twice; cuBLAS is told in advance."""
+    """A context in which torch takes only algorithms that give the same twice; cuBLAS is told in advance.
+
+    A GPU adds numbers up in the order in which they come ready, and sums of floats depend on it.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.utils.deterministic.fill_uninitialized_memory = False        # slow, and nothing reads it
     torch.use_deterministic_algorithms(True)
@@ -2192,7 +2224,10 @@ def one_line(error):
 
 @contextlib.contextmanager
 def failing(what, advice=""):
-    """Turns any error inside into a UsageError: what failed, the error in brackets, what to do about it."""
+    """Turns any error inside into a UsageError: what failed, the error in brackets, what to do about it.
+
+    For what libraries do with a person's files, names and networks: their errors are many, and long.
+    """
     try:
         yield
     except Exception as error:
@@ -2327,7 +2362,9 @@ def fused_norm(norm, x):
 
 
 def fuse_norms(model):
-    """Has a model compute its root-mean-square norms by `fused_norm`."""
+    """Has a model compute its root-mean-square norms by `fused_norm`: T5-large has 122, and each pass of a
+    search goes through them twice.
+    """
     for m in model.modules():
         if re.search("T5LayerNorm|RMSNorm", type(m).__name__) and hasattr(m, "variance_epsilon"):
             m.forward = types.MethodType(fused_norm, m)
@@ -2342,6 +2379,7 @@ def fuse_norms(model):
 # keeps what is needed to go on after a kill, and refuses to go on with something else.
 
 
+# Settings that act in a search alone; with --structure they would do nothing, in silence.
 SEARCH_ALONE = ("space", "ranks", "budget", "triggers", "tau", "gamma", "window", "search_epochs",
                 "warmup_epochs", "arch_lr")
 
@@ -2403,7 +2441,10 @@ def help_texts(settings_class):
 
 
 def check(settings, fail):
-    """Calls fail with what a person may get wrong in a number or a name."""
+    """Calls fail with what a person may get wrong in a number or a name.
+
+    Numbers have bounds: most are at least 1, or above 0, and some, which are shares, are at most 1.
+    """
     kinds_of(settings.space, settings.ranks)
     for name, value in vars(settings).items():
         least = 1 if isinstance(value, int) else 1e-12
@@ -2420,6 +2461,7 @@ def check(settings, fail):
         fail(f"--dtype {settings.dtype} must be float32, bfloat16 or float16")
 
 
+# What ends a line about a backbone that can't be loaded.
 MODEL_ADVICE = ": give a folder with config, weights and tokenizer, or a hub name and a network"
 
 
@@ -2447,7 +2489,10 @@ def load_backbone(name, dtype, device, seed):
 
 
 def try_hub():
-    """Where the hub can't be reached, has libraries look into their caches: they ask it for half a minute."""
+    """Where the hub can't be reached, has libraries look into their caches alone.
+
+    By themselves they go on asking it for half a minute, and print a line each time.
+    """
     try:
         huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
     except Exception:
@@ -2508,7 +2553,7 @@ def choose_device(name):
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
             device = torch.zeros(1, device=device).device  # with its number, which set_device needs
-            torch.cuda.set_device(device)  # graphs and random states are those of the current device
+            torch.cuda.set_device(device)  # whose graphs and random states are used
         return device
 
 
@@ -2524,7 +2569,8 @@ class Record:
     """A run's folder: what was done before it was killed [D80], its checkpoints, and its progress."""
 
     FILES = ("checkpoint.pt", "metrics.json", "structure.json", "search.jsonl", "peft.safetensors")
-    FREE = ("out", "device", "eager", "save_every", "fresh", "accumulate", "checkpointing")  # may change
+    FREE = ("out", "device", "eager", "save_every", "fresh",     # these may change
+            "accumulate", "checkpointing")
     ADVICE = "name another --out, or use --fresh"
 
     def __init__(self, settings, device):
@@ -2607,7 +2653,10 @@ class Record:
 
 @contextlib.contextmanager
 def locked(folder):
-    """Makes a folder, in which no other process works meanwhile.   Raises UsageError if one does."""
+    """Makes a folder, in which no other process works meanwhile.   Raises UsageError if one does.
+
+    The lock is the operating system's, which a killed process loses, and so is not in the way afterwards.
+    """
     lock = Path(folder, ".lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -2631,7 +2680,8 @@ class Work:
         answers = [e.answers for part in self.splits.values() for e in part]
         with failing(f"the metric {self.metric} does not suit this data", ": give another --metric"):
             METRICS[self.metric]([right[0] for right in answers], answers)
-        self.model, self.tokenizer = load_backbone(settings.model, settings.dtype, device, settings.seed)
+        self.model, self.tokenizer = load_backbone(
+            settings.model, settings.dtype, device, settings.seed)
         self.size = geometry(self.model)["parameters"]
         self.causal = not self.model.config.is_encoder_decoder
         self.tokens = {}
@@ -2640,7 +2690,8 @@ class Work:
         self.longest = max(len(label) for part in self.tokens.values() for _, label in part)
         with failing(f"the model {settings.model} can't answer", ": mend its generation_config.json"):
             ends = greedy(self.model, self.tokenizer, self.longest).eos_token_id
-        self.told = check_texts(self.tokenizer, self.splits, self.tokens, settings, self.causal, ends)
+        self.told = check_texts(
+            self.tokenizer, self.splits, self.tokens, settings, self.causal, ends)
 
     def digest(self):
         """16 hexadecimal digits that tell these texts and tokens from others."""
@@ -2654,22 +2705,27 @@ class Work:
         return Batches(tokens, self.settings.batch_size, self.device, seed, self.causal)
 
     def score(self, split):
-        """The task's score, in per cent, of what the model generates for a split."""
-        texts = predict(self.model, self.tokenizer, self.tokens[split], 8 * self.settings.batch_size,
-                        self.device, self.longest)
+        """The task's score, in per cent, of what the model, with what is attached, generates for a split."""
+        texts = predict(self.model, self.tokenizer, self.tokens[split],
+                        8 * self.settings.batch_size, self.device, self.longest)
         return METRICS[self.metric](texts, [e.answers for e in self.splits[split]])
 
     @torch.no_grad()
     def validate(self):
-        """(score, mean loss) on the validation split."""
+        """(score, mean loss) on the validation split, without dropout: an epoch's judgement [D53]."""
         self.model.eval()
-        batches = Batches(self.tokens["validation"], self.settings.batch_size, self.device, None, self.causal)
+        tokens = self.tokens["validation"]
+        batches = Batches(tokens, self.settings.batch_size, self.device, None, self.causal)
         losses = [float(self.model(**batch).loss) for batch in batches]
         return self.score("validation"), float(np.mean(losses))
 
 
 def run_search(work, record, run_pass):
-    """The search, or what is left of it, on two halves of train [D41].   Returns a Structure."""
+    """The search, or what is left of it, on two halves of train [D41].   Returns a Structure.
+
+    All candidate modules are attached for it, and taken off when it has ended. A line a step goes to the
+    record; a person sees one every ten seconds, with the time that is left if triggers go on coming as fast.
+    """
     settings = work.settings
     # "We equally split the original training set into two parts" (appendix B): for ΔW, and for Θ and Φ.
     tokens = work.tokens["train"]
@@ -2710,7 +2766,10 @@ def run_search(work, record, run_pass):
 
 
 def run_training(work, record, peft, state, run_pass):
-    """Trains a structure's fresh modules on all of train.   Returns the best validation score."""
+    """Trains a structure's fresh modules on all of train.   Returns the best validation score.
+
+    state: of the run that was killed, or None.   After each epoch a line shows the validation score.
+    """
     settings = work.settings
     batches = work.batches(work.tokens["train"], 15)
 
@@ -2726,6 +2785,8 @@ def run_training(work, record, peft, state, run_pass):
                  after_step=after_step)
 
 
+# A run that was killed comes by here again: what it had found is in the record, and what it had not is done
+# now. So nothing here may depend on when it happens, but for the clocks.
 def run(settings, choose_pass):
     """One seed, from data to test score.   Returns the metrics.   choose_pass: a function as that above."""
     device = choose_device(settings.device)
@@ -2777,8 +2838,9 @@ def facts(work, record, structure, search_seconds):
     settings = work.settings
     train_seconds = record.elapsed()
     return {"task": settings.task, "seed": settings.seed, "space": structure.space,
-            "modules": len(structure.modules), "parameters": structure.parameters, "budget": structure.budget,
-            "backbone_parameters": work.size, "per_ten_thousand": 1e4 * structure.parameters / work.size,
+            "modules": len(structure.modules), "parameters": structure.parameters,
+            "budget": structure.budget, "backbone_parameters": work.size,
+            "per_ten_thousand": 1e4 * structure.parameters / work.size,
             "search_seconds": search_seconds, "train_seconds": train_seconds,
             "ratio": search_seconds / train_seconds, "longest_answer": work.longest,
             "backbone_in_a_folder": Path(settings.model).is_dir(), "settings": record.identity,
@@ -2825,7 +2887,10 @@ def results(m):
 
 
 def picture(structure, model):
-    """A structure as text: a row a kind and place of which something is kept, a column a layer."""
+    """A structure as text: a row a kind and place of which something is kept, a column a layer.
+
+    Below it, for each kind, how many modules and parameters, and what share of the backbone they are.
+    """
     kept = {(m["name"], m["kind"]): str(m["rank"] or "x") for m in structure.modules}
     rows = {}
     for name, kind in places_by_kind(model, kinds_of(structure.space)):
@@ -2850,7 +2915,7 @@ def main(arguments=None, settings_class=Settings, choose_pass=choose_pass):
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for stream in (sys.stdout, sys.stderr):                     # a console may lack a text's characters
+    for stream in (sys.stdout, sys.stderr):             # a console may lack a text's characters
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
