@@ -160,7 +160,7 @@ def segment_sum(values, lengths):
 
 
 def smooth(previous, current, gamma):
-    """Eq. (4):  s̄_t = γ · s̄_{t-1} + (1 - γ) · s_t.   All [N]; γ in 0 .. 1."""
+    """Eq. (4):  s̄_t = γ · s̄_{t-1} + (1 - γ) · s_t.   All [N]; γ in 0 .. 1; s̄_0 = 0 [D35]."""
     return gamma * previous + (1 - gamma) * current
 
 
@@ -175,7 +175,7 @@ def importance_indicator(smoothed, expected_sizes, kept, budget):
 
 
 def first_that_fit(order, sizes, kept, limit):
-    """Those kept modules that come first in an order, as long as their sizes add up to a limit at most.
+    """Those kept modules that come first in an order, as long as their sizes add up to a limit at most [D14].
 
     order: [N] int.   sizes, kept: [N].   Returns [N] bool.
     """
@@ -673,13 +673,13 @@ BERT_LAYER = {"attention.self": ["prefix"], "attention.output.dense": ["linear",
               "output.dense": ["linear", "ffn_end", "residual"], "output.LayerNorm": ["norm"]}
 
 
-def places_in(model, mark, parts, norms):
-    """[(name, role, module)] of the parts of all layers, which are known by a mark, and of some norms."""
+def places_in(model, known_by, parts, norms):
+    """[(name, role, module)] of the parts of all layers, known by an attribute, and of some norms."""
     places = []
     for name, layer in model.named_modules():
         if name in norms:
             places.append((name, "norm", layer))
-        if not hasattr(layer, mark):
+        if not hasattr(layer, known_by):
             continue
         for path, roles in parts.items():
             try:
@@ -1023,14 +1023,14 @@ class Space(Peft):
         factors = zip(gate.unbind(), mask[:, :, None].unbind(), both[:, :, None].unbind(), computed.tolist())
         for module, (g, m, gm, on) in zip(self.modules, factors):
             module.architecture = {"gate": g, "mask": m, "gate·mask": gm, "computed": on}
-        copies = {}
+        cast = {}
         weights = [p for _, _, p in self.entries]
         parts = flatten(weights).to(dtype).split([p.numel() for p in weights])
         for (module, name, p), part in zip(self.entries, parts):
             if module.architecture["computed"]:
-                copies[p] = part.view(p.shape).requires_grad_()
-                module.architecture[name] = copies[p]
-        return copies
+                cast[p] = part.view(p.shape).requires_grad_()
+                module.architecture[name] = cast[p]
+        return cast
 
     def leave(self):
         """Ends the last architecture: every attached module is whole, at the largest rank."""
@@ -1122,22 +1122,22 @@ def forward_backward(model, peft, gate, ranks, batch, inputs, skip=True):
     Returns the loss. A search asks no more of the network: `CudaGraphs` is another such function.
     Raises UsageError for a module that was to be computed and got no gradient [D79].
     """
-    copies = {}
+    cast = {}
     if gate is not None:
         wants_gates = gate.requires_grad                        # what a shut module would add
         computed = peft.kept if wants_gates else gate > 0
-        copies = peft.enter(gate, ranks, computed if skip else None)
+        cast = peft.enter(gate, ranks, computed if skip else None)
     for p in inputs:
         p.grad = None                                    # nothing leaks from one pass into the next
     loss = loss_of(model(**batch))
     if loss.requires_grad:
         with reentrant_is_refused():
-            loss.backward(inputs=[copies.get(p, p) for p in inputs])
+            loss.backward(inputs=[cast.get(p, p) for p in inputs])
     if gate is not None:
         peft.leave()
-    weights = [p for p in inputs if p in copies]
-    gradients = [copies[p].grad for p in weights]
-    missing = [p for p in inputs if p not in copies and p.grad is None]
+    weights = [p for p in inputs if p in cast]
+    gradients = [cast[p].grad for p in weights]
+    missing = [p for p in inputs if p not in cast and p.grad is None]
     if any(gradient is None for gradient in gradients) or (missing and gate is None):
         raise UsageError(NOT_REACHED)
     if weights:
@@ -1243,7 +1243,7 @@ class Search:
         current = sensitivity(train_magnitude, val_magnitude, gradient_cosine)
         self.smoothed = torch.where(self.kept, smooth(self.smoothed, current, settings.gamma), self.smoothed)
 
-        # "Calculate module importance indicator I_t" (3.2.2); "evaluate model stability β_t" (Eq. 5).
+        # "Calculate module importance indicator I_t" (3.2.2) [D38]; "evaluate model stability β_t" (Eq. 5).
         indicator = importance_indicator(self.smoothed, self.expected_sizes(), self.kept, self.budget)
         self.indicators = [*self.indicators, indicator][-(settings.window + 1):]
         beta = stability(torch.stack(self.indicators), settings.window)
@@ -1358,7 +1358,7 @@ class Search:
         val = stream(val_batches, 2 * self.steps_done)
         try:
             with kept_random_state(self.theta.device):
-                # "For t = 1 .. T", until "Z ≤ 0: exit"
+                # "For t = 1 .. T", until "Z ≤ 0: exit" [D16]
                 while self.steps_done < self.steps and self.triggers_done < self.settings.triggers:
                     line = self.step(next(train), next(val), next(val))
                     if after_step is not None:
@@ -1400,8 +1400,8 @@ def search(model, space, train_batches, val_batches, budget, steps, warmup=0, ba
     budget: B, in parameters, or below 1 a share of the backbone.   train_batches, val_batches, backbone,
     after_step: those of `Search.run`.   settings: further fields of Settings.   Returns a Structure.
     """
-    search = Search(model, space, Settings(budget=budget, **settings), steps, warmup, run_pass)
-    return search.run(train_batches, val_batches, backbone, after_step)
+    state = Search(model, space, Settings(budget=budget, **settings), steps, warmup, run_pass)
+    return state.run(train_batches, val_batches, backbone, after_step)
 
 
 def require_attached(model, peft):
@@ -1718,11 +1718,18 @@ def read_jsonl(path):
     for number, line in enumerate(path.read_bytes().decode("utf-8-sig").split("\n"), 1):
         if line.strip():
             with failing(f"line {number}"):
-                row = json.loads(line, parse_int=str, parse_float=str)
+                row = json.loads(line, parse_int=str, parse_float=str, object_pairs_hook=object_of)
                 if not isinstance(row, dict):
                     raise ValueError("it is no object")
                 rows.append(row)
     return rows
+
+
+def object_of(pairs):
+    """A dict of [(key, value)].   Raises ValueError where a key stands twice."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
 
 
 def read_csv(path):

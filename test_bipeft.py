@@ -2296,6 +2296,7 @@ TEXTS = {  # the end of a name, what the file holds: what its sources or, in quo
         '{"source": "a", "target": {"b": 1}}': "'target that is no text",
         '{"source": "\\ud800", "target": "x"}': "'source that is no text",
         '[{"source": "a", "target": "x"}]': "'line 1 (it is no object)",
+        '{"source": "a", "target": "x", "target": "y"}': "'line 1 (a key stands twice)",
         '{"source": "a", "targets": "x"}': "'no column 'target' or no row; it has 'source', 'targets'"},
     ".csv": {
         "source,target\n007,1\n1.10,1\ntrue,1\nNone,1\nN/A,1\n1e5,1\n": "007 1.10 true None N/A 1e5".split(),
