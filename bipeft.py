@@ -946,7 +946,7 @@ def attached_to(model):
 def take_off(model, modules, bare):
     """Takes attached modules off, and puts back what attaching had changed once none is left.
 
-    It looks for them by what they are, not by where they were put: a copy of a model holds copies of them.
+    It looks for them in the whole model: a module does not know its holder, of which it is a child.
     """
     for holder in list(model.modules()):
         for name, module in list(holder.named_children()):

@@ -2691,6 +2691,7 @@ def test_section_6_predictions_are_those_of_each_input_alone(name, folders):
     assert model.training and model.generation_config.to_dict() == given                 # as they were found
     model.eval()
     ends = {1, *folders.get("eos_token_id", [])}
+    assert bipeft.greedy(model, tokenizer, 4).eos_token_id == sorted(ends)               # the tokenizer's is one
     alone = [greedy(model, tokenizer, source, 4, ends) for source, _ in tokens]          # 3 words and the end
     assert together == alone and len(set(together)) > 2
     model.generation_config = bipeft.greedy(model, tokenizer, 4)                         # as `load_run` has it
