@@ -2033,8 +2033,9 @@ def cut(rows, size):
 def collate(rows, device, causal=False):
     """A padded batch of (input ids, label ids), what the model takes. The inputs are [batch, longest].
 
-    causal: input and label are one sequence. Logits are computed from the first label on alone: of the last
-    `logits_to_keep` positions, which on a GPU are a power of two, as lengths are.
+    causal: input and label are one sequence. Logits are computed at the positions `logits_to_keep` alone,
+    [K]: those before a label of any row, and one or more that count for nothing. Of the labels, [batch, K],
+    a model compares each with the logits before it.
     """
     inputs = [source for source, _ in rows]
     labels = [target for _, target in rows]
@@ -2047,10 +2048,12 @@ def collate(rows, device, causal=False):
     if not causal:
         batch["labels"] = padded(labels, -100, device, 4)
         return batch
-    length = batch["input_ids"].shape[1]
-    shortest = min(len(source) for source, _ in rows)
-    batch["logits_to_keep"] = min(length, padded_length(length - shortest + 1, device, 4))
-    batch["labels"] = padded(labels, -100, device, 32)[:, length - batch["logits_to_keep"]:]
+    kept = sorted({i for row in labels for i, label in enumerate(row[1:]) if label != -100})
+    last = batch["input_ids"].shape[1] - 1
+    kept += [last] * (padded_length(len(kept) + 1, device, 4) - len(kept))
+    labels = F.pad(padded(labels, -100, device, 32), (0, 1), value=-100)
+    batch["labels"] = labels[:, [0, *(i + 1 for i in kept[:-1])]]
+    batch["logits_to_keep"] = torch.tensor(kept).to(device)
     return batch
 
 

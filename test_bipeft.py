@@ -2508,11 +2508,12 @@ def test_section_6_tokens_of_both_families():
     (batch,) = bipeft.Batches(tokens, 2, "cpu", causal=True)
     assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 1, 0, 0], [3, 7, 5, 4, 3, 5, 1]]
     assert batch["attention_mask"].tolist() == [[1] * 5 + [0] * 2, [1] * 7]
-    # The loss is on the targets alone, and logits are of the positions from the first target's predecessor on.
+    # The loss is on the targets alone, and logits are of the positions before one of any row, and of a last.
     assert batch["labels"].tolist() == [[-100] * 3 + [6, 1, -100, -100], [-100, 7, 5, 4, 3, 5, 1]]
-    assert batch["logits_to_keep"] == 7
-    (batch,) = bipeft.Batches([([3, 4, 5], [6, 1]), ([3, 4, 5, 7], [6, 1])], 2, "cpu", causal=True)
-    assert batch["labels"].tolist() == [[-100, 6, 1, -100], [-100, -100, 6, 1]] and batch["logits_to_keep"] == 4
+    assert batch["logits_to_keep"].tolist() == list(range(7))
+    (batch,) = bipeft.Batches([([3], [6]), ([3, 4, 5, 7, 4, 4], [6, 1])], 2, "cpu", causal=True)
+    assert batch["labels"].tolist() == [[-100, 6, -100, -100], [-100, -100, 6, 1]]
+    assert batch["logits_to_keep"].tolist() == [0, 5, 6, 7]
     (batch,) = bipeft.Batches(bipeft.tokenize(tokenizer, examples, 4), 2, "cpu")
     assert batch["input_ids"].tolist() == [[3, 4, 5, 1], [3, 1, 0, 0]]
     assert batch["labels"].tolist() == [[6, 1, -100, -100], [7, 5, 4, 1]]
@@ -2521,7 +2522,7 @@ def test_section_6_tokens_of_both_families():
 
 @pytest.mark.parametrize("kinds", [(), ("lora", "serial"), ("prefix",)])
 def test_section_6_a_causal_batch_has_the_loss_of_its_rows_alone(kinds, monkeypatch):
-    """However a row is filled up, and though logits are of the end alone: by a loop over rows without padding."""
+    """However a row is filled up, and though logits are of few positions: by a loop over rows without padding."""
     model = family("llama").eval()
     if not kinds:                                        # one whose window is shorter than a row
         torch.manual_seed(0)
@@ -3456,15 +3457,15 @@ def test_section_8_a_gpu_gives_the_same_bytes_twice(world, tmp_path, more):
 
 
 def test_section_8_the_file_keeps_its_measures():
-    """No function has over 45 lines, no line over 110 columns; every [Dn] is a point of the page of decisions."""
+    """No function has over 45 lines, no line over 110 columns; every [Dn] stands on the page of decisions."""
     source = Path(bipeft.__file__).read_text()
     assert [line for line in source.splitlines() if len(line) > 110] == []
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     assert [f.name for f in functions if f.end_lineno - f.lineno + 1 > 45] == [] and len(functions) > 100
     page = (HERE / "docs" / "decisions.md").read_text()
-    points = {int(number) for number in re.findall(r"^(\d+)\. ", page, re.MULTILINE)}
+    decisions = {int(number) for number in re.findall(r'<a id="d(\d+)"></a>', page)}
     named = {int(number) for some in re.findall(r"\[(D[\dD, ]+)\]", source) for number in re.findall(r"\d+", some)}
-    assert points == set(range(1, len(points) + 1)) and named <= points and len(named) > 40
+    assert decisions == set(range(1, len(decisions) + 1)) and named <= decisions and len(named) > 40
 
 
 def test_section_8_the_method_needs_nothing_of_the_program():
