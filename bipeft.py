@@ -2308,9 +2308,14 @@ def load_structure(path):
     with failing(f"{path} is no structure.json of this program"):
         stored = json.loads(Path(path).read_text())
         structure = Structure(**{f.name: stored[f.name] for f in dataclasses.fields(Structure)})
-        if not 0 < structure.parameters <= structure.budget:
+        if not 0 < structure.parameters <= structure.budget or structure.geometry["parameters"] < 1:
             raise ValueError(f"it holds {structure.parameters:,} parameters for a budget of "
                              f"{structure.budget:,}")
+        kinds = kinds_of(structure.space)
+        for m in structure.modules:
+            sound = isinstance(m["name"], str) and isinstance(m["rank"], int | None)
+            if not sound or m["kind"] not in kinds:
+                raise ValueError(f"{m!r:.80} is no module of its space {structure.space}")
         return structure
 
 
@@ -2486,6 +2491,9 @@ def load_backbone(name, dtype, device, seed):
         model, told = loader.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
         if told["missing_keys"]:                                     # transformers makes these up
             raise ValueError(f"it has no {min(told['missing_keys'])}")
+        unused = told["unexpected_keys"]
+        if unused:
+            print(f"{name}: config.json has no place for {len(unused)} of its tensors, first {min(unused)}")
         if Path(name).is_dir() and not {"tokenizer.json", "spiece.model"} & set(os.listdir(name)):
             raise ValueError("it has no tokenizer.json or spiece.model")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)

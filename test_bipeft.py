@@ -2863,6 +2863,18 @@ def test_section_7_weights_are_of_their_backbone_in_any_format(tmp_path):
         bipeft.backbone_sample(other)
 
 
+def test_section_8_weights_without_a_place_are_told(tmp_path, capsys):
+    """A config.json of fewer layers than the weights have: the model loads, and a line says what it leaves out."""
+    tiny_t5().save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    bipeft.load_backbone(str(tmp_path), "float32", "cpu", 0)
+    assert "no place" not in capsys.readouterr().out
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_layers": config["num_layers"] - 1}))
+    bipeft.load_backbone(str(tmp_path), "float32", "cpu", 0)
+    assert "no place for 8 of its tensors, first encoder.block." in capsys.readouterr().out
+
+
 def test_section_7_structures_go_to_a_file_and_back(tmp_path):
     """They come back equal, with totals for people beside; what no search writes is refused by name."""
     model, path = tiny_t5(), tmp_path / "structure.json"
@@ -2879,7 +2891,11 @@ def test_section_7_structures_go_to_a_file_and_back(tmp_path):
     stored = json.loads(good)
     spoilt = {json.dumps({**stored, **change}): words for change, words in (
         ({"modules": []}, "it holds 0 parameters"), ({"budget": 10}, "for a budget of 10"),
-        ({"budget": math.nan}, "for a budget of nan"), ({"modules": "all"}, "no structure.json"))}
+        ({"budget": math.nan}, "for a budget of nan"), ({"modules": "all"}, "no structure.json"),
+        ({"geometry": None}, "no structure.json"), ({"geometry": {"parameters": 0}}, "no structure.json"),
+        ({"space": "prefix"}, "is no module of its space prefix"),
+        ({"modules": [{**stored["modules"][0], "rank": "4"}]}, "is no module of its space s2"),
+        ({"modules": [{**stored["modules"][0], "name": ["a"]}]}, "is no module of its space s2"))}
     del stored["ranks"]
     for content in ("[1, 2]", good[:99], "\xff", "[" * 100_000, json.dumps(stored)):
         spoilt[content] = "no structure.json"
