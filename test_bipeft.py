@@ -2506,14 +2506,13 @@ def test_section_6_tokens_of_both_families():
     tokens = bipeft.tokenize(tokenizer, examples, 3, causal=True)
     assert tokens == [([3, 4, 5], [6, 1]), ([3], [7, 5, 4, 3, 5, 1])]
     (batch,) = bipeft.Batches(tokens, 2, "cpu", causal=True)
-    assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 1, 0, 0], [3, 7, 5, 4, 3, 5, 1]]
-    assert batch["attention_mask"].tolist() == [[1] * 5 + [0] * 2, [1] * 7]
-    # The loss is on the targets alone, and logits are of the positions before one of any row, and of a last.
-    assert batch["labels"].tolist() == [[-100] * 3 + [6, 1, -100, -100], [-100, 7, 5, 4, 3, 5, 1]]
-    assert batch["logits_to_keep"].tolist() == list(range(7))
+    assert batch["input_ids"].tolist() == [[0, 0, 3, 4, 5, 6, 1], [3, 7, 5, 4, 3, 5, 1]]
+    assert batch["attention_mask"].tolist() == [[0] * 2 + [1] * 5, [1] * 7]
+    # The loss is on the targets alone, and logits are of the longest of them and the position before it.
+    assert batch["labels"].tolist() == [[-100] * 5 + [6, 1], [-100, 7, 5, 4, 3, 5, 1]]
+    assert batch["logits_to_keep"] == 7
     (batch,) = bipeft.Batches([([3], [6]), ([3, 4, 5, 7, 4, 4], [6, 1])], 2, "cpu", causal=True)
-    assert batch["labels"].tolist() == [[-100, 6, -100, -100], [-100, -100, 6, 1]]
-    assert batch["logits_to_keep"].tolist() == [0, 5, 6, 7]
+    assert batch["labels"].tolist() == [[-100, -100, 6], [-100, 6, 1]] and batch["logits_to_keep"] == 3
     (batch,) = bipeft.Batches(bipeft.tokenize(tokenizer, examples, 4), 2, "cpu")
     assert batch["input_ids"].tolist() == [[3, 4, 5, 1], [3, 1, 0, 0]]
     assert batch["labels"].tolist() == [[6, 1, -100, -100], [7, 5, 4, 1]]
@@ -2530,12 +2529,12 @@ def test_section_6_a_causal_batch_has_the_loss_of_its_rows_alone(kinds, monkeypa
             vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=1, sliding_window=4, initializer_range=0.5)).eval()
     peft = randomise(bipeft.Peft(model, [at for kind in kinds for at in every(kind, model)]))
-    rows = [([5, 9, 7, 6], [8, 1]), ([4], [9, 9, 6, 1]), ([6, 7, 5, 5, 8, 9, 4], [1]), ([], [7, 5, 1])]
+    rows = [([5, 9, 7, 6], [8, 1]), ([4], [9, 9, 6, 1]), ([6, 7, 5, 5, 8, 9, 4], [1]), ([8], [7, 5, 1])]
     losses = []
     for source, target in rows:
         logits = model(torch.tensor([source + target])).logits[0].log_softmax(1)
         ids = source + target
-        losses += [-logits[at - 1, ids[at]] for at in range(max(1, len(source)), len(ids))]
+        losses += [-logits[at - 1, ids[at]] for at in range(len(source), len(ids))]
     expected = sum(losses) / len(losses)
     made = torch.tensor
     for device in ("cpu", "cuda"):                       # "cuda": the shapes of a GPU, with a row that only fills up
