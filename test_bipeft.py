@@ -1271,23 +1271,6 @@ def test_section_3_what_was_trained_is_what_is_saved_however_the_model_was_moved
     assert arrives(pefts[0], models[0], pefts[1], models[1], batches[0], tmp_path / "w")
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_section_3_a_compiled_model_trains_its_modules(tmp_path):
-    """By Dynamo alone: what comes after it does not know of modules and hooks. A compiled pass is the plain one."""
-    models, batch = [tiny("Llama", "CausalLM", num_hidden_layers=1) for _ in range(2)], batch_for("llama")
-    kinds = ("lora", "lnfit", "prefix", "parallel")
-    pefts = [bipeft.Peft(model, [every(kind, model)[0] for kind in kinds], seed) for seed, model in enumerate(models)]
-    randomise(pefts[0])
-    before, logits = bipeft.copies(pefts[0].tensors), logits_of(models[0], batch)
-    compiled = torch.compile(models[0], backend="eager")
-    own_loop(compiled, [batch, batch])
-    assert not any(torch.equal(p, q) for p, q in zip(pefts[0].tensors, before))
-    assert arrives(pefts[0], models[0], pefts[1], models[1], batch, tmp_path / "w")
-    bipeft.put_back(pefts[0].tensors, before)
-    assert close(compiled(**batch).logits, logits)
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("name, paths", [
     ("bert", HEAD), ("bert", ("bert.embeddings.LayerNorm", "bert.encoder.layer.1", "classifier.bias")),
     ("llama", ("model.norm", "model.layers.1")), ("t5", ("shared", "encoder.final_layer_norm"))])
@@ -1360,20 +1343,6 @@ def test_section_3_a_head_is_trained_beside_the_modules_and_counts_nowhere_else(
     peft.detach()
     bipeft.detach(other)
     assert same(snapshot(model), before) and same(snapshot(other), before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_section_3_the_gradient_of_a_head_in_a_search_is_its_own(dtype):
-    """Of autograd on a copy that nothing is attached to, all gates being shut: the head has no gate."""
-    model, batch = family("bert").to(dtype), batch_for("bert")
-    whole = copy.deepcopy(model)
-    space = bipeft.Space(model, "lora", also_train=HEAD)
-    bipeft.forward_backward(model, space, torch.zeros(len(space)), ranks_at(0, len(space)), batch, space.tensors)
-    expected = torch.autograd.grad(whole(**batch).loss, list(whole.classifier.parameters()))
-    *of_modules, weight, bias = [p.grad for p in space.tensors]
-    assert not any(g.any() for g in of_modules) and weight.dtype == torch.float32
-    for found, g in zip((weight, bias), expected):
-        assert close(found, g, 1e-6 if dtype == torch.float32 else 1e-2) and g.any()
 
 
 def test_section_3_a_structure_fits_a_head_of_another_size_and_names_within_a_wrapper(tmp_path):
@@ -1883,15 +1852,11 @@ def refused(search, train, val=None):
     return str(error.value)
 
 
-def test_section_4_a_search_without_batches_is_refused():
+def test_section_4_no_batches_and_a_loss_that_is_not_a_number_end_the_search():
     search, batches = small_search("lora")
     for train, val in ((iter(()), batches), (batches, iter(())), (batches, iter(batches[:1]))):
         assert "there are no batches" in refused(search, train, val)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_section_4_a_loss_that_is_not_a_number_ends_the_search(value):
-    for at in range(3):                                                      # in the pass of ΔW, of Θ or of Φ
+    for at, value in ((0, math.nan), (1, math.inf), (2, math.nan)):          # in the pass of ΔW, of Θ or of Φ
         factors = iter([1] * at + [value] + [1] * 9)
         message = refused(*small_search("lora", Wrapped(small_t5(), lambda loss: loss * next(factors)), steps=1))
         assert re.search("at search step 1 is (nan|inf)", message)
@@ -2537,17 +2502,19 @@ def test_section_6_training_refuses_what_it_cannot_train():
 # ==================================================================================================
 
 
+def no_room(*args):
+    """What a full disk does to whoever writes."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_section_7_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     """A disk that fills up, at the write or at the exchange, leaves the old file and is one line."""
     path = tmp_path / "file.json"
     bipeft.write_atomically(path, "old")
 
-    def full(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     for owner, name in ((os, "replace"), (Path, "write_bytes")):
-        with monkeypatch.context() as broken, pytest.raises(UsageError) as caught:
-            broken.setattr(owner, name, full)
+        with monkeypatch.context() as full, pytest.raises(UsageError) as caught:
+            full.setattr(owner, name, no_room)
             bipeft.write_atomically(path, "new")
         assert str(caught.value).startswith(f"{path} can't be written (No space left on device): ")
         assert path.read_text() == "old"
@@ -2683,11 +2650,10 @@ def world(tmp_path_factory):
     """A folder with tiny models, data, structures and runs, good ones and spoilt ones, that tests only read."""
     root = tmp_path_factory.mktemp("world")
     model = tiny_t5(num_layers=1, tie_word_embeddings=False)
-    for name in ("model", "no_weights", "half", "no_tokenizer", "no_start", "many_words", "bert", "llama"):
+    for name in ("model", "half", "no_tokenizer", "no_start", "many_words", "bert", "llama"):
         (family(name) if name in FAMILIES else model).save_pretrained(root / name)
         if name != "no_tokenizer":
             word_tokenizer(WORDS + [f"w{n}" for n in range(50)] * (name == "many_words")).save_pretrained(root / name)
-    (root / "no_weights" / "model.safetensors").write_bytes(b"\x00\x01garbage")
     weights = {key: t.clone() for key, t in model.state_dict().items() if not key.startswith("decoder.")}
     safetensors.torch.save_file(weights, root / "half" / "model.safetensors", {"format": "pt"})
     config = json.loads((root / "no_start" / "config.json").read_text())
@@ -2697,36 +2663,15 @@ def world(tmp_path_factory):
     shutil.copytree(root / "model", root / "damaged")
     weights = {key: t * math.nan for key, t in model.state_dict().items()}
     safetensors.torch.save_file(weights, root / "damaged" / "model.safetensors", {"format": "pt"})
-    write_data(root)
-    space = bipeft.Space(model, "s2")
-    good = space.structure([n % 9 == 0 for n in range(len(space))], [1] * len(space), 10_000, "tiny")
-    first = next(n for n, m in enumerate(good.modules) if m["kind"] == "lora")
-    before = good.modules[first]
-    for name, change in (("good", {}), ("wrong_name", {"name": "encoder.block.77"}), ("kind", {"kind": "prompt"}),
-                         ("rank", {"rank": 5}), ("budget", {"parameters": 10_000})):
-        good.modules[first] = {**before, **change}
-        bipeft.save_structure(good, root / f"{name}.json")
+    for folder, name, count in (("data", "rte", 24), ("data", "custom", 24), ("few", "rte", 6)):
+        write_split(root / folder, name, "train", rows_of(name, count))
+        write_split(root / folder, name, "validation", rows_of(name, count // 2, 51))
+    bipeft.save_structure(a_structure(), root / "structure.json")
     for name, file, content in (("of_another", "metrics.json", '{"settings": {"task": "rte", "seed": 7}}'),
-                                ("structure_alone", "structure.json", "{}"), ("cut", "checkpoint.pt", "PK")):
+                                ("structure_alone", "structure.json", "{}")):
         (root / "runs" / name).mkdir(parents=True)
         (root / "runs" / name / file).write_text(content)
     return root
-
-
-def write_data(root):
-    """data/: good splits.   bad/<what is wrong>/: a spoilt one each."""
-    for name in ("rte", "custom"):
-        for split, count, start in (("train", 24, 0), ("validation", 12, 51)):
-            write_split(root / "data", name, split, rows_of(name, count, start))
-    good = rows_of("rte", 8)
-    for what, rows in {"no_column": [{key: row[key] for key in ("sentence1", "label")} for row in good],
-                       "unlabelled": [{**row, "label": "-1"} for row in good], "few": good[:3],
-                       "a_gap": [{**row, "sentence2": None if row is good[3] else "x"} for row in good]}.items():
-        write_split(root / "bad" / what, "rte", "train", good)
-        write_split(root / "bad" / what, "rte", "validation", rows)
-    for what, ending, content in (("empty", "jsonl", ""), ("cut", "parquet", "PAR1 no")):
-        write_split(root / "bad" / what, "rte", "validation", good)
-        (root / "bad" / what / "rte" / f"train.{ending}").write_text(content)
 
 
 RTE = "--task rte --data-dir {root}/data --model {root}/model "
@@ -2738,19 +2683,11 @@ BAD = [  # arguments, and words that the message must hold
     ("--seed 0 0", "--seed different"),
     ("--dtype int8", "--dtype int8 bfloat16"),
     ("--device nonsense", "--device nonsense cpu"),
-    ("--ranks 8 4", "ranks (8, 4) ascending"),
     ("--task custom --model {root}/model", "custom --data-dir"),
     ("--task cola --data-dir {root}/data", "one of {root}/data/cola/train.parquet 0: --data-dir"),
-    ("--task rte --data-dir {root}/bad/no_column", "validation.jsonl no column 'sentence2' sentence1"),
-    ("--task rte --data-dir {root}/bad/unlabelled", "label '-1' rte give 0, 1; without labels"),
-    ("--task rte --data-dir {root}/bad/a_gap", "row of rte sentence2"),
-    ("--task rte --data-dir {root}/bad/few", "rte too few rows 4"),
-    ("--task rte --data-dir {root}/bad/empty", "train.jsonl can't be read"),
-    ("--task rte --data-dir {root}/bad/cut", "train.parquet can't be read"),
+    ("--task rte --data-dir {root}/few", "rte too few rows 4"),
     ("--task rte --model {root}/model", "rte on the hub can't be read network --data-dir"),
     ("--task rte --data-dir {root}/data", "google-t5/t5-large can't be loaded network"),
-    ("--task rte --data-dir {root}/data --model {root}/nowhere", "{root}/nowhere can't be loaded"),
-    ("--task rte --data-dir {root}/data --model {root}/no_weights", "no_weights can't be loaded"),
     ("--task rte --data-dir {root}/data --model {root}/half", "half can't be loaded has no decoder."),
     ("--task rte --data-dir {root}/data --model {root}/no_tokenizer", "no_tokenizer no tokenizer.json"),
     ("--task rte --data-dir {root}/data --model {root}/no_start", "can't be loaded decoder_start_token_id"),
@@ -2759,23 +2696,17 @@ BAD = [  # arguments, and words that the message must hold
     ("--task rte --data-dir {root}/data --model {root}/quantised", "quantised can't be loaded library command line"),
     ("--task rte --data-dir {root}/data --model {root}/damaged", "backbone is damaged encoder.block.0 nan"),
     ("--task rte --data-dir {root}/data --model ./models/t5", "./models/t5 no such folder"),
-    ("--task rte --data-dir {root}/data --model nowhere/t5-large", "nowhere/t5-large can't be loaded network"),
     ("--task custom --data-dir {root}/data --model {root}/model --metric F1", "metric F1 target none --metric"),
     ("--task rte --metric F1", "--metric custom"),
-    ("--structure {root}/good.json --budget 20", "--structure without a search --budget"),
+    ("--structure {root}/structure.json --budget 20", "--structure without a search --budget"),
     ("--task custom --metric rouge", "--metric rouge accuracy token-F1"),
     (RTE + "--budget 1", "budget of 1 smallest 32 whole space"),
     (RTE + "--budget 1e9", "budget of 1,000,000,000 whole space"),
     (RTE + "--structure {root}/nowhere.json", "{root}/nowhere.json no structure.json"),
-    (RTE + "--structure {root}/budget.json", "{root}/budget.json budget of 10,000"),
-    (RTE + "--structure {root}/good.json --model {root}/llama", "no place encoder"),
-    (RTE + "--structure {root}/wrong_name.json", "no place 'encoder.block.77'"),
-    (RTE + "--structure {root}/kind.json", "kind prompt"),
-    (RTE + "--structure {root}/rank.json", "other sizes parameters lora tensors hold"),
-    (RTE + "--out {root}/good.json", "{root}/good.json --out"),
+    (RTE + "--structure {root}/structure.json", "no place 'encoder.layer.0.attention.self.query' bitfit"),
+    (RTE + "--out {root}/structure.json", "{root}/structure.json --out"),
     ("--task toy --out {root}/runs/of_another", "of_another another run: --task rte toy --out --fresh"),
     ("--task toy --out {root}/runs/structure_alone", "structure.json can't be read --out --fresh"),
-    ("--task toy --out {root}/runs/cut", "checkpoint.pt can't be read --fresh"),
 ]
 
 
@@ -3005,16 +2936,19 @@ def test_section_8_a_run_is_loaded_with_its_backbone_wherever_that_is(world, fin
     assert bipeft.accuracy(said, [e.answers for e in examples]) == metrics["test"]
 
 
-def test_section_8_a_finished_run_is_left_alone_and_fresh_starts_over(world, finished, tmp_path, capfd):
-    """It is not repeated, no other run takes its folder, and a mistake with --fresh destroys nothing."""
+def test_section_8_a_finished_run_is_left_alone_and_fresh_starts_over(world, finished, tmp_path, monkeypatch, capfd):
+    """It is not repeated, no other run takes its folder; --fresh with a mistake or on a full disk destroys nothing."""
     run = copied(finished, tmp_path)
     assert go(world, run) == 0
     said, error = capfd.readouterr()
     assert "holds this run, finished" in said and "--fresh" in said and error == ""
     assert bipeft.results(metrics_of(finished)) in said and go(world, run, more="--gamma 0.5") == 2
     assert "another run: its --gamma is 0.85, now it is 0.5" in capfd.readouterr().err
-    for mistake in ("--budget 1", "--ranks 8 4", "--model nowhere", "--structure {root}/wrong_name.json"):
+    for mistake in ("--budget 1", "--ranks 8 4", "--model nowhere", "--structure {root}/structure.json"):
         assert go(world, run, more="--fresh " + mistake) == 2
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_bytes", no_room)
+        assert go(world, run, more="--fresh") == 2 and "No space left" in capfd.readouterr().err
     assert contents(run) == contents(finished)
     assert go(world, run, more="--fresh --epochs 1 --search-epochs 1 --triggers 9") == 0
     assert "before trigger 9: the last " in capfd.readouterr().out                   # the steps ended before
@@ -3037,65 +2971,51 @@ def test_section_8_a_structure_transfers_with_several_seeds(world, finished, tmp
     assert capfd.readouterr().out.splitlines()[-1] == last
 
 
-DRIVER = '''
-import json, os, runpy, signal, sys
-from collections import Counter
+DRIVER = """
+import os, runpy, signal, sys
 from pathlib import Path
-import torch, torch._dynamo, transformers, datasets
-transformers.T5ForConditionalGeneration, transformers.AutoModelForSeq2SeqLM, transformers.AutoTokenizer
-program, out, kills, *arguments = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(program))
 import bipeft
-torch.set_num_threads(1)
-def prepare(name, number, moment):
-    """Has this process killed at the n-th write of a file, or some CPU time after its first write."""
-    write, replace, counts = Path.write_bytes, os.replace, Counter()
-    def kill_if(path, now):
-        if (path.name, counts[path.name], now) == (f".{name}.new", number, moment):
-            os.kill(os.getpid(), signal.SIGKILL)
+
+bipeft.torch.set_num_threads(1)
+write, exchange, written = Path.write_bytes, os.replace, []
+
+def die_at(moment, name, number):
     def write_bytes(path, content):
-        if name == "time" and not counts:
-            signal.setitimer(signal.ITIMER_PROF, number)              # SIGPROF ends a process as SIGKILL does
-        counts[path.name] += 1
-        write(path, content[:len(content) // 2])
-        kill_if(path, "in")
+        written.append(path.name)
+        if moment == "in" and path.name == f".{name}.new" and written.count(path.name) == int(number):
+            write(path, content[:len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
         write(path, content)
-    def exchange(path, target):
-        kill_if(Path(path), "before")
-        replace(path, target)
-        kill_if(Path(path), "after")
-    Path.write_bytes, os.replace = write_bytes, exchange
-for kill in json.loads(kills):
+
+    def replace(path, target):
+        exchange(path, target)
+        if moment == "after" and path.name == f".{name}.new" and written.count(path.name) == int(number):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Path.write_bytes, os.replace = write_bytes, replace
+
+for kill in sys.argv[1].split(","):
     if os.fork() == 0:
-        try:
-            if kill is None:
-                sys.argv = [program, "--tau", "3"]
-                runpy.run_path(program, run_name="__main__")
-            prepare(*kill)
-            sys.exit(bipeft.main([*arguments, "--save-every", "2", "--out", out]))
-        except SystemExit as ended:
-            os._exit(ended.code)                                      # at once: torch takes seconds to go
-    code = os.waitstatus_to_exitcode(os.wait()[1])
-    stored = torch.load(f"{out}/checkpoint.pt") if os.path.exists(f"{out}/checkpoint.pt") else {"phase": None}
-    state = stored.get("state") or {}
-    print(json.dumps([code, stored["phase"], state.get("steps_done", state.get("step", 0))]), flush=True)
-'''
+        die_at(*kill.split())
+        os._exit(bipeft.main(sys.argv[2:]))
+    print("ended:", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+sys.argv = ["bipeft.py", "--tau", "3"]
+runpy.run_path(bipeft.__file__, run_name="__main__")
+"""
 
 
 def test_section_8_a_run_killed_at_any_moment_goes_on_to_the_same_end(world, finished, tmp_path):
-    """Killed in writing, between two writes and anywhere, and started again, it ends as the run never killed did."""
-    kills = [("checkpoint.pt", 1, "in"), ("checkpoint.pt", 2, "after"), ("time", random.uniform(0, 0.1), ""),
-             ("search.jsonl", 2, "before"), ("structure.json", 1, "in"), ("time", random.uniform(0, 0.2), ""),
-             ("checkpoint.pt", 5, "in"), ("metrics.json", 1, "after"), ("", 0, ""), None]
-    ended = subprocess.run([sys.executable, "-c", DRIVER, bipeft.__file__, str(tmp_path / "run"), json.dumps(kills),
-                            *QUICK.format(root=world).split()], capture_output=True, text=True, cwd=tmp_path)
-    found = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("[")]
-    told = f"{kills} {found} {ended.stdout[-2000:]} {ended.stderr}"
-    codes, phases, steps = zip(*found)
-    assert codes == (-9, -9, -signal.SIGPROF, -9, -9, -signal.SIGPROF, -9, -9, 0, 2), told
-    assert phases == (None, *3 * ["search"], *4 * ["train"], None, None), told
-    assert steps == (*sorted(steps[:4]), *sorted(steps[4:8]), 0, 0) and steps[1] == 2 and steps[7] == 24, told
-    assert ended.stderr == "bipeft.py: --tau 3.0 must lie in 0 .. 1 (--help lists the flags)\n"     # as a script
+    """Killed in writing a file and between two, and started again, it ends as the run never killed did. As a script the
+    program says a mistake in one line and ends with exit code 2.
+    """
+    kills = ("in checkpoint.pt 1,after checkpoint.pt 2,in search.jsonl 3,in structure.json 1,in checkpoint.pt 4,"
+             "after peft.safetensors 1,after metrics.json 1,after nothing 1")
+    line = (QUICK + f"--save-every 2 --out {tmp_path}/run").format(root=world).split()
+    ended = subprocess.run([sys.executable, "-c", DRIVER, kills, *line], capture_output=True, text=True,
+                           cwd=Path(bipeft.__file__).parent)
+    assert re.findall("ended: (.*)", ended.stdout) == 7 * ["-9"] + ["0"], ended.stdout + ended.stderr
+    assert ended.stdout.count("going on from") == 6                         # the first was killed before there was any
+    assert ended.stderr == "bipeft.py: --tau 3.0 must lie in 0 .. 1 (--help lists the flags)\n" and ended.returncode == 2
     assert_same_end(finished, tmp_path / "run")
 
 
@@ -3105,11 +3025,10 @@ def test_section_8_whatever_ends_a_run_is_one_line_and_it_goes_on(world, finishe
     for name, number, effect, words in (
             ("checkpoint.pt", 3, full, r"checkpoint.pt can't be written \(No space left .*make room or change --out"),
             ("loss", 10, math.nan, "at search step 6 is nan: use --dtype bfloat16 .* smaller --lr"),
-            ("search.jsonl", 2, KeyboardInterrupt(), "stopped: the same command, without --fresh, goes on from the last checkpoint"),
+            ("search.jsonl", 2, KeyboardInterrupt(), "stopped: the same command, without --fresh, goes on from"),
             ("structure.json", 1, full, "structure.json can't be written"),
             ("loss", 4, math.inf, "the loss at training step 4 is inf: use --dtype bfloat16"),
-            ("checkpoint.pt", 5, torch.OutOfMemoryError(), "the GPU's memory is full: use --dtype bfloat16"),
-            ("metrics.json", 1, full, "metrics.json can't be written")):
+            ("checkpoint.pt", 5, torch.OutOfMemoryError(), "the GPU's memory is full: use --dtype bfloat16")):
         done = Counter()
 
         def loss_of(output, loss_of=bipeft.loss_of):
@@ -3159,18 +3078,6 @@ def test_section_8_a_damaged_file_is_refused_and_left_as_it_is(world, finished, 
     assert name == "metrics.json" or metrics_of(run)["search_seconds"] == 1000 < metrics_of(run)["train_seconds"] / 2
 
 
-def test_section_8_a_full_disk_takes_no_finished_run_away(world, finished, tmp_path, monkeypatch, capfd):
-    """With --fresh the old scores go when the first checkpoint is there."""
-    run = copied(finished, tmp_path)
-
-    def write_bytes(path, content):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(Path, "write_bytes", write_bytes)
-    assert go(world, run, more="--fresh") == 2 and "No space left" in capfd.readouterr().err
-    assert contents(run) == contents(finished)
-
-
 def test_section_8_a_causal_model_twice(world, tmp_path):
     """A tiny Llama is searched and trained, twice to the same bytes, and answers as it did."""
     for out in ("one", "two"):
@@ -3213,15 +3120,11 @@ def test_section_8_a_gpu_gives_the_same_bytes_twice(world, tmp_path, more):
 
 
 def test_section_8_the_file_keeps_its_measures():
-    """No function has over 45 lines, no line over 110 columns; every [Dn] stands on the page of decisions."""
+    """No function has over 45 lines, no line over 110 columns."""
     source = Path(bipeft.__file__).read_text()
     assert [line for line in source.splitlines() if len(line) > 110] == []
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     assert [f.name for f in functions if f.end_lineno - f.lineno + 1 > 45] == [] and len(functions) > 100
-    page = (HERE / "docs" / "decisions.md").read_text()
-    decisions = {int(number) for number in re.findall(r'<a id="d(\d+)"></a>', page)}
-    named = {int(number) for some in re.findall(r"\[(D[\dD, ]+)\]", source) for number in re.findall(r"\d+", some)}
-    assert decisions == set(range(1, len(decisions) + 1)) and named <= decisions and len(named) > 40
 
 
 def test_section_8_the_method_needs_nothing_of_the_program():
