@@ -173,15 +173,7 @@ def randomise(peft, scale=0.3, seed=0):
     return peft
 
 
-def over(seeds):
-    """Makes a test of one random case a test of many; where it fails the traceback shows the seed."""
-    def decorate(test):
-        def of_all_seeds():
-            for seed in seeds:
-                test(seed)
-        of_all_seeds.__name__, of_all_seeds.__doc__ = test.__name__, test.__doc__
-        return of_all_seeds
-    return decorate
+over = functools.partial(pytest.mark.parametrize, "seed")           # makes a test of one random case a test of many
 
 
 def close(found, expected, tolerance=1e-5):
@@ -1060,36 +1052,6 @@ def test_section_3_family_gradients_are_those_of_finite_differences(name, kind):
     assert not [full for full, g in zip(space.names, found[0].abs()) if g < 1e-6 and not full.endswith(KEYS)]
 
 
-@matrix(["t5", *CAUSAL])
-def test_section_3_family_generation_with_a_cache_is_the_arg_max_of_one_pass(name, kind):
-    """Inputs are padded on the left; without the padding the last logits are the same."""
-    model = family(name)
-    batch = {key: value.flip(1) for key, value in batch_for(name).items() if key != "labels"}
-    peft = randomise(bipeft.Peft(model, every(kind, model)), 0.5)
-    calls = []
-    peft.modules[-1].register_forward_hook(lambda *_: calls.append(1))
-    found = model.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=True,
-                           return_dict_in_generate=True, output_logits=True)
-    assert len(calls) == 4                                                                # a pass a token
-    if name == "t5":
-        answers = {"decoder_input_ids": found.sequences[:, :-1]}
-        whole, ids = batch, batch["input_ids"]
-    else:
-        ids = found.sequences[:, :-1]
-        mask = F.pad(batch["attention_mask"], (0, 3), value=1)      # positions, as `generate` gives them: a prefix's
-        place = (mask.cumsum(1) - 1).clamp(min=0)                   # keys are not rotated, and depend on them
-        whole, answers = {"input_ids": ids, "attention_mask": mask, "position_ids": place}, {}
-    logits = logits_of(model, {**whole, **answers})[:, -4:]
-    assert close(torch.stack(found.logits, 1), logits, 1e-4)
-    assert ids[-1, 0] == batch["attention_mask"][-1, 0] == 0                              # the last row is padded
-    alone = {"input_ids": ids[-1:, 1:], **{key: value[-1:] for key, value in answers.items()}}
-    assert close(logits_of(model, alone)[0, -4:], logits[-1], 1e-4)
-    peft.detach()
-    assert not close(logits_of(model, alone)[0, -4:], logits[-1], 1e-2)
-    logits[:, :, 1] = -math.inf                                                           # no end before 4 tokens
-    assert torch.equal(found.sequences[:, -4:], logits.argmax(-1))
-
-
 def checkpoint(model, reentrant):
     """Recomputed activations, by the name that a release of transformers has for them."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -1362,37 +1324,24 @@ def test_section_3_a_structure_fits_a_head_of_another_size_and_names_within_a_wr
 # An architecture of a person's own
 
 
-class Block(nn.Module):
-    """One head of attention, then a feed-forward block, as somebody writes it: no class of transformers, no config."""
-
-    def __init__(self, d):
-        super().__init__()
-        self.one, self.two = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.queries, self.keys_values, self.mix = nn.Linear(d, d), nn.Linear(d, 2 * d), nn.Linear(d, d)
-        self.mlp = nn.Sequential(nn.Linear(d, 2 * d), nn.Tanh(), nn.Linear(2 * d, d))
-
-    def forward(self, x):
-        q, (k, v) = self.queries(self.one(x)), self.keys_values(self.one(x)).chunk(2, -1)
-        x = x + self.mix((q @ k.mT / 5).softmax(-1) @ v)
-        return x + self.mlp(self.two(x))
-
-
 class Own(nn.Module):
+    """As somebody writes it: no class of transformers, no config."""
+
     def __init__(self):
         super().__init__()
-        self.embed, self.blocks, self.head = nn.Embedding(40, 32), nn.Sequential(Block(32), Block(32)), nn.Linear(32, 2)
+        self.embed, self.mix, self.norm = nn.Embedding(40, 32), nn.Linear(32, 32), nn.LayerNorm(32)
+        self.mlp = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32))
+        self.head = nn.Linear(32, 2)
 
     def forward(self, ids, labels):
-        return F.cross_entropy(self.head(self.blocks(self.embed(ids)).mean(1)), labels)
+        x = self.embed(ids)
+        x = x + self.mix(x)
+        return F.cross_entropy(self.head((x + self.mlp(self.norm(x))).mean(1)), labels)
 
 
 def own_places(model):
-    for n, block in enumerate(model.blocks):
-        for name, m in block.named_modules():
-            if isinstance(m, (nn.Linear, nn.LayerNorm)):
-                yield f"blocks.{n}.{name}", "linear" if isinstance(m, nn.Linear) else "norm", m
-        yield f"blocks.{n}.mix", "attention", block.mix
-        yield f"blocks.{n}.mlp", "ffn", block.mlp
+    return [("mix", "linear", model.mix), ("mix", "attention", model.mix), ("norm", "norm", model.norm),
+            ("mlp", "ffn", model.mlp), ("mlp.0", "linear", model.mlp[0]), ("mlp.2", "linear", model.mlp[2])]
 
 
 def test_section_3_an_architecture_of_ones_own_is_searched_by_a_function_of_places():
@@ -1403,7 +1352,7 @@ def test_section_3_an_architecture_of_ones_own_is_searched_by_a_function_of_plac
     before, loss = snapshot(model), model(**batches[0]).item()
     more = {"places": own_places, "also_train": ("head",)}
     space = bipeft.Space(model, "lora, adapter_lr,bitfit,lnfit,serial,parallel,lora", **more)       # lora counts once
-    assert Counter(space.kinds) == {"lora": 10, "adapter_lr": 4, "bitfit": 14, "lnfit": 4, "serial": 2, "parallel": 2}
+    assert Counter(space.kinds) == {"lora": 3, "adapter_lr": 2, "bitfit": 4, "lnfit": 1, "serial": 1, "parallel": 1}
     assert model(**batches[0]).item() == loss
     structure = bipeft.search(model, space, batches, batches, 1500, 6, triggers=3, window=1, tau=0.0)
     space.detach()
@@ -2390,20 +2339,20 @@ FOLDERS = {"repetition_penalty": 9.0, "min_new_tokens": 3, "suppress_tokens": [6
 
 
 @pytest.mark.parametrize("folders", [{}, FOLDERS], ids=["plain", "its own"])
-@pytest.mark.parametrize("name", ["t5", "llama"])
+@pytest.mark.parametrize("name", ["t5", *CAUSAL])
 def test_section_6_predictions_are_those_of_each_input_alone(name, folders):
-    """Of inputs of mixed length in one batch, in their order, without dropout, with modules attached. Of what a
-    folder says of generation nothing but the tokens that end a text counts. No library warns of anything.
+    """With a cache and modules of all kinds, of inputs of mixed length in one batch, in their order, without dropout.
+    Of what a folder says of generation nothing but the tokens that end a text counts. No library warns of anything.
     """
-    model = family("llama")
+    model = family(name)
     if name == "t5":                                     # its two stacks are of different depth
-        model = tiny_t5(seed=1, dropout_rate=0.3, tie_word_embeddings=False, **VERSIONS["uneven"])
+        model = tiny_t5(seed=3, dropout_rate=0.3, tie_word_embeddings=False, **VERSIONS["uneven"])
         model.shared.weight.data *= 0.05                 # what is read weighs more than the last word written
-    peft = randomise(bipeft.Peft(model, every("prefix", model) + every("lora", model)), 0.3)
+    peft = randomise(bipeft.Peft(model, all_kinds(model)), 0.2)
     tokenizer = word_tokenizer()
     inputs = [" ".join(str(2 + n * k % 24) for k in range(1, 2 + 3 * n % 7)) for n in range(9)]
     examples = [bipeft.Example(text, "yes no yes", ()) for text in inputs]
-    tokens = bipeft.tokenize(tokenizer, examples, 20, causal=name == "llama")
+    tokens = bipeft.tokenize(tokenizer, examples, 20, causal=name in CAUSAL)
     model.train()
     model.generation_config.update(**folders)
     given = model.generation_config.to_dict()
