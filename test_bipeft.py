@@ -21,7 +21,7 @@ import os
 import random
 import re
 import shutil
-import signal
+import statistics
 import subprocess
 import sys
 import warnings
@@ -2077,15 +2077,15 @@ def test_section_5_binary_metrics_against_scikit_learns_definitions(seed):
 
 
 @over(range(40))
-def test_section_5_pearson_against_its_sums(seed):
-    """Pearson from sums over pairs; what is no number of 0 .. 5 counts as the end farther from the answer."""
+def test_section_5_pearson_against_the_standard_librarys(seed):
+    """Pearson by the standard library; what is no number of 0 .. 5 counts as the end farther from the answer."""
     said, gold = made_up(seed, bipeft.FIFTHS[::5], ("", "7.0", "nan", "inf", "-1", "two", "2.35", "5."))
     y = [float(g) for g in gold]
     x = [0.0 if g > 2.5 else 5.0 for g in y]
     x = [float(s) if s in (*bipeft.FIFTHS, "2.35", "5.") else farther for s, farther in zip(said, x)]
-    sums = [sum(map(math.prod, zip(a, b))) - sum(a) * sum(b) / len(a) for a, b in ((x, y), (x, x), (y, y))]
-    xy, xx, yy = sums
-    score = 100 * xy / math.sqrt(xx * yy) if min(xx, yy) > 1e-6 else 0
+    score = 0.0                                                             # of a constant
+    if len(set(x)) > 1 and len(set(y)) > 1:
+        score = 100 * statistics.correlation(x, y)
     assert math.isclose(bipeft.pearson(said, list(zip(gold))), score, abs_tol=1e-8)
 
 
@@ -2156,25 +2156,28 @@ def test_section_5_the_toys_backbone_is_pretrained_to_the_form_and_to_chance():
 WORDS = [*"say 0 1 yes no rte sentence1: sentence2: A b.".split(), *map(str, range(2, 26))]
 
 
-def word_tokenizer(words=WORDS):
+def word_tokenizer(words=WORDS, template="$A </s>"):
     """A tokenizer of whole words that ends a text with </s>."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["<pad>", "</s>", "<unk>", *words]))}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    made.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("</s>", 1)])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 def test_section_6_tokens_of_both_families():
-    """An input is cut, but for what ends it; a causal one has no end token, and its target has one."""
+    """An input is cut, but for what ends it; a causal one has no end token, and its target has one. So it is whether a
+    tokenizer ends a text itself or not.
+    """
     examples = [bipeft.Example("say 0 1 yes", "yes", ()), bipeft.Example("say", "no 1 0 say 1", ())]
-    tokenizer = word_tokenizer()
-    # <pad> 0, </s> 1, <unk> 2, say 3, 0 is 4, 1 is 5, yes 6, no 7; the tokenizer's own </s> is the input's
-    assert bipeft.tokenize(tokenizer, examples, 4) == [([3, 4, 5, 1], [6, 1]), ([3, 1], [7, 5, 4, 1])]
-    tokens = bipeft.tokenize(tokenizer, examples, 3, causal=True)
-    assert tokens == [([3, 4, 5], [6, 1]), ([3], [7, 5, 4, 3, 5, 1])]
+    for template in ("$A", "$A </s>"):
+        tokenizer = word_tokenizer(template=template)
+        # <pad> 0, </s> 1, <unk> 2, say 3, 0 is 4, 1 is 5, yes 6, no 7
+        assert bipeft.tokenize(tokenizer, examples, 4) == [([3, 4, 5, 1], [6, 1]), ([3, 1], [7, 5, 4, 1])]
+        tokens = bipeft.tokenize(tokenizer, examples, 3, causal=True)
+        assert tokens == [([3, 4, 5], [6, 1]), ([3], [7, 5, 4, 3, 5, 1])]
     (batch,) = bipeft.Batches(tokens, 2, "cpu", causal=True)
     assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 1, 0, 0], [3, 7, 5, 4, 3, 5, 1]]
     assert batch["attention_mask"].tolist() == [[1] * 5 + [0] * 2, [1] * 7]
@@ -2190,8 +2193,17 @@ def test_section_6_tokens_of_both_families():
     assert batch["attention_mask"].tolist() == [[1] * 4, [1, 1, 0, 0]]
 
 
+def batches_of_a_gpu(tokens, batch_size, causal=False):
+    """Batches in the shapes of a GPU, on the CPU."""
+    made = torch.tensor
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "tensor", lambda rows: made(rows))
+        patched.setattr(torch.Tensor, "to", lambda t, *args, **more: t)
+        return list(bipeft.Batches(tokens, batch_size, "cuda", causal=causal))
+
+
 @pytest.mark.parametrize("kinds", [(), ("lora", "serial"), ("prefix",)])
-def test_section_6_a_causal_batch_has_the_loss_of_its_rows_alone(kinds, monkeypatch):
+def test_section_6_a_causal_batch_has_the_loss_of_its_rows_alone(kinds):
     """However a row is filled up, and though logits are of few positions: by a loop over rows without padding."""
     model = family("llama").eval()
     if not kinds:                                        # one whose window is shorter than a row
@@ -2207,27 +2219,12 @@ def test_section_6_a_causal_batch_has_the_loss_of_its_rows_alone(kinds, monkeypa
         ids = source + target
         losses += [-logits[at - 1, ids[at]] for at in range(max(1, len(source)), len(ids))]
     expected = sum(losses) / len(losses)
-    made = torch.tensor
-    for device in ("cpu", "cuda"):                       # "cuda": the shapes of a GPU, with a row that only fills up
-        with monkeypatch.context() as patched:
-            patched.setattr(torch, "tensor", lambda rows: made(rows))
-            patched.setattr(torch.Tensor, "to", lambda t, *args, **more: t)
-            (batch,) = bipeft.Batches(rows, 9, device, causal=True)
-        assert batch["input_ids"].shape[1] == (32 if device == "cuda" else 8)
-        assert close(model(**batch).loss.detach(), expected.detach())
+    (batch,) = bipeft.Batches(rows, 9, "cpu", causal=True)
+    (larger,) = batches_of_a_gpu(rows, 9, causal=True)
+    for found, width in ((batch, 8), (larger, 32)):
+        assert found["input_ids"].shape[1] == width
+        assert close(model(**found).loss.detach(), expected.detach())
     peft.detach()
-
-
-def test_section_6_the_end_token_is_there_whatever_a_tokenizer_does():
-    """Once in a T5's input and label and in a Llama's label, and not in a Llama's input, which is gone on from."""
-    from tokenizers import processors
-    examples = [bipeft.Example("say", "yes", ())]
-    for template in ("$A", "$A </s>"):
-        tokenizer = word_tokenizer()
-        special = [("</s>", 1)] if "</s>" in template else []
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
-        assert bipeft.tokenize(tokenizer, examples, 9) == [([3, 1], [6, 1])]
-        assert bipeft.tokenize(tokenizer, examples, 9, causal=True) == [([3], [6, 1])]
 
 
 def test_section_6_every_example_once_an_epoch_in_an_order_of_seed_and_epoch():
@@ -2260,23 +2257,17 @@ def test_section_6_examples_of_like_length_share_a_batch():
     assert 16 < (changes > 0).sum() < 48 and 16 < (changes < 0).sum() < 48
 
 
-def test_section_6_batches_for_a_gpu_are_of_few_shapes(monkeypatch):
+def test_section_6_batches_for_a_gpu_are_of_few_shapes():
     """Lengths are powers of two there and a last batch is filled up with rows that no loss counts."""
-    made = torch.tensor
-    monkeypatch.setattr(torch, "tensor", lambda rows: made(rows))
-    monkeypatch.setattr(torch.Tensor, "to", lambda t, *args, **more: t)
     tokens = [([5] * n + [1], [7, 1]) for n in (3, 40, 9)]                  # lengths 4, 41 and 10
-    first, last = bipeft.Batches(tokens, 2, "cuda")
+    first, last = batches_of_a_gpu(tokens, 2)
     assert first["input_ids"].shape == (2, 64) and first["labels"].shape == (2, 4)
     assert last["input_ids"].shape == (2, 32) and last["labels"].tolist() == [[7, 1, -100, -100], [-100] * 4]
-    (whole,) = bipeft.Batches(tokens, 99, "cuda")                           # no more rows than examples
+    (whole,) = batches_of_a_gpu(tokens, 99)                                 # no more rows than examples
     assert whole["input_ids"].shape == (3, 64)
-    monkeypatch.undo()
-    plain = bipeft.collate(tokens[:2], "cpu")
     model = tiny_t5()
-    assert close(model(**plain).loss.detach(), model(**first).loss.detach())
-    (alone,) = bipeft.Batches(tokens[2:], 1, "cpu")
-    assert close(model(**alone).loss.detach(), model(**last).loss.detach())
+    for plain, filled in zip(bipeft.Batches(tokens, 2, "cpu"), (first, last), strict=True):
+        assert close(model(**plain).loss.detach(), model(**filled).loss.detach())
 
 
 def lost(tokenizer, targets, sources=("say 0", "say 1", "say"), causal=False, max_length=9):
@@ -2484,17 +2475,12 @@ def test_section_7_any_error_becomes_one_line_and_ends_determinism():
         raise KeyboardInterrupt
 
 
-def test_section_7_weights_go_to_a_file_and_back(tmp_path):
-    """They come back bit for bit; what is of other modules or ranks, or spoilt, is refused."""
+def test_section_7_weights_of_other_modules_or_ranks_or_spoilt_ones_are_refused(tmp_path):
+    """And the modules' own stay. (That weights come back bit for bit, section 3 tests on each family.)"""
     model, path = tiny_t5(), tmp_path / "peft.safetensors"
     chosen = [*every("lora", model)[:2], *every("bitfit", model)[:3]]
-    peft = randomise(bipeft.Peft(model, chosen))
-    before = bipeft.copies(peft.tensors)
+    peft = bipeft.Peft(model, chosen)
     bipeft.save_weights(peft, path)
-    assert sum(t.numel() for t in safetensors.torch.load_file(path).values()) == peft.size
-    randomise(peft, seed=1)
-    bipeft.load_weights(peft, path)
-    assert all(map(torch.equal, peft.tensors, before))
     peft.detach()
     (tmp_path / "spoilt").write_bytes(path.read_bytes()[:-1])
     for modules, file, words in ((chosen[:-1], path, "another structure's: .*bitfit.bias"),
