@@ -919,17 +919,6 @@ def gpt2():
                                                           eos_token_id=1))
 
 
-def test_section_3_a_model_may_wrap_its_backbone_and_hold_other_transformers():
-    """Its prefixes reach it, and no model beside it."""
-    model = nn.ModuleDict({"first": gpt2(), "second": tiny_t5()})
-    before, logits = snapshot(model), logits_of(model["second"])
-    space = randomise(bipeft.Space(model, "prefix"))
-    assert len(space) == 4 and model["first"].config._attn_implementation == "sdpa"
-    assert not close(logits_of(model["second"]), logits, 1e-3)
-    space.detach()
-    assert same(snapshot(model), before)
-
-
 # Every kind on every family: `pytest -q -k family` shows the matrix in the tests' names.
 
 COUNTS = {     # by hand, of 2 layers (T5: 2 + 2): linear layers, blocks (two a layer), norms
@@ -1719,7 +1708,9 @@ def test_section_4_any_model_with_a_t5_inside_and_any_form_of_loss_can_be_search
     found = []
     for form in (lambda loss: loss, lambda loss: {"loss": loss, "more": 1}, lambda loss: (loss, None)):
         model, batches = Wrapped(small_t5(), form).eval(), iter([some_batch(n) for n in range(3)])
+        model.other = gpt2()                                                 # no prefix is for it
         space, copied = bipeft.Space(model, "prefix"), []
+        assert model.other.config._attn_implementation == "sdpa" and len(space) == 2
         model.double()                                                       # it may be moved, and copied in a search
         found.append(bipeft.search(model, space, batches, [some_batch(9)], 300, 3, triggers=3, window=1, tau=0.0,
                                    backbone="mine", after_step=lambda *_: copied.append(copy.deepcopy(model))))
@@ -2146,12 +2137,9 @@ def batches_of_a_gpu(tokens, batch_size, causal=False):
 @pytest.mark.parametrize("kinds", [(), ("lora", "serial"), ("prefix",)])
 def test_section_6_a_causal_batch_has_the_loss_of_its_rows_alone(kinds):
     """However a row is filled up, and though logits are of few positions: by a loop over rows without padding."""
-    model = family("llama").eval()
+    model = family("llama")
     if not kinds:                                        # one whose window is shorter than a row
-        torch.manual_seed(0)
-        model = transformers.MistralForCausalLM(transformers.MistralConfig(
-            vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, sliding_window=4, initializer_range=0.5)).eval()
+        model = tiny("Mistral", "CausalLM", num_key_value_heads=2, sliding_window=4)
     peft = randomise(bipeft.Peft(model, [at for kind in kinds for at in every(kind, model)]))
     rows = [([5, 9, 7, 6], [8, 1]), ([4], [9, 9, 6, 1]), ([6, 7, 5, 5, 8, 9, 4], [1]), ([], [7, 5, 1])]
     losses = []
@@ -2192,8 +2180,6 @@ def test_section_6_examples_of_like_length_share_a_batch():
     widths = [batch["input_ids"].shape[1] for batch in made]
     real = sum(int(batch["attention_mask"].sum()) for batch in made)
     assert real == sum(len(source) for source, _ in tokens) and 4 * sum(widths) < 1.1 * real
-    # The 7 shortest, which a sort of all would put into 2 batches, are in each of 4 windows of 16 batches.
-    assert sum(1 in batch["attention_mask"].sum(1) for batch in made) > 2
     changes = np.diff(widths)
     assert 16 < (changes > 0).sum() < 48 and 16 < (changes < 0).sum() < 48
 
@@ -2398,19 +2384,6 @@ def test_section_7_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_bytes() == b"\x00\xff" and os.listdir(tmp_path) == ["file.json"]
 
 
-def test_section_7_any_error_becomes_one_line_and_ends_determinism():
-    """Of an error's message one line of 160 characters is left, of one without a message its class."""
-    for error, text in ((ValueError("a\n\n b\tc"), "a b c"), (KeyError(), "KeyError"),
-                        (OSError("x" * 500), "x" * 157 + "...")):
-        with pytest.raises(UsageError) as caught, bipeft.deterministic(), bipeft.failing("what", ": advice"):
-            assert torch.are_deterministic_algorithms_enabled()
-            raise error
-        assert str(caught.value) == f"what ({text}): advice" and caught.value.__suppress_context__
-        assert not torch.are_deterministic_algorithms_enabled()
-    with pytest.raises(KeyboardInterrupt), bipeft.failing("what"):                # a person's, and no error
-        raise KeyboardInterrupt
-
-
 def test_section_7_weights_of_other_modules_or_ranks_or_spoilt_ones_are_refused(tmp_path):
     """And the modules' own stay. (That weights come back bit for bit, section 3 tests on each family.)"""
     model, path = tiny_t5(), tmp_path / "peft.safetensors"
@@ -2434,25 +2407,21 @@ def test_section_7_weights_of_other_modules_or_ranks_or_spoilt_ones_are_refused(
 def test_section_7_weights_are_of_their_backbone_in_any_format(tmp_path):
     """They load on it in any format, with other words and under another head, but on no other numbers."""
     structure, path = a_structure(), tmp_path / "w"
-    model, batch = family("bert"), batch_for("bert")
-    peft = randomise(bipeft.apply(model, structure))
+    peft = randomise(bipeft.apply(family("bert"), structure))
     bipeft.save_weights(peft, path)
-    larger, other = family("bert"), family("bert")
+    larger, wider, other = family("bert"), family("bert"), family("bert")
     larger.resize_token_embeddings(larger.config.vocab_size + 2)
-    with torch.no_grad():
-        other.bert.encoder.layer[1].output.dense.weight.mul_(1.1)
-    wider = family("bert")
     wider.classifier = nn.Linear(32, 5)
     for model in (larger, wider, family("bert").bfloat16(), family("bert").half()):
         bipeft.load_weights(again := bipeft.apply(model, structure, 1), path)
         assert all(map(torch.equal, again.tensors, peft.tensors))
+    other.bert.encoder.layer[1].output.dense.weight.data.mul_(1.1)
     again = bipeft.apply(other, structure, 1)
     before = bipeft.copies(again.tensors)
     with pytest.raises(UsageError, match="w is of a backbone of other numbers, first in encoder.layer.1.output.dense:"):
         bipeft.load_weights(again, path)
     assert all(map(torch.equal, again.tensors, before))
-    with torch.no_grad():
-        other.bert.encoder.layer[0].output.dense.weight.fill_(math.nan)
+    other.bert.encoder.layer[0].output.dense.weight.data.fill_(math.nan)
     with pytest.raises(UsageError, match="the backbone is damaged: encoder.layer.0.output.dense holds nan"):
         bipeft.backbone_sample(other)
 
@@ -2546,7 +2515,6 @@ BAD = [  # arguments, and words that the message must hold
     ("--task sst3", "unknown task 'sst3' rte --help"),
     ("--space s3", "unknown space 's3' s1 lora"),
     ("--no-such-flag 1", "unrecognized --no-such-flag --help"),
-    ("--budget", "--budget expected --help"),
     ("--seed 0 0", "--seed different"),
     ("--dtype int8", "--dtype int8 bfloat16"),
     ("--device nonsense", "--device nonsense cpu"),
@@ -2554,7 +2522,7 @@ BAD = [  # arguments, and words that the message must hold
     ("--task cola --data-dir {root}/data", "one of {root}/data/cola/train.parquet 0: --data-dir"),
     ("--task rte --data-dir {root}/few", "rte too few rows 4"),
     ("--task rte --model {root}/model", "rte on the hub can't be read network --data-dir"),
-    ("--task rte --data-dir {root}/data", "google-t5/t5-large can't be loaded network"),
+    ("--task rte --data-dir {root}/data --model nowhere/t5-large", "nowhere/t5-large can't be loaded network"),
     ("--task rte --data-dir {root}/data --model {root}/half", "half can't be loaded has no decoder."),
     ("--task rte --data-dir {root}/data --model {root}/no_tokenizer", "no_tokenizer no tokenizer.json"),
     ("--task rte --data-dir {root}/data --model {root}/no_start", "can't be loaded decoder_start_token_id"),
@@ -2670,9 +2638,9 @@ def assert_same_end(a, b):
     assert found[0] == found[1]
 
 
-def assert_answers(run, examples):
+def assert_answers(run, examples, model=None):
     """A run, loaded from its folder, gives its two test scores again, with its modules and without them."""
-    model, tokenizer, peft = bipeft.load_run(run)
+    model, tokenizer, peft = bipeft.load_run(run, model=model)
     tokens = bipeft.tokenize(tokenizer, examples, 128, not model.config.is_encoder_decoder)
     said = bipeft.predict(model, tokenizer, tokens, 4, "cpu")
     peft.detach()
@@ -2765,7 +2733,6 @@ def test_section_8_a_run_is_of_one_folder_one_data_set_and_one_backbone(world, t
 
 def test_section_8_a_run_is_loaded_with_its_backbone_wherever_that_is(world, finished, tmp_path, monkeypatch):
     """From another folder by model=; a folder that is not there is one line at once, and no question to the hub."""
-    examples = bipeft.load_splits("custom", world / "data", 0)["test"]
     run, elsewhere = copied(finished, tmp_path), tmp_path / "elsewhere"
     shutil.copytree(world / "model", elsewhere)
     metrics = metrics_of(run)
@@ -2777,9 +2744,7 @@ def test_section_8_a_run_is_loaded_with_its_backbone_wherever_that_is(world, fin
         with pytest.raises(UsageError, match=words):
             bipeft.load_run(run, model=model)
     monkeypatch.undo()
-    model, tokenizer, peft = bipeft.load_run(run, model=str(elsewhere))
-    said = bipeft.answer(model, tokenizer, [e.source for e in examples])
-    assert bipeft.accuracy(said, [e.answers for e in examples]) == metrics["test"]
+    assert_answers(run, bipeft.load_splits("custom", world / "data", 0)["test"], str(elsewhere))
 
 
 def test_section_8_a_finished_run_is_left_alone_and_fresh_starts_over(world, finished, tmp_path, monkeypatch, capfd):
@@ -2923,8 +2888,6 @@ def test_section_8_a_causal_model_twice(world, tmp_path):
     assert bipeft.answer(model, tokenizer, [e.source for e in examples]) == said
     with pytest.raises(UsageError, match="an input is empty"):
         bipeft.answer(model, tokenizer, ["say", ""])
-    with pytest.raises(UsageError, match="^--device nonsense can't be used"):
-        bipeft.load_run(tmp_path / "one", "nonsense")
 
 
 def test_section_8_the_toy_end_to_end(tmp_path, monkeypatch):
