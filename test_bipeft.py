@@ -596,6 +596,9 @@ def test_section_1_fill_budget_by_hand():
     # 90 are free, but module 0 was fixed at rank index 0 by Eq. 9-10, and stays there; what fits exactly stays, too
     assert bipeft.fill_budget([1.0], [[10, 20]], [True], [0], 100) == ([True], [0])
     assert bipeft.fill_budget([2, 1, 3], [[10]] * 3, [True, True, False], [0] * 3, 20) == ([True, True, False], [0] * 3)
+    # one parameter less: the less sensitive one goes, and the 9 that are then free are too few for the third
+    found = bipeft.fill_budget([2, 1, 3], [[10]] * 3, [True, True, False], [0] * 3, 19)
+    assert found == ([True, False, False], [0] * 3)
 
 
 @over(range(40))
@@ -2453,20 +2456,16 @@ def world(tmp_path_factory):
     """A folder with tiny models, data, structures and runs, good ones and spoilt ones, that tests only read."""
     root = tmp_path_factory.mktemp("world")
     model = tiny_t5(num_layers=1, tie_word_embeddings=False)
-    for name in ("model", "half", "no_tokenizer", "no_start", "many_words", "bert", "llama"):
+    for name in ("model", "half", "no_tokenizer", "many_words", "bert", "llama"):
         (family(name) if name in FAMILIES else model).save_pretrained(root / name)
         if name != "no_tokenizer":
             word_tokenizer(WORDS + [f"w{n}" for n in range(50)] * (name == "many_words")).save_pretrained(root / name)
     weights = {key: t.clone() for key, t in model.state_dict().items() if not key.startswith("decoder.")}
     safetensors.torch.save_file(weights, root / "half" / "model.safetensors", {"format": "pt"})
-    config = json.loads((root / "no_start" / "config.json").read_text())
-    (root / "no_start" / "config.json").write_text(json.dumps({**config, "decoder_start_token_id": None}))
     shutil.copytree(root / "model", root / "quantised")
+    config = json.loads((root / "model" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq"}
     (root / "quantised" / "config.json").write_text(json.dumps(config))
-    shutil.copytree(root / "model", root / "damaged")
-    weights = {key: t * math.nan for key, t in model.state_dict().items()}
-    safetensors.torch.save_file(weights, root / "damaged" / "model.safetensors", {"format": "pt"})
     for folder, name, count in (("data", "rte", 24), ("data", "custom", 24), ("few", "rte", 6)):
         write_split(root / folder, name, "train", rows_of(name, count))
         write_split(root / folder, name, "validation", rows_of(name, count // 2, 51))
@@ -2491,11 +2490,9 @@ BAD = [  # arguments, and words that the message must hold
     ("--task rte --data-dir {root}/data --model nowhere/t5-large", "nowhere/t5-large can't be loaded network"),
     ("--task rte --data-dir {root}/data --model {root}/half", "half can't be loaded has no decoder."),
     ("--task rte --data-dir {root}/data --model {root}/no_tokenizer", "no_tokenizer no tokenizer.json"),
-    ("--task rte --data-dir {root}/data --model {root}/no_start", "can't be loaded decoder_start_token_id"),
     ("--task rte --data-dir {root}/data --model {root}/many_words", "can't be loaded tokenizer words weights"),
     ("--task rte --data-dir {root}/data --model {root}/bert", "{root}/bert a bert T5"),
     ("--task rte --data-dir {root}/data --model {root}/quantised", "quantised can't be loaded library command line"),
-    ("--task rte --data-dir {root}/data --model {root}/damaged", "backbone is damaged encoder.block.0 nan"),
     ("--task rte --data-dir {root}/data --model ./models/t5", "./models/t5 no such folder"),
     ("--task custom --data-dir {root}/data --model {root}/model --metric F1", "metric F1 target none --metric"),
     ("--task rte --metric F1", "--metric custom"),
@@ -2576,7 +2573,7 @@ def go(world, out, line=QUICK, more=""):
 def finished(world, tmp_path_factory):
     """The folder of a whole run."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    assert go(world, out) == 0
+    assert go(world, out) == 0 and not torch.are_deterministic_algorithms_enabled()
     return out
 
 
