@@ -759,9 +759,6 @@ def test_section_2_initial_weights_are_kaiming_uniform_zero_or_for_a_prefix_of_d
         assert 0.018 < p.std() < 0.022 and abs(p.mean()) < 0.002
 
 
-# Norms of every family, blocks of BERT
-
-
 def layer_norm(x, w, b, eps):
     return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + eps).sqrt() * w + b
 
@@ -1029,9 +1026,6 @@ def test_section_3_family_gradient_checkpointing_gives_the_same_gradients(name):
             bipeft.forward_backward(model, space, gate, ranks_at(1, len(space)), batch, space.tensors)
 
 
-# Taking off, and mistakes
-
-
 @pytest.mark.parametrize("changed", [False, True])
 @pytest.mark.parametrize("name", ["t5", "bert", "llama"])
 def test_section_3_modules_come_off_in_any_order_and_leave_what_their_owner_did(name, changed):
@@ -1223,6 +1217,12 @@ def test_section_3_a_head_is_trained_beside_the_modules_and_counts_nowhere_else(
     for m in (model, other):
         bipeft.detach(m)
         assert same(snapshot(m), before)
+    alone = bipeft.Peft(model, [], also_train=HEAD)                          # without modules, too
+    alone.detach()
+    assert same(snapshot(model), before)
+    model.classifier.weight.data.zero_()                                    # what its owner does afterwards stays
+    alone.detach()
+    assert not model.classifier.weight.any() and model.classifier.weight.requires_grad
 
 
 def test_section_3_a_structure_fits_a_head_of_another_size_and_names_within_a_wrapper(tmp_path):
