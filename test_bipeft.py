@@ -2083,14 +2083,13 @@ def test_section_6_tokens_of_both_families():
         tokens = bipeft.tokenize(tokenizer, examples, 3, causal=True)
         assert tokens == [([3, 4, 5], [6, 1]), ([3], [7, 5, 4, 3, 5, 1])]
     (batch,) = bipeft.Batches(tokens, 2, "cpu", causal=True)
-    assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 1, 0, 0], [3, 7, 5, 4, 3, 5, 1]]
-    assert batch["attention_mask"].tolist() == [[1] * 5 + [0] * 2, [1] * 7]
-    # The loss is on the targets alone, and logits are of the positions before one of any row, and of a last.
-    assert batch["labels"].tolist() == [[-100] * 3 + [6, 1, -100, -100], [-100, 7, 5, 4, 3, 5, 1]]
-    assert batch["logits_to_keep"].tolist() == list(range(7))
+    assert batch["input_ids"].tolist() == [[0, 0, 3, 4, 5, 6, 1], [3, 7, 5, 4, 3, 5, 1]]
+    assert batch["attention_mask"].tolist() == [[0] * 2 + [1] * 5, [1] * 7]
+    # The loss is on the targets alone, and logits are of the longest of them and the position before it.
+    assert batch["labels"].tolist() == [[-100] * 5 + [6, 1], [-100, 7, 5, 4, 3, 5, 1]]
+    assert batch["logits_to_keep"] == 7
     (batch,) = bipeft.Batches([([3], [6]), ([3, 4, 5, 7, 4, 4], [6, 1])], 2, "cpu", causal=True)
-    assert batch["labels"].tolist() == [[-100, 6, -100, -100], [-100, -100, 6, 1]]
-    assert batch["logits_to_keep"].tolist() == [0, 5, 6, 7]
+    assert batch["labels"].tolist() == [[-100, -100, 6], [-100, 6, 1]] and batch["logits_to_keep"] == 3
     (batch,) = bipeft.Batches(bipeft.tokenize(tokenizer, examples, 4), 2, "cpu")
     assert batch["input_ids"].tolist() == [[3, 4, 5, 1], [3, 1, 0, 0]]
     assert batch["labels"].tolist() == [[6, 1, -100, -100], [7, 5, 4, 1]]
@@ -2113,12 +2112,12 @@ def test_section_6_a_causal_batch_has_the_loss_of_its_rows_alone(kinds):
     if not kinds:                                        # one whose window is shorter than a row
         model = tiny("Mistral", "CausalLM", num_key_value_heads=2, sliding_window=4)
     peft = randomise(bipeft.Peft(model, [at for kind in kinds for at in every(kind, model)]))
-    rows = [([5, 9, 7, 6], [8, 1]), ([4], [9, 9, 6, 1]), ([6, 7, 5, 5, 8, 9, 4], [1]), ([], [7, 5, 1])]
+    rows = [([5, 9, 7, 6], [8, 1]), ([4], [9, 9, 6, 1]), ([6, 7, 5, 5, 8, 9, 4], [1]), ([8], [7, 5, 1])]
     losses = []
     for source, target in rows:
         logits = model(torch.tensor([source + target])).logits[0].log_softmax(1)
         ids = source + target
-        losses += [-logits[at - 1, ids[at]] for at in range(max(1, len(source)), len(ids))]
+        losses += [-logits[at - 1, ids[at]] for at in range(len(source), len(ids))]
     expected = sum(losses) / len(losses)
     (batch,) = bipeft.Batches(rows, 9, "cpu", causal=True)
     (larger,) = batches_of_a_gpu(rows, 9, causal=True)
@@ -2396,6 +2395,18 @@ def test_section_7_weights_are_of_their_backbone_in_any_format(tmp_path):
         bipeft.backbone_sample(other)
 
 
+def test_section_8_weights_without_a_place_are_told(tmp_path, capsys):
+    """A config.json of fewer layers than the weights have: the model loads, and a line says what it leaves out."""
+    tiny_t5().save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    bipeft.load_backbone(str(tmp_path), "float32", "cpu", 0)
+    assert "no place" not in capsys.readouterr().out
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_layers": config["num_layers"] - 1}))
+    bipeft.load_backbone(str(tmp_path), "float32", "cpu", 0)
+    assert "no place for 8 of its tensors, first encoder.block." in capsys.readouterr().out
+
+
 def test_section_7_structures_go_to_a_file_and_back(tmp_path):
     """They come back equal, with totals for people beside; what no search writes is refused by name."""
     structure, path = a_structure(), tmp_path / "structure.json"
@@ -2408,7 +2419,11 @@ def test_section_7_structures_go_to_a_file_and_back(tmp_path):
         "modules": 2, "parameters": 288, "backbone_parameters": 70_000, "per_ten_thousand": 41.1429}
     spoilt = {json.dumps({**stored, **change}): words for change, words in (
         ({"modules": []}, "it holds 0 parameters"), ({"budget": 10}, "for a budget of 10"),
-        ({"budget": math.nan}, "for a budget of nan"), ({"modules": "all"}, "no structure.json"))}
+        ({"budget": math.nan}, "for a budget of nan"), ({"modules": "all"}, "no structure.json"),
+        ({"geometry": None}, "no structure.json"), ({"geometry": {"parameters": 0}}, "no structure.json"),
+        ({"space": "prefix"}, "is no module of its space prefix"),
+        ({"modules": [{**stored["modules"][0], "rank": "4"}]}, "is no module of its space s2"),
+        ({"modules": [{**stored["modules"][0], "name": ["a"]}]}, "is no module of its space s2"))}
     del stored["ranks"]
     for content in ("[1, 2]", good[:99], "\xff", "[" * 100_000, json.dumps(stored)):
         spoilt[content] = "no structure.json"
@@ -2431,21 +2446,25 @@ def test_section_7_fused_norms_are_the_models_own(name, norms):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("kinds", ["s1", "s2"])
 def test_section_7_graphs_compute_what_the_plain_pass_computes(kinds):
-    """Losses and gradients of a search's three passes are the same, batch after batch."""
+    """Losses and gradients of a search's three passes are the same, batch after batch, of two shapes in turns.
+
+    Losses are read at the end: a graph that was recorded before may write over what a later one has computed.
+    """
     model = tiny_t5().cuda()
     space = randomise(bipeft.Space(model, kinds), 0.1)
     search = bipeft.Search(model, space, bipeft.Settings(budget=1000), 4)
-    graphs, noise = bipeft.CudaGraphs(), search.draw()
-    for seed, inputs in enumerate(3 * [search.weights, [search.theta, *search.weights], [search.phi]]):
-        batch = {key: t.cuda() for key, t in some_batch(seed).items()}
+    graphs, noise, losses = bipeft.CudaGraphs(), search.draw(), []
+    for seed, inputs in enumerate(8 * [search.weights, [search.theta, *search.weights], [search.phi]]):
+        batch = {key: t.cuda() for key, t in some_batch(seed, 2 + 6 * (seed // 3 % 2)).items()}
         found = []
         for run_pass in (bipeft.forward_backward, graphs):
             gate, ranks = search.sample(noise)
             gate = gate if inputs[0] is search.theta else gate.detach()
             ranks = ranks if inputs[0] is search.phi else ranks.detach()
-            loss = run_pass(model, space, gate, ranks, batch, inputs)
-            found.append([loss.clone(), *bipeft.copies(p.grad for p in inputs)])
+            losses.append(run_pass(model, space, gate, ranks, batch, inputs))
+            found.append(bipeft.copies(p.grad for p in inputs))
         assert all(close(graph.cpu(), plain.cpu(), 1e-4) for plain, graph in zip(*found))
+    assert all(close(graph.cpu(), plain.cpu(), 1e-4) for plain, graph in zip(losses[0::2], losses[1::2], strict=True))
 # ==================================================================================================
 # 8. The command line
 # ==================================================================================================
