@@ -7,7 +7,6 @@ An equation has a test against numbers worked out by hand, with the arithmetic i
 against an oracle: a loop over modules in the paper's notation, on random inputs.
 """
 
-import ast
 import copy
 import dataclasses
 import datetime
@@ -1154,6 +1153,21 @@ def test_section_3_what_was_trained_is_what_is_saved_however_the_model_was_moved
     assert arrives(pefts[0], models[0], pefts[1], models[1], batches[0], tmp_path / "w")
 
 
+def test_section_3_a_compiled_model_trains_its_modules(tmp_path):
+    """By Dynamo alone: what comes after it does not know of modules and hooks. A compiled pass is the plain one."""
+    models, batch = [tiny("Llama", "CausalLM", num_hidden_layers=1) for _ in range(2)], batch_for("llama")
+    kinds = ("lora", "lnfit", "prefix", "parallel")
+    pefts = [bipeft.Peft(model, [every(kind, model)[0] for kind in kinds], seed) for seed, model in enumerate(models)]
+    randomise(pefts[0])
+    before, logits = bipeft.copies(pefts[0].tensors), logits_of(models[0], batch)
+    compiled = torch.compile(models[0], backend="eager")
+    own_loop(compiled, [batch, batch])
+    assert not any(torch.equal(p, q) for p, q in zip(pefts[0].tensors, before))
+    assert arrives(pefts[0], models[0], pefts[1], models[1], batch, tmp_path / "w")
+    bipeft.put_back(pefts[0].tensors, before)
+    assert close(compiled(**batch).logits, logits)
+
+
 @pytest.mark.parametrize("name, paths", [
     ("bert", HEAD), ("bert", ("bert.embeddings.LayerNorm", "bert.encoder.layer.1", "classifier.bias")),
     ("llama", ("model.norm", "model.layers.1")), ("t5", ("shared", "encoder.final_layer_norm"))])
@@ -1329,24 +1343,7 @@ def equal(ones, others):
 
 
 def test_section_4_a_trigger_worked_by_hand():
-    # A, B, C: LoRA on linear layers of 4 + 4, 16 + 16 and 8 + 8. D: LNFit on a norm of 16, no rank.
-    # Dim = (1, 2), B = 36, Z = 2, and it is the first trigger: z = 0.
-    #              A         B         C         D
-    # q_n          8, 16     32, 64    16, 32    16, 16
-    # softmax(Φ)   1/4, 3/4  2/3, 1/3  3/8, 5/8            at j, the step of the last trigger
-    #              3/4, 1/4  3/4, 1/4  1/4, 3/4            at t, now
-    # C_n          10        40        28        16        Eq. 8: A, 8 · 3/4 + 16 · 1/4
-    # p_n          1/2       3/4       3/4       1/2       of softmax(Θ)
-    # p_n · C_n    5         30        21        8         Eq. 7: E_t = 5 + 30 + 21 + 8 = 64
-    # s̄_n          3         2         4         1         Eq. 6: R_z = (64 - 36) / (2 - 0) = 14
-    # From the lowest s̄ up: D goes (8); B does not fit (8 + 30 > 14), and that is the end, although A
-    # (8 + 5) would fit: it is more sensitive than B.
-    # σ_n          1/4       1/24      1/16                of either rank: half of its weight's move
-    # KL_n         .549      .0174     .0381               A: 1/4 ln 1/3 + 3/4 ln 3 = 1/2 ln 3
-    # λ_n          .137      .0007     .0024               Eq. 9: σ_n · KL_n
-    # v_{z-1}      2         1         2         0         the rank of the larger weight at j
-    # v_z          1         1         2         0         at t: cos = (2 + 1 + 4) / √(9 · 6) = .953
-    # Eq. 10: Y_z = floor(3 · .953 / (2 - 0)) = 1. The lowest λ is B's: its rank gets fixed, at 1.
+    """The trigger of the table at the head of section 4 of bipeft.py."""
     model = nn.ModuleDict({"A": nn.Linear(4, 4), "B": nn.Linear(16, 16), "C": nn.Linear(8, 8), "D": nn.LayerNorm(16)})
     space = bipeft.Space(model, "lora,lnfit", (1, 2), places=lambda model: [
         (name, "norm" if name == "D" else "linear", place) for name, place in model.items()])
@@ -1362,9 +1359,8 @@ def test_section_4_a_trigger_worked_by_hand():
     assert float(search.select()) == pytest.approx(14)
     assert search.kept.tolist() == [True, True, True, False] and search.fixed.tolist() == [False, True, False, True]
     assert search.choice[1] == 0 and search.potential.tolist() == [1, 1, 2, 0] and equal(search.history, [now])
-    # No step follows; the second trigger is the last: p = 1, E = 10 + 32 + 28 = 70, R = (70 - 36) / 1
-    # = 34. B goes (32), A does not fit (42). All ranks get fixed, A's at 1 and C's at 2: 8 + 32 = 40 > 36,
-    # and so A, the less sensitive, is dropped in the end.
+    # No step follows; the second trigger is the last: p = 1, E = 10 + 32 + 28 = 70, R = (70 - 36) / 1 = 34. B goes (32),
+    # A does not fit (42). All ranks get fixed, A's at 1 and C's at 2: 8 + 32 > 36, and A, the less sensitive, is dropped.
     structure = search.finish()
     assert [(m["name"], m["rank"]) for m in structure.modules] == [("C", 2)] and structure.parameters == 32
 
@@ -2465,10 +2461,14 @@ def world(tmp_path_factory):
             word_tokenizer(WORDS + [f"w{n}" for n in range(50)] * (name == "many_words")).save_pretrained(root / name)
     weights = {key: t.clone() for key, t in model.state_dict().items() if not key.startswith("decoder.")}
     safetensors.torch.save_file(weights, root / "half" / "model.safetensors", {"format": "pt"})
-    shutil.copytree(root / "model", root / "quantised")
     config = json.loads((root / "model" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq"}
-    (root / "quantised" / "config.json").write_text(json.dumps(config))
+    for name, change in (("quantised", {"quantization_config": {"quant_method": "gptq"}}),
+                         ("no_start", {"decoder_start_token_id": None}), ("no_weights", {}), ("damaged", {})):
+        shutil.copytree(root / "model", root / name)
+        (root / name / "config.json").write_text(json.dumps({**config, **change}))
+    (root / "no_weights" / "model.safetensors").write_bytes(b"\x00\x01garbage")
+    safetensors.torch.save_file({key: t * math.nan for key, t in model.state_dict().items()},
+                                root / "damaged" / "model.safetensors", {"format": "pt"})
     for folder, name, count in (("data", "rte", 24), ("data", "custom", 24), ("few", "rte", 6)):
         write_split(root / folder, name, "train", rows_of(name, count))
         write_split(root / folder, name, "validation", rows_of(name, count // 2, 51))
@@ -2496,6 +2496,9 @@ BAD = [  # arguments, and words that the message must hold
     ("--task rte --data-dir {root}/data --model {root}/many_words", "can't be loaded tokenizer words weights"),
     ("--task rte --data-dir {root}/data --model {root}/bert", "{root}/bert a bert T5"),
     ("--task rte --data-dir {root}/data --model {root}/quantised", "quantised can't be loaded library command line"),
+    ("--task rte --data-dir {root}/data --model {root}/no_weights", "no_weights can't be loaded"),
+    ("--task rte --data-dir {root}/data --model {root}/no_start", "can't be loaded decoder_start_token_id"),
+    ("--task rte --data-dir {root}/data --model {root}/damaged", "backbone is damaged encoder.block.0 nan"),
     ("--task rte --data-dir {root}/data --model ./models/t5", "./models/t5 no such folder"),
     ("--task custom --data-dir {root}/data --model {root}/model --metric F1", "metric F1 target none --metric"),
     ("--task rte --metric F1", "--metric custom"),
