@@ -2033,8 +2033,9 @@ def cut(rows, size):
 def collate(rows, device, causal=False):
     """A padded batch of (input ids, label ids), what the model takes. The inputs are [batch, longest].
 
-    causal: input and label are one sequence. Logits are computed from the first label on alone: of the last
-    `logits_to_keep` positions, which on a GPU are a power of two, as lengths are.
+    causal: input and label are one sequence. Logits are computed at the positions `logits_to_keep` alone,
+    [K]: those before a label of any row, and one or more that count for nothing. Of the labels, [batch, K],
+    a model compares each with the logits before it.
     """
     inputs = [source for source, _ in rows]
     labels = [target for _, target in rows]
@@ -2047,10 +2048,12 @@ def collate(rows, device, causal=False):
     if not causal:
         batch["labels"] = padded(labels, -100, device, 4)
         return batch
-    length = batch["input_ids"].shape[1]
-    shortest = min(len(source) for source, _ in rows)
-    batch["logits_to_keep"] = min(length, padded_length(length - shortest + 1, device, 4))
-    batch["labels"] = padded(labels, -100, device, 32)[:, length - batch["logits_to_keep"]:]
+    kept = sorted({i for row in labels for i, label in enumerate(row[1:]) if label != -100})
+    last = batch["input_ids"].shape[1] - 1
+    kept += [last] * (padded_length(len(kept) + 1, device, 4) - len(kept))
+    labels = F.pad(padded(labels, -100, device, 32), (0, 1), value=-100)
+    batch["labels"] = labels[:, [0, *(i + 1 for i in kept[:-1])]]
+    batch["logits_to_keep"] = torch.tensor(kept).to(device)
     return batch
 
 
@@ -2305,9 +2308,14 @@ def load_structure(path):
     with failing(f"{path} is no structure.json of this program"):
         stored = json.loads(Path(path).read_text())
         structure = Structure(**{f.name: stored[f.name] for f in dataclasses.fields(Structure)})
-        if not 0 < structure.parameters <= structure.budget:
+        if not 0 < structure.parameters <= structure.budget or structure.geometry["parameters"] < 1:
             raise ValueError(f"it holds {structure.parameters:,} parameters for a budget of "
                              f"{structure.budget:,}")
+        kinds = kinds_of(structure.space)
+        for m in structure.modules:
+            sound = isinstance(m["name"], str) and isinstance(m["rank"], int | None)
+            if not sound or m["kind"] not in kinds:
+                raise ValueError(f"{m!r:.80} is no module of its space {structure.space}")
         return structure
 
 
@@ -2483,6 +2491,9 @@ def load_backbone(name, dtype, device, seed):
         model, told = loader.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
         if told["missing_keys"]:                                     # transformers makes these up
             raise ValueError(f"it has no {min(told['missing_keys'])}")
+        unused = told["unexpected_keys"]
+        if unused:
+            print(f"{name}: config.json has no place for {len(unused)} of its tensors, first {min(unused)}")
         if Path(name).is_dir() and not {"tokenizer.json", "spiece.model"} & set(os.listdir(name)):
             raise ValueError("it has no tokenizer.json or spiece.model")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)

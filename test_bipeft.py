@@ -2508,11 +2508,12 @@ def test_section_6_tokens_of_both_families():
     (batch,) = bipeft.Batches(tokens, 2, "cpu", causal=True)
     assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 1, 0, 0], [3, 7, 5, 4, 3, 5, 1]]
     assert batch["attention_mask"].tolist() == [[1] * 5 + [0] * 2, [1] * 7]
-    # The loss is on the targets alone, and logits are of the positions from the first target's predecessor on.
+    # The loss is on the targets alone, and logits are of the positions before one of any row, and of a last.
     assert batch["labels"].tolist() == [[-100] * 3 + [6, 1, -100, -100], [-100, 7, 5, 4, 3, 5, 1]]
-    assert batch["logits_to_keep"] == 7
-    (batch,) = bipeft.Batches([([3, 4, 5], [6, 1]), ([3, 4, 5, 7], [6, 1])], 2, "cpu", causal=True)
-    assert batch["labels"].tolist() == [[-100, 6, 1, -100], [-100, -100, 6, 1]] and batch["logits_to_keep"] == 4
+    assert batch["logits_to_keep"].tolist() == list(range(7))
+    (batch,) = bipeft.Batches([([3], [6]), ([3, 4, 5, 7, 4, 4], [6, 1])], 2, "cpu", causal=True)
+    assert batch["labels"].tolist() == [[-100, 6, -100, -100], [-100, -100, 6, 1]]
+    assert batch["logits_to_keep"].tolist() == [0, 5, 6, 7]
     (batch,) = bipeft.Batches(bipeft.tokenize(tokenizer, examples, 4), 2, "cpu")
     assert batch["input_ids"].tolist() == [[3, 4, 5, 1], [3, 1, 0, 0]]
     assert batch["labels"].tolist() == [[6, 1, -100, -100], [7, 5, 4, 1]]
@@ -2521,7 +2522,7 @@ def test_section_6_tokens_of_both_families():
 
 @pytest.mark.parametrize("kinds", [(), ("lora", "serial"), ("prefix",)])
 def test_section_6_a_causal_batch_has_the_loss_of_its_rows_alone(kinds, monkeypatch):
-    """However a row is filled up, and though logits are of the end alone: by a loop over rows without padding."""
+    """However a row is filled up, and though logits are of few positions: by a loop over rows without padding."""
     model = family("llama").eval()
     if not kinds:                                        # one whose window is shorter than a row
         torch.manual_seed(0)
@@ -2862,6 +2863,18 @@ def test_section_7_weights_are_of_their_backbone_in_any_format(tmp_path):
         bipeft.backbone_sample(other)
 
 
+def test_section_8_weights_without_a_place_are_told(tmp_path, capsys):
+    """A config.json of fewer layers than the weights have: the model loads, and a line says what it leaves out."""
+    tiny_t5().save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    bipeft.load_backbone(str(tmp_path), "float32", "cpu", 0)
+    assert "no place" not in capsys.readouterr().out
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_layers": config["num_layers"] - 1}))
+    bipeft.load_backbone(str(tmp_path), "float32", "cpu", 0)
+    assert "no place for 8 of its tensors, first encoder.block." in capsys.readouterr().out
+
+
 def test_section_7_structures_go_to_a_file_and_back(tmp_path):
     """They come back equal, with totals for people beside; what no search writes is refused by name."""
     model, path = tiny_t5(), tmp_path / "structure.json"
@@ -2878,7 +2891,11 @@ def test_section_7_structures_go_to_a_file_and_back(tmp_path):
     stored = json.loads(good)
     spoilt = {json.dumps({**stored, **change}): words for change, words in (
         ({"modules": []}, "it holds 0 parameters"), ({"budget": 10}, "for a budget of 10"),
-        ({"budget": math.nan}, "for a budget of nan"), ({"modules": "all"}, "no structure.json"))}
+        ({"budget": math.nan}, "for a budget of nan"), ({"modules": "all"}, "no structure.json"),
+        ({"geometry": None}, "no structure.json"), ({"geometry": {"parameters": 0}}, "no structure.json"),
+        ({"space": "prefix"}, "is no module of its space prefix"),
+        ({"modules": [{**stored["modules"][0], "rank": "4"}]}, "is no module of its space s2"),
+        ({"modules": [{**stored["modules"][0], "name": ["a"]}]}, "is no module of its space s2"))}
     del stored["ranks"]
     for content in ("[1, 2]", good[:99], "\xff", "[" * 100_000, json.dumps(stored)):
         spoilt[content] = "no structure.json"
@@ -3456,15 +3473,15 @@ def test_section_8_a_gpu_gives_the_same_bytes_twice(world, tmp_path, more):
 
 
 def test_section_8_the_file_keeps_its_measures():
-    """No function has over 45 lines, no line over 110 columns; every [Dn] is a point of the page of decisions."""
+    """No function has over 45 lines, no line over 110 columns; every [Dn] stands on the page of decisions."""
     source = Path(bipeft.__file__).read_text()
     assert [line for line in source.splitlines() if len(line) > 110] == []
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     assert [f.name for f in functions if f.end_lineno - f.lineno + 1 > 45] == [] and len(functions) > 100
     page = (HERE / "docs" / "decisions.md").read_text()
-    points = {int(number) for number in re.findall(r"^(\d+)\. ", page, re.MULTILINE)}
+    decisions = {int(number) for number in re.findall(r'<a id="d(\d+)"></a>', page)}
     named = {int(number) for some in re.findall(r"\[(D[\dD, ]+)\]", source) for number in re.findall(r"\d+", some)}
-    assert points == set(range(1, len(points) + 1)) and named <= points and len(named) > 40
+    assert decisions == set(range(1, len(decisions) + 1)) and named <= decisions and len(named) > 40
 
 
 def test_section_8_the_method_needs_nothing_of_the_program():

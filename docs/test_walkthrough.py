@@ -55,9 +55,9 @@ def test_every_figure_is_shown_and_small():
 
 
 def test_every_decision_that_is_linked_exists():
-    points = set(re.findall(r'^(\d+)\. <a id="d\1"></a>', (DOCS / "decisions.md").read_text(), re.MULTILINE))
+    decisions = set(re.findall(r'<a id="d(\d+)"></a>', (DOCS / "decisions.md").read_text()))
     linked = re.findall(r"\[decision (\d+)\]\(decisions\.md#d(\d+)\)", PAGE)
-    assert len(linked) > 15 and all(number == anchor and number in points for number, anchor in linked)
+    assert len(linked) > 15 and all(number == anchor and number in decisions for number, anchor in linked)
     assert len(linked) == PAGE.count("](decisions.md")
 
 
