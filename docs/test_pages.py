@@ -240,7 +240,7 @@ def kinds(monkeypatch):
 
 
 def test_the_code_of_copying_md_runs(kinds):
-    equations, loop, kind, its_test, *others = code_of("docs/copying.md")
+    equations, loop, kind, its_test, *others, _ = code_of("docs/copying.md")      # the last: test_methods.py
     with torch.random.fork_rng():
         exec(equations, names := {})
         assert (names["smoothed"] != 0).all()

@@ -5,6 +5,8 @@
 
 import importlib.util
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +49,17 @@ def test_a_method_keeps_the_budget_and_leaves_the_encoder_as_it_was(bench, finde
     bench.open("toy", 0)                                               # a fresh head of the same seed
     with torch.no_grad():
         assert torch.equal(bench.model(*batch).logits, before)
+
+
+def test_the_method_of_copying_md_is_one_like_any_other(bench):
+    page = (Path(__file__).resolve().parents[1] / "copying.md").read_text()
+    (code,) = re.findall(r"```python\n(def by_gradient.*?)```", page, re.DOTALL)
+    exec(code, names := dict(vars(methods)))
+    bench.open("toy", 0)
+    structure = names["by_gradient"](bench, 600)["gradients"]
+    assert 400 < structure.parameters <= 600 and bench.passes == 8
+    bench.open("toy", 0)
+    assert names["by_gradient"](bench, 600)["gradients"] == structure
 
 
 @pytest.mark.parametrize("finder", ["bipeft", "lora", "chance", "whole", "full", "s3delta", "prunepeft"])
