@@ -31,7 +31,7 @@ from matplotlib.colors import ListedColormap                                    
 from matplotlib.patches import Patch, Rectangle                                    # noqa: E402
 
 import bipeft                                                                      # noqa: E402
-from palette import BLUE, COLOUR, INK, KINDS, ORANGE, PALE, SOFT, STYLE, WIDTH, where          # noqa: E402
+from palette import BLUE, COLOUR, INK, KINDS, ORANGE, PALE, SOFT, STYLE, WIDTH, save, where    # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
 S2 = "lora", "adapter_lr", "bitfit", "lnfit"
@@ -44,7 +44,7 @@ class NotedSearch(bipeft.Search):
         self.lora = space.modules[space.kinds.index("lora")]
         self.compute, self.passes, self.seen = run_pass, [], {}
         super().__init__(model, space, settings, steps, warmup, self.noted_pass)
-        self.note(kept=self.kept, phi=self.rank_weights())
+        self.note(kept=self.kept)
 
     def noted_pass(self, model, space, gate, ranks, batch, inputs):
         stored = torch.stack([self.lora.A, self.lora.B]).detach().numpy().copy()                  # of d -> d
@@ -71,7 +71,6 @@ class NotedSearch(bipeft.Search):
         self.note(beta=line["beta"], loss=line["loss_train"], expected=line["expected"], passes=self.passes,
                   reduction=np.nan if line["reduction"] is None else line["reduction"], smoothed=self.smoothed,
                   kept=self.kept, fixed=self.fixed, indicator=self.indicators[-1], choice=self.choice,
-                  theta=self.theta.softmax(1)[:, 1], phi=self.rank_weights(),
                   after=bipeft.expected_parameters(self.keep_probabilities(), self.expected_sizes()))
         self.passes = []
         return line
@@ -82,8 +81,7 @@ class Record:
 
     names, kinds, sizes, ..: of the N modules.   By step, [T] or [T, N]: beta; loss, of pass 1; expected (E); reduction
     (R, NaN without a trigger); after (E once the step's trigger has selected); smoothed (s̄); indicator (I); fixed (d);
-    choice (k*); theta (softmax(Θ), of keep).   With t = 0 in front, [T + 1, ..]: kept (b), phi (softmax(Φ)).
-    passes: of each step, what its passes had and felt.
+    choice (k*).   With t = 0 in front, [T + 1, N]: kept (b).   passes: of each step, what its passes had and felt.
     """
 
     def __init__(self, settings, structure, space, budget, most, history):
@@ -98,10 +96,6 @@ class Record:
             raise SystemExit("no trigger within the steps: nothing to draw; give more --search-epochs")
         self.first = int(self.fired[0])
         self.gone = np.where(self.kept[-1], self.T + 1, (~self.kept).argmax(0))               # [N], the step
-        self.settled = np.where(self.fixed.any(0), self.fixed.argmax(0) + 1, self.T + 1)      # [N], likewise
-        stay = np.flatnonzero(self.ranked & self.kept[-1])
-        stay = stay if len(stay) else np.flatnonzero(self.ranked)
-        self.pair = min(stay, key=lambda n: self.settled[n]), max(stay, key=lambda n: self.settled[n])
         self.cells = [where(name) for name in self.names]
         self.found = {f"{m['name']}.{m['kind']}": m["rank"] or "x" for m in structure.modules}
         flips = [t for t in range(self.first - 1) if len(self.passes[t]) == 3
@@ -111,27 +105,6 @@ class Record:
             self.kept[-1, n] and self.found[self.names[n]] in ("x", self.ranks[self.choice[-1, n]]))]
         z = settings.triggers - -(-settings.triggers // 10)                     # triggers before p = 1 [D4]
         self.certain = int(self.fired[z]) if len(self.fired) > z else self.T + 1
-
-    def before(self, t):
-        """d, k* and C of Eq. 8 in step t, before its trigger, [N] each."""
-        fixed, choice = (self.fixed[t - 2], self.choice[t - 2]) if t > 1 else (~self.ranked, self.choice[0])
-        return fixed, choice, bipeft.expected_size(*map(torch.tensor, (
-            np.log(self.phi[t]), self.sizes, fixed, choice))).numpy()
-
-    def open_ranks(self):
-        """At each trigger: how many ranks are open once its modules have gone, and Y, how many of them it fixes."""
-        counts = []
-        for t in self.fired:
-            was_open = ~self.before(t)[0] & self.kept[t]
-            counts.append((int(was_open.sum()), int((was_open & self.fixed[t - 1]).sum())))
-        return counts
-
-    def instability(self):
-        """λ of Eq. 9 at each trigger, [triggers, N], from the recorded steps since the one before."""
-        rows = []
-        for j, t in zip([0, *self.fired], self.fired):
-            rows.append(bipeft.rank_instability(torch.tensor(self.phi[j:t + 1])))
-        return torch.stack(rows).numpy()
 
 
 def record(settings):
@@ -302,31 +275,6 @@ def staircase(r):
     return figure
 
 
-def ranks(r):
-    """softmax(Phi) of two kept modules, the first and the last to be fixed, and their lambda at the triggers."""
-    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 4.2), sharey="row", height_ratios=[1.5, 1], layout="constrained")
-    unstable = r.instability()
-    for n, (above, below) in zip(r.pair, axes.T):
-        fixed = min(r.settled[n], r.T)
-        for k, (rank, colour, style) in enumerate(zip(r.ranks, (BLUE, ORANGE, INK), ("-", "--", "-."))):
-            above.plot(range(r.T + 1), r.phi[:, n, k], color=colour, ls=style, lw=1.2, label=f"rank {rank}")
-        for ax in (above, below):
-            ax.axvline(fixed, color=SOFT, lw=1, ls=":")
-        held = f" ({r.found.get(r.names[n], 'left out')} after the repair)" if n in r.changed else ""
-        above.set(title=f"{short(r, n)}: rank {r.ranks[r.choice[-1, n]]} fixed at step {fixed}{held}", xlabel="step",
-                  xlim=(0, 1.05 * r.T))
-        for m in np.flatnonzero(r.ranked):
-            until = r.fired <= min(r.settled[m], r.T)
-            below.plot(r.fired[until], unstable[until, m], ".", color="#cccccc", ms=3)
-        until = r.fired <= fixed
-        below.plot(r.fired[until], unstable[until, n], "o-", color=BLUE, ms=4, lw=1)
-        below.set(yscale="log", xlabel="step, from the first trigger on", xlim=(r.first - 1, r.T + 3))
-    axes[0][0].set_ylabel("softmax(Φ)")
-    axes[1][0].set_ylabel("λ, grey: other modules")
-    axes[0][0].legend(loc="upper left", ncols=3)
-    return figure
-
-
 def box(ax, x, y, colour, filled, sign="", sign_colour="white", heavy=False):
     """A module."""
     ax.add_patch(Rectangle((x + 0.06, y + 0.06), 0.88, 0.88, facecolor=filled, edgecolor="black" if heavy else colour,
@@ -377,6 +325,7 @@ def animation(r, path):
         figure.savefig(drawn := io.BytesIO(), dpi=100)
         frames.append(Image.open(drawn).convert("RGB"))
     palette = frames[len(frames) // 2].quantize(64)
+    palette.putpalette([255 if value > 250 else value for value in palette.getpalette()])        # white is white
     first, *rest = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     first.save(path, save_all=True, append_images=rest, duration=[800] * (len(frames) - 1) + [5000], loop=0,
                optimize=True)
@@ -404,12 +353,13 @@ def real_search(lines, structure, metrics):
     beta.set(ylabel="β", ylim=(0, 1.05))
     size.plot(steps, [x["expected"] for x in lines], color=BLUE, lw=1.2, drawstyle="steps-post", label="E")
     size.axhline(structure["budget"], color=INK, ls="--", lw=1, label=f"B = {structure['budget']:,}")
+    size.plot(fired[-1]["step"], metrics["parameters"], "D", color=ORANGE, mec=INK, ms=5, label="the structure found")
     size.set(xlabel="step", ylabel="parameters", ylim=0, xlim=(0, steps[-1] + 3))
     size.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     for ax in (size, beta):
         ax.axvspan(0, fired[0]["step"] - 0.5, color=PALE, lw=0, zorder=0, label="before the first trigger")
     handles, labels = (a + b[:2] for a, b in zip(beta.get_legend_handles_labels(), size.get_legend_handles_labels()))
-    figure.legend(handles, labels, loc="outside upper center", ncols=5)
+    figure.legend(handles, labels, loc="outside upper center", ncols=6)
     return figure
 
 
@@ -450,13 +400,15 @@ def facts(r):
     def named(modules):
         return ", ".join(short(r, n) for n in modules) or "none"
 
-    told, pair, t = r.passes[r.told - 1], r.pair, r.certain
+    told, t = r.passes[r.told - 1], r.certain
     gone = [list(np.flatnonzero(r.gone == t)) for t in r.fired]
     ends = {n: r.found.get(r.names[n]) for n in range(r.N)}
     lower = [f"{short(r, n)} from rank {r.ranks[r.choice[-1, n]]} to {ends[n] or 'none'}" for n in range(r.N)
              if r.kept[-1, n] and r.ranked[n] and ends[n] != r.ranks[r.choice[-1, n]]]
     back = [n for n in range(r.N) if not r.kept[-1, n] and ends[n]]
-    open_ranks, real = r.open_ranks(), r.sizes[np.arange(r.N), r.choice[-1]][r.kept[-1]].sum()
+    real = r.sizes[np.arange(r.N), r.choice[-1]][r.kept[-1]].sum()
+    was_open = [~r.fixed[t - 2] & r.kept[t] for t in r.fired]               # once the trigger's modules have gone
+    settled = [int((was & r.fixed[t - 1]).sum()) for was, t in zip(was_open, r.fired)]      # Y
     return [
         f"CPU, Python {platform.python_version()}, torch {torch.__version__}, seed {r.settings.seed}",
         f"{r.N} modules", f"B = {r.budget:,}", f"T = {r.most}",
@@ -467,9 +419,7 @@ def facts(r):
         f"{(~told[0]['gate'] & told[-1]['gate']).sum()} gates",
         f"the {len(r.fired)} triggers come within the steps {r.first} to {r.fired[-1]}",
         f"β is below τ in {(r.beta[r.first - 1:] < r.settings.tau).sum()} of these {r.T - r.first + 1} steps",
-        f"E is {r.expected[0]:,.0f} after step 1 and {r.expected[r.first - 1]:,.0f} at step {r.first}",
-        "R is {:,.0f} at the first trigger and {:,.0f} at the last".format(*r.reduction[r.fired[[0, -1]] - 1]),
-        f"The first trigger removes {named(gone[0])}; the next three remove {named(sum(gone[1:4], []))}",
+        f"The first triggers remove {named(sum(gone[:4], []))}",
         f"{sum(not one for one in gone)} of the {len(gone)} triggers remove nothing",
         f"from {r.expected[min(t, r.T) - 2]:,.0f} before the trigger of step {t - 1} to "
         f"{r.expected[min(t, r.T) - 1]:,.0f} before that of step {t}",
@@ -477,14 +427,12 @@ def facts(r):
         f"{(~r.kept[-1]).sum()} modules that go",
         f"the mean training loss of the {min(25, r.first)} steps up to {r.first} is "
         f"{r.loss[max(0, r.first - 25):r.first].mean():.3f}",
-        f"{open_ranks[0][0]} ranks are open at the first trigger",
-        f"Y is 0 at {sum(y == 0 for _, y in open_ranks)} of the {len(r.fired)} triggers and at most "
-        f"{max([y for _, y in open_ranks[:-1]], default=0)} before the last, which fixes {open_ranks[-1][1]}",
-        f"{short(r, pair[0])} is fixed at step {r.settled[pair[0]]}, {short(r, pair[1])} at step {r.settled[pair[1]]}",
+        f"{was_open[0].sum()} ranks are open at the first trigger",
+        f"Y is 0 at {settled.count(0)} of the {len(r.fired)} triggers and at most {max(settled[:-1], default=0)} before the "
+        f"last, which fixes {settled[-1]}",
         f"the last trigger leaves {r.kept[-1].sum()} modules with {real:,} parameters, {real - r.budget:,} more than B",
         f"lowers {', '.join(lower) or 'none'}",
-        f"takes back {named(back)}: {sum(n in gone[-1] for n in back)} of the {len(gone[-1])} that the last trigger "
-        "removed",
+        f"takes back {sum(n in gone[-1] for n in back)} of the {len(gone[-1])} modules that the last trigger removed",
         f"{len(r.found)} modules with {r.structure.parameters:,} parameters"]
 
 
@@ -502,13 +450,7 @@ def real_facts(lines, structure, metrics):
 
 
 FIGURES = {"weights": weights, "passes": three_passes, "sensitivity": sensitivities, "indicator": indicators,
-           "budget": staircase, "ranks": ranks}
-
-
-def save(figure, path):
-    figure.savefig(drawn := io.BytesIO(), dpi=160)
-    Image.open(drawn).convert("RGB").quantize(96).save(path, optimize=True)
-    plt.close(figure)
+           "budget": staircase}
 
 
 def main(arguments=None):
@@ -535,6 +477,7 @@ def main(arguments=None):
     for name, draw in FIGURES.items():
         save(draw(r), args.out / f"{name}.png")
     animation(r, args.out / "search.gif")
+    plt.close("all")
     return r
 
 

@@ -1,9 +1,10 @@
-"""What all figures share: a colour a kind of module, the style of a page, and short names of places.
+"""What all figures share: a colour a kind of module, the style of a page, short names of places, and how one is saved.
 
 A page is white, on a dark screen too. The four kinds of S2 differ in lightness by 10 or more (CIELAB), so that a print
 in grey or a colour-blind reader tells them apart; test_report.py checks either. Kinds have a label beside it.
 """
 
+import io
 import re
 
 KINDS = {"bitfit": "BitFit", "lnfit": "LNFit", "lora": "LoRA", "adapter_lr": "Adapter-LR",
@@ -40,3 +41,10 @@ def where(place):
     layer, path = found.groups() if found else ("emb", name.removesuffix(".LayerNorm"))
     block = BLOCKS.get(path) if kind in ("adapter_lr", "serial", "parallel") else None
     return layer, block or NAMES.get(path, path.rpartition(".")[2]), kind
+
+
+def save(figure, path):
+    """A figure as a small PNG, at twice the width of a page or nearly so."""
+    from PIL import Image
+    figure.savefig(drawn := io.BytesIO(), dpi=160)
+    Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from bench import bipeft
 from methods import ABLATIONS, CORE, METHODS, MORE, SENSITIVITY
-from palette import BLUE, COLOUR, INK, KINDS, SOFT, STYLE, WIDTH, where
+from palette import BLUE, COLOUR, INK, KINDS, SOFT, STYLE, WIDTH, save, where
 from stats import contrasts, signed
 
 RIVALS = {**CORE, **MORE}
@@ -244,7 +244,7 @@ def draw(data, folder, prefix):
         with plt.rc_context(STYLE):
             fig, path = make(data, plt), folder / f"{prefix}-{name}.png"
             if fig is not None:
-                fig.savefig(path, dpi=160, metadata={"Software": None})
+                save(fig, path)
                 plt.close(fig)
             told.append(str(path) if fig is not None else f"{name}: no data yet")
     return told
