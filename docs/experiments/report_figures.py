@@ -35,15 +35,17 @@ def in_order(pair):
 
 
 def differences(found, tasks, plt, label, tick):
-    """A panel a method: BIPEFT's score less its, mean and 95 % t interval over pairs; small, the mean of each task.
+    """A panel a method: BIPEFT's score less its, the mean and its 95 % t interval over seeds, or, where there are but
+    two, over pairs; small, the mean of each task.
 
     found: {method: {x: Contrast}}.   label: of the x axis.   tick: the text below an x.
     """
     found = {name: points for name, points in found.items() if points}
     if not found:
         return None
-    there = {task for points in found.values() for c in points.values() for task, _ in c.pairs}
-    tasks = [task for task in tasks if task in there]
+    cells = [{*c.pairs} for points in found.values() for c in points.values()]
+    tasks = [task for task in tasks if task in {task for task, _ in set.union(*cells)}]
+    few = any(len({seed for _, seed in of}) < 3 for of in cells)
     fig, axes = plt.subplots(1, len(found), figsize=(WIDTH, 2.9), squeeze=False, sharey=True, layout="constrained")
     every = sorted({x for points in found.values() for x in points})
     for ax, (name, points) in zip(axes[0], found.items()):
@@ -52,8 +54,8 @@ def differences(found, tasks, plt, label, tick):
             means = [np.mean([d for (of, _), d in c.pairs.items() if of == task] or np.nan) for c in points.values()]
             ax.plot(np.array(at) + 0.12 * (i + 1), means, ls="", marker=MARKERS[i % 5], ms=4, color=TASKS[i % 5],
                     label=task)
-        ax.errorbar(at, [c.mean for c in points.values()], [c.half for c in points.values()], color=INK, marker="D",
-                    ms=5, lw=1.4, label="all pairs: mean, 95 % interval")
+        ax.errorbar(at, [c.mean for c in points.values()], [c.half if few else c.half_of_seeds for c in points.values()],
+                    color=INK, marker="D", ms=5, lw=1.4, label=f"mean, 95 % over {'pairs' if few else 'seeds'}")
         ax.axhline(0, color=SOFT, lw=1)
         ax.set_xticks(range(len(every)), [tick(x) for x in every])
         ax.set(title=f"BIPEFT − {name}", xlabel=label, xlim=(-0.5, len(every) - 0.2))
