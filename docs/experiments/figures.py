@@ -428,8 +428,8 @@ def facts(r):
         f"the mean training loss of the {min(25, r.first)} steps up to {r.first} is "
         f"{r.loss[max(0, r.first - 25):r.first].mean():.3f}",
         f"{was_open[0].sum()} ranks are open at the first trigger",
-        f"Y is 0 at {settled.count(0)} of the {len(r.fired)} triggers and at most {max(settled[:-1], default=0)} before the "
-        f"last, which fixes {settled[-1]}",
+        f"Y is 0 at {settled.count(0)} of the {len(r.fired)} triggers and at most {max(settled[:-1], default=0)} before "
+        f"the last, which fixes {settled[-1]}",
         f"the last trigger leaves {r.kept[-1].sum()} modules with {real:,} parameters, {real - r.budget:,} more than B",
         f"lowers {', '.join(lower) or 'none'}",
         f"takes back {sum(n in gone[-1] for n in back)} of the {len(gone[-1])} modules that the last trigger removed",
