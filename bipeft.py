@@ -99,7 +99,7 @@ class Settings:
     warmup_epochs: int = None           # of these before the first trigger (the task's)
     arch_lr: float = 0.01               # learning rate of Θ and Φ
     structure: str = None               # a structure.json to train: no search
-    lr: float = 3e-4                    # learning rate of ΔW, falling linearly to 0 (custom 1e-3, toy 3e-3)
+    lr: float = 3e-4                    # learning rate of ΔW, falling linearly to 0 (custom 1e-3, toy 5e-3)
     weight_decay: float = 1e-4          # of ΔW, Θ and Φ
     batch_size: int = None              # examples a step (32, ReCoRD and custom 16)
     seed: int = 0                       # one or more numbers: of splits, weights, draws
@@ -1554,7 +1554,7 @@ TASKS = {
     "custom": Task(("source",), (), "accuracy", 20, 2, batch_size=16, answer="target",
                    defaults={"lr": 1e-3, "triggers": 30}),                          # measured [D83]
     "toy": Task((), ("good", "bad"), "accuracy", 7, 4, defaults={
-        "model": "toy", "lr": 3e-3, "budget": 0.03, "triggers": 30, "search_epochs": 5}),
+        "model": "toy", "lr": 5e-3, "budget": 0.03, "triggers": 30, "search_epochs": 5}),
 }
 # Those of SuperGLUE that the hub does not hold under GLUE's name. RTE is in both.
 SUPERGLUE = ("boolq", "cb", "multirc", "record", "wic")
