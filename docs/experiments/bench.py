@@ -37,7 +37,6 @@ class Settings:
     bo_guided: int = 40              # guided ones,
     bo_share: float = 0.1            # the share of the steps that each trains,
     bo_full: int = 3                 # and how many are then trained in full
-    surrogate: str = "auto"          # botorch where installed, or "own"
     workers: int = 0                 # processes on the device, 0: this one
     small: bool = False              # a tiny random backbone and synthetic rows
 
@@ -138,9 +137,7 @@ class NextToken(nn.Module):
 
 
 FILES = {"qnli": ("validation",), "mnli": ("validation_matched",), "sst2": ("train", "validation"),
-         "rte": ("train", "validation"), "cola": ("train", "validation")}               # of every family
-MORE_FILES = {"boolq": ("validation",), "multirc": ("validation",), "mrpc": ("train", "validation"),
-              "cb": ("train", "validation")}                                            # of Llamas
+         "cola": ("train", "validation")}
 
 
 def prepare(model, data_dir, settings):
@@ -151,7 +148,7 @@ def prepare(model, data_dir, settings):
     folder, arrays, family = Path(settings.folder), {}, settings.family
     with bipeft.failing(f"{model} can't be loaded", MODEL_ADVICE):
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    for task, files in (FILES | MORE_FILES if family == "llama" else FILES).items():
+    for task, files in FILES.items():
         for number, name in enumerate(files):
             path = Path(data_dir) / task / f"{name}.parquet"
             with bipeft.failing(f"{path} can't be read", ": --data-dir holds <task>/<split>.parquet, as the hub's"):
@@ -228,13 +225,13 @@ def splits_of(task, settings, seed):
     rows = [pool[i] for i in order]
     if task == "sst2":                                      # the validation file is the test
         return {"validation": rows[:500], "test": other[0], "train": rows[500:500 + settings.train_rows]}
-    if other:                                               # rte, cola: it is halved
+    if other:                                               # cola: it is halved
         half = list(other[0])
         random.Random(bipeft.derive(seed, 22)).shuffle(half)
         return {"train": rows, "validation": half[:len(half) // 2], "test": half[len(half) // 2:]}
     few = min(500, len(rows) // 5)
-    return {"validation": rows[:few], "test": rows[few:few + 3 * few], "train": rows[few + 3 * few:]} if len(
-        rows) > 2000 else {"validation": rows[:few], "test": rows[few:2 * few], "train": rows[2 * few:]}
+    tested = few if task == "toy" else 3 * few
+    return {"validation": rows[:few], "test": rows[few:few + tested], "train": rows[few + tested:]}
 
 
 # ==================================================================================================

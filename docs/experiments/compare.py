@@ -15,8 +15,8 @@
 Here is what is run, in which order, and on how many processes. The methods, each with its paper, are in
 methods.py; the backbone, the tasks, a training and the supernet that searches stand on in bench.py.
 
-Needs the project's packages; AdaLoRA also peft, AutoPEFT botorch (or bayes.py's own surrogate). A line of
-JSON a search and a training goes to --out; what has a line there, or in --out with ".gz" added, is not run again.
+Needs the project's packages; AdaLoRA also peft, AutoPEFT botorch. A line of JSON a search and a training goes to
+--out; what has a line there, or in --out with ".gz" added, is not run again.
 
 The rules. Every method gives a structure of at most B parameters, counted from tensors. Each is re-trained from
 fresh weights for the same steps, batches, optimiser (AdamW, linear decay) and seed: the seed decides splits, order,
@@ -37,12 +37,10 @@ import gzip
 import importlib.util
 import itertools
 import json
-import math
 import multiprocessing.connection
 import signal
 import sys
 import time
-from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +48,7 @@ import torch
 import torch.multiprocessing as mp
 
 from bench import SMALL, Bench, Settings, bipeft, prepare
-from methods import (ABLATIONS, ACROSS, CORE, FTE, LLAMA_CORE, METHODS, MORE, SCALES, SENSITIVITY, find,
+from methods import (ABLATIONS, ACROSS, CORE, LLAMA_CORE, METHODS, MORE, SCALES, SENSITIVITY, find,
                      ladder, scaled_lora, train_adalora)
 
 HERE = Path(__file__).resolve().parent
@@ -126,32 +124,25 @@ class Plan:
     it is.   lines: of the results file, from earlier runs, too.
     """
 
-    def __init__(self, wanted, lines, settings, args):
-        self.args, self.settings, self.dropped = args, settings, 0
-        self.structures, self.trained, self.running, self.failed, self.late = {}, {}, set(), set(), set()
-        self.wanted, seen, self.tuned, self.broken = [], set(), {}, Counter()
+    def __init__(self, wanted, lines, args):
+        self.args, self.structures, self.trained, self.tuned = args, {}, {}, {}
+        # Names of jobs: under way, without finite numbers, and with another error, which the next run tries again.
+        self.running, self.failed, self.given_up = set(), set(), set()
+        self.wanted = list({json.dumps(wish, sort_keys=True): wish for wish in wanted}.values())
+        self.asked = list(self.wanted)
         for line in lines:
             self.take(line)
-        for wish in wanted:
-            key = json.dumps(wish, sort_keys=True)
-            if key not in seen:
-                seen.add(key)
-                self.wanted.append(wish)
 
     def take(self, line):
         """A line of results."""
         self.tuned = {}
-        if "error" in line:                                     # chance may have had a part in any but a UsageError
-            self.broken[line["key"]] += 1
-            if line["error"].startswith("UsageError"):
-                self.failed.add(line["key"])
-            elif self.broken[line["key"]] > 1:
-                self.late.add(line["key"])                      # given up for this time
+        if "error" in line:
+            usage = line["error"].startswith("UsageError")
+            (self.failed if usage else self.given_up).add(line["key"])
         elif line["stage"] == "find":
             self.structures[line["method"], line["task"], line["budget"], line["seed"]] = line["structure"]
         elif line["stage"] == "train":
-            key = line["method"], line["task"], line["budget"], line["seed"], line["source"]
-            self.trained.setdefault(key, {})[line["lr"]] = line["validation"]
+            self.trained.setdefault(cell_of(line), {})[line["lr"]] = line["validation"]
 
     def tuning(self, name, budget, lr):
         """The trainings that a rate is judged by, as wishes."""
@@ -198,7 +189,6 @@ class Plan:
             job = self.job_of(wish)
             if job == "done":
                 self.wanted.remove(wish)
-                self.dropped += not self.trained.get(cell_of(wish))
             elif job == "wait":
                 waiting = True
             else:
@@ -207,8 +197,12 @@ class Plan:
         return None if waiting or self.running else False
 
     def missing(self):
-        """How many are left, those given up for time or for an error included."""
-        return sum(self.job_of(wish) != "done" for wish in self.wanted) + self.dropped
+        """How many trainings have no line."""
+        count = 0
+        for wish in self.asked:
+            lr = wish.get("lr") or self.args.lr or self.rate(wish["method"], wish["budget"])[0]
+            count += lr not in self.trained.get(cell_of(wish), {})
+        return count
 
     def job_of(self, wish):
         """What is to be done for a wish: a job, "wait" or "done". First comes what its rate is chosen by."""
@@ -230,11 +224,13 @@ class Plan:
         structure = self.structures.get((wish["method"], origin, budget, wish["seed"]))
         if structure is None and not method.cheap:
             job = {"stage": "find", "finder": method.finder, "task": origin, "budget": budget, "seed": wish["seed"]}
-            return "done" if key_of(job) in self.late else "wait" if key_of(job) in self.running else job
+            if key_of(job) in self.running:
+                return "wait"
+            return "done" if key_of(job) in self.given_up else job
         if waits:
             return "wait"
         job = {"stage": "train", **{key: wish[key] for key in CELL}, "tuning": wish["tuning"], "lr": lr}
-        if lr in self.trained.get(cell_of(wish), {}) or key_of(job) in self.failed | self.late:
+        if lr in self.trained.get(cell_of(wish), {}) or key_of(job) in self.failed | self.given_up:
             return "done"
         if key_of(job) in self.running:
             return "wait"
@@ -255,30 +251,27 @@ def key_of(job):
 
 def wanted_of(args):
     """All trainings of the tables asked for, the important ones first; those for rates follow from them."""
-    missing = "it is not for --family t5" if args.family == "t5" else (
-        None if importlib.util.find_spec("peft") else "peft is not installed")
-    installed = {name for name in args.methods or METHODS if not missing or METHODS[name].finder != "adalora"}
-    if args.family != "bert":
-        installed -= {"head alone"}                                 # they have none
+    names = list(args.methods or METHODS)
+    for name, package in {"AdaLoRA": "peft", "AutoPEFT": "botorch"}.items():
+        if name in names and not importlib.util.find_spec(package):
+            print(f"{name} is left out: {package} is not installed")
+            names.remove(name)
+    left_out = {"bert": (), "t5": ("head alone", "AdaLoRA", "AutoPEFT"), "llama": ("head alone", "AutoPEFT")}
+    installed = set(names) - set(left_out[args.family])             # they have no head, and many layers
 
     def of(names, seeds, budget=args.budget, tasks=args.tasks, **more):
         for seed, name, task in itertools.product(seeds, [n for n in names if n in installed], tasks):
             yield {"method": name, "task": task, "budget": budget, "seed": seed, "source": None, "tuning": False,
                    **more}
-    if "AdaLoRA" in (args.methods or METHODS) and "AdaLoRA" not in installed:
-        print(f"AdaLoRA is left out: {missing}")
-    first, rest = args.seeds[:args.first_seeds], args.seeds[args.first_seeds:]
     for table in args.table:
         if table == "main":
-            core = list(LLAMA_CORE if args.family == "llama" else CORE)
-            more = [name for name in {**CORE, **MORE} if name not in core]
+            core = LLAMA_CORE if args.family == "llama" else CORE
+            every = [*core, *(name for name in {**CORE, **MORE} if name not in core)]
             if args.methods:                                        # their order is that of importance
-                core, more = [name for name in args.methods if name in core + more], []
-            yield from of(core, first)
-            for name in more:
-                yield from of([name], first)
-            for seed in rest:
-                yield from of(core + more, [seed])
+                yield from of([name for name in args.methods if name in every], args.seeds)
+            else:
+                yield from of(core, args.seeds)
+                yield from of(every[len(core):], args.seeds)
         elif table in ("ablations", "sensitivity"):
             for seed in args.seeds:
                 yield from of(["BIPEFT", *(ABLATIONS if table == "ablations" else SENSITIVITY)], [seed])
@@ -307,19 +300,16 @@ def work(settings, number, pipe):
     signal.signal(signal.SIGINT, signal.SIG_IGN)                    # Ctrl-C is for the one that hands out
     if settings.device == "auto" and torch.cuda.is_available():
         settings = dataclasses.replace(settings, device=f"cuda:{number % torch.cuda.device_count()}")
-    bench, broken = Bench(settings), 0
+    bench = Bench(settings)
     with contextlib.suppress(EOFError, ConnectionError):            # the one that hands out is gone
         pipe.send([first_line(bench)])
-        while broken < 2 and (job := pipe.recv()) is not None:
-            lines = attempt(bench, job)
-            strange = "error" in lines[0] and not lines[0]["error"].startswith("UsageError")
-            broken = broken + 1 if strange else 0                   # twice in a row: no job is safe here
-            pipe.send(lines)
+        while (job := pipe.recv()) is not None:
+            pipe.send(attempt(bench, job))
 
 
 def first_line(bench):
     """What a file's lines share: the places that a structure's numbers stand for, sizes, settings."""
-    own = ("device", "workers", "folder", "surrogate")                      # they may differ between two calls
+    own = ("device", "workers", "folder")                      # they may differ between two calls
     settings = {key: value for key, value in dataclasses.asdict(bench.settings).items() if key not in own}
     return {"stage": "places", "places": [f"{name}.{kind}" for name, kind in bench.keys],
             "backbone_parameters": sum(p.numel() for p in bench.encoder.parameters()), "settings": settings}
@@ -329,9 +319,9 @@ def attempt(bench, job):
     """A job's lines, or that of its error."""
     try:
         return carry_out(bench, dict(job))
+    except torch.AcceleratorError:
+        raise                                                       # no job is safe on this device any more
     except Exception as error:
-        if isinstance(error, torch.AcceleratorError if hasattr(torch, "AcceleratorError") else ()):
-            raise
         told = f"{type(error).__name__}: {bipeft.one_line(error)[:300]}"
     reset(bench)                                                    # here nothing holds the job's tensors any more
     return [error_line(job, told)]
@@ -351,94 +341,53 @@ def reset(bench):
     bench.where = bench.find_places()
 
 
-class Results:
-    """A results file, the lines of earlier runs first, and the durations in it.
-
-    longest: seconds of the longest job of a kind, (stage, finder or method), on as many workers as now.
-    """
-
-    def __init__(self, out, workers):
-        self.out, self.lines, self.longest = out, read(out), defaultdict(float)
-        if out.exists() and not out.read_bytes().endswith(b"\n"):
-            with out.open("a") as file:
-                file.write("\n")                                    # of a run that was killed in a line
-        for line in self.lines:
-            if line.get("workers") == max(1, workers):
-                self.clock(line)
-
-    def clock(self, line):
-        kind = line["stage"], line.get("finder") or line.get("method")
-        self.longest[kind] = max(self.longest[kind], line.get("seconds", 0))
-
-    def expected(self, job):
-        """Seconds: the longest of its kind so far or, of a search not seen yet, its FTE in trainings."""
-        kind = job["stage"], job.get("finder") or job.get("method")
-        trainings = [seconds for (stage, _), seconds in self.longest.items() if stage == "train"]
-        share = FTE.get(kind[1], 3 if kind[0] == "find" else 1)
-        return self.longest.get(kind) or share * (sum(trainings) / len(trainings) if trainings else 0)
-
-    def add(self, line):
-        self.lines.append(line)
-        with bipeft.failing(f"--out {self.out} can't be written", ": name another file"):
-            with self.out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def add_first(self, line):
-        """Takes a worker's first line; raises if the file's is of other settings."""
-        there = next((x for x in self.lines if x["stage"] == "places"), None)
-        if there is None:
-            self.add(line)
-        elif there.get("settings", line["settings"]) != line["settings"]:
-            raise bipeft.UsageError(f"{self.out} is of other settings, {there['settings']}: give another --out")
-        elif there["places"] != line["places"]:
-            raise bipeft.UsageError(f"{self.out} is of a model with other places: give another --out")
-
-
 class Run:
-    """The plan's jobs, each given out while there is time for it, and their lines, taken into file and plan."""
+    """The plan's jobs, given out while there is time, and their lines, taken into --out and plan."""
 
-    def __init__(self, args, settings, out, minutes):
-        self.results = Results(out, args.workers)
-        lines = self.results.lines
-        self.plan, self.started = Plan(list(wanted_of(args)), lines, settings, args), time.time()
+    def __init__(self, args):
+        self.out, self.lines, self.started = args.out, read(args.out), time.time()
+        self.plan = Plan(wanted_of(args), self.lines, args)
+        self.minutes = args.minutes
         if not self.plan.wanted:
             raise bipeft.UsageError("no training is asked for: --table has none of --methods that can be run here")
-        self.budgeted = math.inf if minutes is None else minutes * 60
+        if self.out.exists() and not self.out.read_bytes().endswith(b"\n"):
+            with self.out.open("a") as file:
+                file.write("\n")                                    # of a run that was killed in a line
         print(f"{len(self.plan.wanted)} trainings asked for, "
-              f"{sum(line.get('stage') == 'train' for line in lines)} lines there")
-
-    def seconds(self):
-        return time.time() - self.started
+              f"{sum(line.get('stage') == 'train' for line in self.lines)} lines there")
 
     def left(self):
-        return self.budgeted - self.seconds()
+        """Seconds."""
+        return 60 * self.minutes - (time.time() - self.started)
 
     def next(self):
-        """A job that would be done in time, as Plan.next: None if all wait for others, False if none is left."""
-        left = self.left()
-        while True:
-            job = self.plan.next() if left > 0 else False
-            if not job or self.results.expected(job) < left:
-                return job
-            self.put_back(job)
-            self.plan.late.add(key_of(job))
-
-    def put_back(self, job):
-        """A job that nobody works on any more."""
-        self.plan.running.discard(key_of(job))
+        """As Plan.next: None if all wait for others, False if none is left, or no time."""
+        return self.plan.next() if self.left() > 0 else False
 
     def take(self, job, lines):
         """The lines of a job, which is over; of no job, None, a worker's first."""
         for line in lines:
             if line["stage"] == "places":
-                self.results.add_first(line)
+                self.take_first(line)
             else:
-                self.results.add(line)
-                self.results.clock(line)
+                self.write(line)
                 self.plan.take(line)
-                show(line, self.seconds())
+                show(line, time.time() - self.started)
         if job is not None:
-            self.put_back(job)
+            self.plan.running.discard(key_of(job))
+
+    def take_first(self, line):
+        """Takes a worker's first line; raises if the file's is of other settings."""
+        there = next((x for x in self.lines if x["stage"] == "places"), None)
+        if there is None:
+            self.write(line)
+        elif there.get("settings", line["settings"]) != line["settings"] or there["places"] != line["places"]:
+            raise bipeft.UsageError(f"{self.out} is of other settings or another model: give another --out")
+
+    def write(self, line):
+        self.lines.append(line)
+        with self.out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 class Crew:
@@ -473,29 +422,23 @@ class Crew:
         """Jobs to idle workers, as long as there is one that can be done now."""
         while self.idle and (job := self.run.next()):
             pipe = self.idle.pop()
-            try:
-                pipe.send(job)
-                self.busy[pipe] = job
-            except (BrokenPipeError, ConnectionResetError):         # it left after two strange errors
-                self.run.put_back(job)
+            pipe.send(job)
+            self.busy[pipe] = job
 
     def end(self):
         """Lets idle workers end, and ends those at work."""
-        for pipe in self.workers.keys() - self.busy.keys():
-            try:
+        for pipe in self.idle:
+            with contextlib.suppress(OSError):
                 pipe.send(None)
-            except (BrokenPipeError, OSError):
-                pass
         for pipe, worker in self.workers.items():
             worker.join(0 if pipe in self.busy else 5)
             if worker.is_alive():
                 worker.terminate()
 
 
-def carry_out_all(args, settings, out, minutes):
-    """Does the plan's jobs, here or on workers; stops in time. Returns all lines."""
-    run = Run(args, settings, out, minutes)
-    print(where(settings))
+def carry_out_all(args, settings):
+    """Does the plan's jobs, here or on workers; stops in time."""
+    run = Run(args)
     if args.workers == 0:
         bench = Bench(settings)
         run.take(None, [first_line(bench)])
@@ -506,20 +449,8 @@ def carry_out_all(args, settings, out, minutes):
         while crew.busy and run.left() > 0:
             crew.take_lines()
             crew.hand_out()
-        if crew.busy:
-            print(f"stopped after {minutes:g} minutes; {len(crew.busy)} jobs were under way")
         crew.end()
-    print(f"{run.seconds():.0f} s; not done: {run.plan.missing()} trainings")
-    if args.workers and not crew.idle and not crew.busy:
-        sys.exit(f"no worker is left; the same command goes on from {out}")
-    return run.results.lines
-
-
-def where(settings):
-    """What a run is on, in words."""
-    if settings.device != "auto":
-        return f"on {settings.device}"
-    return f"on {torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "on the CPU: no GPU is seen"
+    print(f"{time.time() - run.started:.0f} s; not done: {run.plan.missing()} trainings")
 
 
 def show(line, seconds):
@@ -531,27 +462,23 @@ def show(line, seconds):
           f"B {line['budget']}  seed {line['seed']}  {told}", flush=True)
 
 
-LINE = {"stage", "task", "budget", "seed"}                      # what every line but the first has
-
-
 def read(out):
-    """The lines of a results file, after those of the same file packed, "out.gz", if there is one; a broken one, of a
-    run that was killed, is dropped.   Raises UsageError.
+    """The lines of a results file, after those of the same file packed, "out.gz", if there is one. A broken one, of a
+    run that was killed, is dropped, and so is an error that chance may have had a part in: the job is tried again.
     """
-    lines, packed = [], out.with_name(f"{out.name}.gz")
-    if out.is_dir():
-        raise bipeft.UsageError(f"{out} is a folder: name a file of compare.py's lines")
-    with bipeft.failing(f"{packed} can't be unpacked", ": move it away, or get it anew"):
-        parts = [gzip.decompress(packed.read_bytes()).splitlines()] if packed.exists() else []
-    with bipeft.failing(f"{out} can't be read", ": name another file"):
-        parts += [out.read_bytes().splitlines()] if out.exists() else []
-    for text in itertools.chain(*parts):
+    packed, texts = out.with_name(f"{out.name}.gz"), []
+    with bipeft.failing(f"{out} can't be read", ": name a file of compare.py's lines"):
+        if packed.exists():
+            texts += gzip.decompress(packed.read_bytes()).splitlines()
+        if out.exists():
+            texts += out.read_bytes().splitlines()
+    lines = []
+    for text in texts:
         with contextlib.suppress(ValueError):
             lines.append(json.loads(text))
-    strange = any(part and not part[0].startswith(b'{"') for part in parts)         # what is broken began as a line
-    if strange or not all(isinstance(x, dict) and (x.get("stage") == "places" or LINE <= x.keys()) for x in lines):
+    if texts and not lines or not all(isinstance(line, dict) and "stage" in line for line in lines):
         raise bipeft.UsageError(f"{out} does not hold compare.py's lines: name another file")
-    return [x for x in lines if x.get("error", "UsageError").startswith("UsageError")]    # others are tried again
+    return [line for line in lines if line.get("error", "UsageError").startswith("UsageError")]
 
 
 # ==================================================================================================
@@ -566,73 +493,34 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def file_of_lines(text):
-    """An argparse type: the path of a results file, which "x.gz" names, too: the packed lines of x."""
-    path = Path(text.removesuffix(".gz"))
-    if not path.name:
-        raise argparse.ArgumentTypeError("name a file")
-    return path
-
-
 def mistake_in(args, settings):
     """What is wrong with the arguments, in a line, or None."""
     if set(args.seeds) & set(args.tune_seeds):
         return "--seeds and --tune-seeds must differ: rates are chosen on seeds that are not reported"
-    for flag, value, most, of in (("--evaluations", settings.evaluations, settings.steps, "--steps"),
-                                  ("--warmup", settings.warmup, settings.search_steps, "--search-steps")):
-        if value > most:
-            return f"{flag} {value}: give at most {of}, {most}"
-    if settings.surrogate == "botorch" and not importlib.util.find_spec("botorch"):
-        return "--surrogate botorch: it is not installed; give own, or auto"
     if args.prepare:
         for flag, folder in (("--model", args.model), ("--data-dir", args.data_dir)):
             if not folder or not Path(folder).is_dir():
                 return f"--prepare needs {flag} and a folder that exists, not {folder}"
-    elif not args.table:
+        return None
+    if not args.table:
         return "nothing to do: give --table, --prepare or --small"
-    elif not settings.small:
-        return mistake_in_folder(args, settings)
-    elif other := {*args.tasks, *args.tune_tasks} - {"toy"}:
-        return f"--small has the task toy alone, not {min(other)}"
-
-
-def mistake_in_folder(args, settings):
-    """What is wrong with --folder, in a line, or None.   Raises UsageError if it can't be read."""
-    tasks, model = (Path(settings.folder) / name for name in ("tasks.npz", "model"))
-    if missing := [str(path) for path in (tasks, model) if not path.exists()]:
-        return f"{missing[0]} does not exist: run --prepare first, or name its --folder"
-    with bipeft.failing(f"{tasks} can't be read", ": run --prepare again"):
-        stored = set(np.load(tasks).files)
-    family = "llama" if "line_break" in stored else "t5" if "answers" in stored else "bert"
-    if settings.family != family:
-        return f"{settings.folder} was not prepared with --family {settings.family}: give another --folder"
+    if settings.small:
+        return None
+    tasks = Path(settings.folder) / "tasks.npz"
+    if not tasks.exists():
+        return f"{tasks} does not exist: run --prepare first, or name its --folder"
+    stored = set(np.load(tasks).files)
     if missing := [task for task in (*args.tasks, *args.tune_tasks) if f"{task}.0.ids" not in stored]:
         return f"{tasks} holds no task {missing[0]}"
 
-
-def within(kind, low, high=10**12):
-    """An argparse type: an int or a float in low .. high."""
-    def number(text):                                       # argparse speaks of an "invalid number value"
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} must lie in {low:g} .. {high:g}")
-        return value
-    return number
-
-
-# The flags of Settings: choices, and what numbers they take, where it is not 1 or more.
-COUNT, FROM_0, POSITIVE = within(int, 1), within(int, 0), within(float, 1e-12)
-CHOICES = {"family": ("bert", "t5", "llama"), "dtype": ("float32", "bfloat16", "float16"),
-           "surrogate": ("auto", "botorch", "own")}
-TYPES = {"warmup": FROM_0, "bo_guided": FROM_0, "search_lr": POSITIVE, "bo_share": within(float, 1e-12, 1)}
 
 # What --family llama is of, and --small, unless a flag says otherwise.
 LLAMA_ARGS = {"folder": "runs/compare-smollm2", "out": HERE / "results" / "compare_smollm2.jsonl",
               "dtype": "bfloat16", "budget": 18_697, "budgets": [5_000, 59_000, 74_790], "warmup": 150,
               "max_length": 256, "tasks": ["cola", "qnli", "mnli", "sst2"], "tune_tasks": ["cola", "qnli"],
-              "tune_seeds": [100], "first_seeds": 5, "rates": [1e-3, 3e-3, 1e-2]}
+              "tune_seeds": [100], "rates": [1e-3, 3e-3, 1e-2]}
 SMALL_ARGS = {**SMALL, "table": list(TABLES), "tasks": ["toy"], "budget": 600, "budgets": [300], "seeds": [0, 1],
-              "first_seeds": 1, "out": Path("runs") / "compare-small" / "compare.jsonl"}
+              "out": Path("runs") / "compare-small" / "compare.jsonl"}
 
 
 def parser_of():
@@ -643,25 +531,22 @@ def parser_of():
     add("--prepare", action="store_true")
     add("--model", help="for --prepare: the backbone's folder")
     add("--data-dir", help="for --prepare: the folder that holds <task>/<split>.parquet")
-    add("--out", type=file_of_lines, default=HERE / "results" / "compare.jsonl")
+    add("--out", type=Path, default=HERE / "results" / "compare.jsonl")
     add("--tasks", nargs="+", default=["qnli", "mnli", "sst2"])
     add("--methods", nargs="+", choices=list(METHODS), help="of --table's, these alone, the first first")
-    add("--seeds", nargs="+", type=FROM_0, default=[0, 1, 2, 3, 4])
-    add("--first-seeds", type=FROM_0, default=3, help="how many seeds of core methods come before the others")
-    add("--tune-seeds", nargs="+", type=FROM_0, default=[100, 101])
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    add("--tune-seeds", nargs="+", type=int, default=[100, 101])
     add("--tune-tasks", nargs="+", help="default: all of --tasks")
-    add("--lr", type=POSITIVE, help="one re-training rate for all, instead of choosing")
-    add("--budget", type=COUNT, default=10_000)
-    add("--budgets", nargs="+", type=COUNT, default=[3_000, 25_000, 45_000], help="of --table budgets")
-    add("--rates", nargs="+", type=POSITIVE, default=[1e-3, 2.5e-3, 6e-3, 1.5e-2],
+    add("--lr", type=float, help="one re-training rate for all, instead of choosing")
+    add("--budget", type=int, default=10_000)
+    add("--budgets", nargs="+", type=int, default=[3_000, 25_000, 45_000], help="of --table budgets")
+    add("--rates", nargs="+", type=float, default=[1e-3, 2.5e-3, 6e-3, 1.5e-2],
         help="of --table rates: each for all")
-    add("--workers", type=FROM_0, default=0)
-    add("--minutes", type=POSITIVE, help="hand out no job that would not be done by then")
+    add("--workers", type=int, default=0)
+    add("--minutes", type=float, default=1e9, help="then stop: the same command goes on")
     for field in dataclasses.fields(Settings):
         if field.name != "workers":
-            kind = {"action": "store_true"} if field.type is bool else {
-                "default": field.default, "choices": CHOICES.get(field.name),
-                "type": TYPES.get(field.name, COUNT if field.type is int else str)}
+            kind = {"action": "store_true"} if field.type is bool else {"default": field.default, "type": field.type}
             add(f"--{field.name.replace('_', '-')}", **kind)
     return parser
 
@@ -679,14 +564,11 @@ def main(arguments=None):
     try:
         if mistake := mistake_in(args, settings):
             parser.error(mistake)
-        if settings.device != "auto":
-            bipeft.choose_device(settings.device)
         if args.prepare:
             prepare(args.model, args.data_dir, settings)
         if args.table:
-            with bipeft.failing(f"--out {args.out} can't be written", ": name another file"):
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-            carry_out_all(args, settings, args.out, args.minutes)
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            carry_out_all(args, settings)
     except bipeft.UsageError as mistake:
         parser.error(str(mistake))
     except KeyboardInterrupt:
