@@ -158,12 +158,9 @@ def test_links_lead_somewhere(page):
         there = (ROOT / page).parent / path if path else ROOT / page
         assert there.exists() and there.resolve().is_relative_to(ROOT), target
         assert not anchor or anchor in slugs(there.read_text()), target
-    two = re.compile(r'<picture>\n<source media="\(prefers-color-scheme: dark\)" srcset="(.+)">\n'
-                     r'<img src="(.+)" alt="[^"]+">\n</picture>')                       # a dark page's, a light one's
-    assert all(((ROOT / page).parent / path).exists() for pair in two.findall(prose) for path in pair)
-    rest = re.sub(r"\]\([^)]*\)", "", two.sub("", prose))
+    rest = re.sub(r"\]\([^)]*\)", "", prose)
     assert re.findall(r"https?://\S+|\bwww\.\S+|<img|\]\[", rest) == []            # a link has one form alone
-    for path in re.findall(r"\b(?:docs/[\w./-]+|\w+)\.(?:md|py|png|sh)\b", two.sub("", text)):
+    for path in re.findall(r"\b(?:docs/[\w./-]+|\w+)\.(?:md|py|png|sh)\b", re.sub(r"\]\([^)]*\)", "", text)):
         assert (ROOT / path).exists() or list(ROOT.glob(f"docs/**/{path}")), f"{path} is named and not there"
 
 

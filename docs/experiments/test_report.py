@@ -17,6 +17,7 @@ import compare
 import report_figures as figures
 import report
 import stats
+from bench import bipeft
 from methods import METHODS, RATES
 
 TASKS, SEEDS, BUDGETS = ("qnli", "mnli", "sst2"), range(5), (3000, 10_000, 25_000, 45_000)
@@ -185,18 +186,19 @@ def test_colours_are_told_apart_by_colour_blind_readers():
         [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
         np.eye(3)])
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
-    for page in figures.PAGES.values():
-        colours = page["page"], *page["colours"]
-        srgb = np.array([[int(c[i:i + 2], 16) / 255 for i in (1, 3, 5)] for c in colours])
-        linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
-        light = linear @ to_xyz[1]
-        contrast = (np.maximum(light, light[0]) + 0.05) / (np.minimum(light, light[0]) + 0.05)
-        assert contrast[1:].min() >= 2.9
-        for sight in sights:
-            xyz = (linear[1:] @ sight.T).clip(0, 1) @ to_xyz.T / (0.9505, 1, 1.089)
-            f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
-            lab = np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
-            assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(lab, 2)) >= 28
+    def lab_of(linear):
+        xyz = linear.clip(0, 1) @ to_xyz.T / (0.9505, 1, 1.089)
+        f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+        return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
+
+    s2 = [figures.COLOUR[kind] for kind in bipeft.SPACES["s2"]]
+    srgb = np.array([[int(c[i:i + 2], 16) / 255 for i in (1, 3, 5)] for c in [*s2, *figures.COLOUR.values()]])
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    assert (1.05 / (linear @ to_xyz[1] + 0.05)).min() >= 2.9                # the contrast with a white page
+    for sight in sights:
+        lab = lab_of(linear[:4] @ sight.T)
+        assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(lab, 2)) >= 28
+    assert np.diff(sorted(lab_of(linear[:4])[:, 0])).min() >= 10            # in grey
 
 
 def test_reported_are_the_trainings_at_the_chosen_rate():
@@ -337,7 +339,7 @@ def test_what_a_forest_plot_draws_and_leaves_off_its_axis():
     far = contrast_of({("qnli", 0): -30.0, ("qnli", 1): -31.0, ("qnli", 2): -32.0})
     rows = figures.forest_rows({"some": {"near": near, "two seeds": two}, "others": {"gamma = 1": far}, "none": {}})
     assert [label for label, _ in rows] == ["some", "near", "two seeds", "others", "gamma = 1"]
-    fig = figures.forest(rows, ["qnli", "sst2"], figures.PAGES["light"], plt, ("a", "b"))
+    fig = figures.forest(rows, ["qnli", "sst2"], plt, ("a", "b"))
     ax, told = fig.axes
     reach = 1.04 * (2 + near.half)                                          # the row far away has no part in it
     assert ax.get_xlim() == pytest.approx((-reach, reach))
@@ -356,35 +358,29 @@ def test_without_trainings_at_equal_rates_the_figure_is_of_validation():
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
-    lines = [line("BIPEFT", "qnli", seed, lr, None, validation=v + seed) for seed in (100, 101)
-             for lr, v in zip(RATES[1:], (70, 75, 71))] + [line("full", "qnli", 100, 1e-4, None, validation=80.0)]
-    lines += [line("BIPEFT", "qnli", 0, 1e-3, 60.0), line("BIPEFT", "sst2", 0, 1e-3, 90.0)]
-    fig = figures.draw_rates(report.Data(lines), figures.PAGES["light"], plt)
-    (ax,) = fig.axes                                       # no rate was chosen on sst2; full is not in the budget
-    assert ax.get_ylabel() == "validation score" and ax.get_title() == "qnli"
-    assert [list(bars[0].get_ydata()) for bars in ax.containers] == [[170.5, 175.5, 171.5]]
+    lines = [line(name, "qnli", seed, lr, None, validation=v + seed) for seed in (100, 101)
+             for name, values in (("BIPEFT", (70, 75, 71)), ("LoRA", (60, 76, 71))) for lr, v in zip(RATES[1:], values)]
+    fig = figures.draw_rates(report.Data(lines), plt)
+    (ax,) = fig.axes
+    assert "validation" in ax.get_xlabel() and ax.get_title() == "BIPEFT − LoRA"
+    assert [list(bars[0].get_ydata()) for bars in ax.containers] == [[10, -1, 0]]
     plt.close(fig)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
 @pytest.mark.parametrize("draw, at", [(figures.draw_budgets, "budget"), (figures.draw_rates, "rate")])
-def test_a_line_is_of_the_cells_that_all_its_points_have(draw, at):
+def test_differences_are_of_the_cells_that_both_have(draw, at):
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
     points = {"budget": ((1e-3, 3000), (1e-3, 10_000)), "rate": ((1e-3, 10_000), (2e-3, 10_000), (6e-3, 10_000))}[at]
-    lines = [line(name, "qnli", seed, lr, score + 10 * seed + i, budget)
+    lines = [line(name, "qnli", seed, lr, score + 10 * seed + i * (name == "LoRA"), budget)
              for name, score in (("BIPEFT", 70), ("LoRA", 60)) for i, (lr, budget) in enumerate(points)
-             for seed in range(2 if i else 1)]                                                # seed 1: not at the first
-    lines += [line("BIPEFT", "qnli", seed, 1e-3, 70.0, 10_000, source="sst2") for seed in range(9)]  # the main budget's
-    lines += [line("full", "qnli", seed, 1e-4, 90.0 + 100 * seed) for seed in (0, 1)]                # a line across
-    fig = draw(report.Data(lines), figures.PAGES["light"], plt)
-    drawn = {bars.get_label(): list(bars[0].get_ydata()) for bars in fig.axes[0].containers}
-    assert drawn == {"BIPEFT": [70 + i for i in range(len(points))], "LoRA": [60 + i for i in range(len(points))]}
-    low, high = 60, 70 + len(points) - 1
-    bottom, top = fig.axes[0].get_ylim()
-    assert bottom == pytest.approx(low - 0.3 * (high - low))
-    assert 90 < top < 95 if at == "budget" else top == pytest.approx(high + 0.3 * (high - low))
+             for seed in range(3 if name == "LoRA" else 2)]                                   # seed 2: LoRA's alone
+    lines += [line("BIPEFT", "qnli", seed, 1e-3, 70.0, 10_000, source="sst2") for seed in range(9)]
+    fig = draw(report.Data(lines), plt)
+    drawn = {ax.get_title(): list(ax.containers[0][0].get_ydata()) for ax in fig.axes}
+    assert drawn == {"BIPEFT − LoRA": [10 - i for i in range(len(points))]}
     plt.close(fig)
 
 
@@ -407,7 +403,7 @@ def test_a_whole_report(lines, tmp_path, capsys):
     assert ("no data yet" in told) == (len(lines) < 100) and "nan" not in told
     if len(lines) > 100 and importlib.util.find_spec("matplotlib"):
         drawn = {path.name for path in tmp_path.glob("*.png")}
-        assert drawn == {f"lines-{name}-{page}.png" for name in figures.FIGURES for page in figures.PAGES}
+        assert drawn == {f"lines-{name}.png" for name in figures.FIGURES}
     assert max(len(row) for row in told.splitlines() if not row.startswith(str(tmp_path))) <= 120
 
 
