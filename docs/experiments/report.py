@@ -24,7 +24,7 @@ import compare
 from bench import bipeft
 from methods import ABLATIONS, METHODS, SENSITIVITY
 from report_figures import KINDS, RIVALS, draw, in_order, size
-from stats import contrasts, jaccard, jaccard_by_chance, mean_rank, shown, signed
+from stats import contrasts, jaccard, jaccard_by_chance, shown, signed
 
 HERE = Path(__file__).resolve().parent
 TIMED = 900                                               # the seed of compare.py --table cost
@@ -55,7 +55,7 @@ class Data:
         tuned = list(dict.fromkeys(x["task"] for x in self.tuning))
         family = first.get("settings", {}).get("family", "bert")
         args = SimpleNamespace(tune_tasks=tuned, tune_seeds=seeds, family=family)
-        plan = compare.Plan([], lines, None, args)
+        plan = compare.Plan([], lines, args)
         budgets = {x["budget"] for x in trained} if seeds else set()
         self.rates = {(name, budget): plan.rate(name, budget)[0] for name in METHODS for budget in budgets}
         found = [x for x in lines if x["stage"] == "find" and x.get("method") in METHODS]
@@ -215,26 +215,6 @@ def by_rate(data):
             + table(["rate of both", "BIPEFT −", "mean", "over seeds", "above", "p"], pairs))
 
 
-def elsewhere(data):
-    """Mean test scores of trainings at a rate that was not chosen, and of the same cells at the chosen one: those that
-    are not in by_rate.
-    """
-    shown_there, rows = {(name, lr) for lr, scores in data.at_rates().items() for name in scores}, []
-    of = defaultdict(dict)
-    for x in data.scored:
-        if x["source"] is None and not (x["budget"] == data.budget and (x["method"], x["lr"]) in shown_there):
-            of[x["budget"], x["method"], x["lr"]][x["task"], x["seed"]] = x["test"]
-    for (budget, name, lr), cells in sorted(of.items()):
-        own = data.scores([name], budget)[name]
-        both = [(score, own[cell]) for cell, score in cells.items() if cell in own]
-        if lr != data.rates.get((name, budget), lr) and both:
-            here, there = np.mean(both, 0)
-            rows.append([size(data, budget), name, f"{lr:g}", len(both), f"{here:.1f}", f"{there:.1f}"])
-    head = [of_size(data, "budget"), "method", "rate", "trainings", "mean", "the same at its chosen rate"]
-    return f"Other trainings at rates that were not chosen:\n\n{table(head, rows)}" if rows else (
-        "There are no other trainings at rates that were not chosen.")
-
-
 def score_table(data, names, budget=None, extra=()):
     """A row a method: scores, sizes, cost.   extra: (heading, function of the method's searches) each.
 
@@ -273,20 +253,6 @@ def contrast_table(found, tasks, head="BIPEFT −"):
         rows.append([name, *(signed(np.mean(d)) if d else "–" for d in by_task), signed(c.mean), *spans,
                      f"{c.above} of {len(c.pairs)}", f"{c.p:.2g}", f"{c.holm:.2g}"])
     return table([head, *tasks, "mean", "95 %", "over seeds", "above", "p", "Holm"], rows)
-
-
-def ranks(data, budget):
-    """Mean ranks of those within the budget that have all of BIPEFT's cells."""
-    scores = data.scores([name for name in RIVALS if not METHODS[name].free], budget)
-    needed = set(scores.get("BIPEFT", {}))
-    within = {name: found for name, found in scores.items() if needed <= set(found)}
-    if "BIPEFT" not in within or len(within) < 2:
-        return "Mean ranks: no data yet"
-    found, cells = mean_rank(within)
-    order = "; ".join(f"{name} {rank:.2f}" for name, rank in sorted(found.items(), key=lambda item: item[1]))
-    less = [name for name in scores if name not in within]
-    missing = f" (cells missing: {'; '.join(less)})" if less else ""
-    return textwrap.fill(f"Mean rank over {cells} cells: {order}{missing}", 110)
 
 
 def cost(data):
@@ -383,7 +349,7 @@ def kept(data):
 
 
 def table_1(data, budget):
-    """Scores at a budget, pairs, mean ranks; pairs of the seeds that were added later."""
+    """Scores at a budget, pairs; pairs of the seeds that were added later."""
     seeds = {x["seed"] for x in data.of("BIPEFT", budget)}
     failed = data.failed(RIVALS, budget)
     told = "; ".join(f"{name} on {task}, seed {seed} ({score:.1f})" for name, cells in failed.items()
@@ -401,7 +367,7 @@ def table_1(data, budget):
             f"### Pairs at {budget:,} parameters",
             "Plus: BIPEFT is better. 95 %: t interval of the mean over pairs; over seeds: of seeds' means.\n"
             "p: exact sign-flip test over pairs. Holm: over the methods within the budget.",
-            contrast_table(data.contrasts(RIVALS, budget), data.tasks), ranks(data, budget), *whole, *later]
+            contrast_table(data.contrasts(RIVALS, budget), data.tasks), *whole, *later]
 
 
 def family(data, heading, names, extra):
@@ -418,7 +384,7 @@ def report(data):
     parts = ["## Rates, chosen on seeds that are not reported", rates(data)]
     if data.at_rates():
         parts += ["## Test scores by rate", "Bold: the chosen rate, which alone the other tables are of.",
-                  by_rate(data), elsewhere(data)]
+                  by_rate(data)]
     budgets = {x["budget"] for x in data.reported if x["method"] == "BIPEFT"}
     for budget in sorted(budgets, key=data.order) or [0]:
         parts += table_1(data, budget)
@@ -439,19 +405,17 @@ def report(data):
 def main(arguments=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = compare.Parser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--lines", type=compare.file_of_lines, default=HERE / "results" / "compare.jsonl")
+    parser.add_argument("--lines", type=Path, default=HERE / "results" / "compare.jsonl")
     parser.add_argument("--figures", type=Path, default=HERE.parent / "figures", help="the figures' folder")
     args = parser.parse_args(arguments)
     if not args.lines.exists() and not args.lines.with_name(f"{args.lines.name}.gz").exists():
         parser.error(f"{args.lines} does not exist: run compare.py first, or name its --out with --lines")
     try:
         data = Data(compare.read(args.lines))
-        print(report(data), "## Figures", "", sep="\n\n", end="")
-        print("\n".join(draw(data, args.figures, args.lines.name.partition(".")[0].replace("_", "-"))))
     except bipeft.UsageError as mistake:
         parser.error(str(mistake))
-    except OSError as error:
-        parser.error(f"--figures {args.figures} can't be written ({bipeft.one_line(error)}): name another folder")
+    print(report(data), "## Figures", "", sep="\n\n", end="")
+    print("\n".join(draw(data, args.figures, args.lines.name.partition(".")[0].replace("_", "-"))))
 
 
 if __name__ == "__main__":

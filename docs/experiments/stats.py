@@ -42,21 +42,6 @@ def holm(values):
     return adjusted
 
 
-def mean_rank(scores):
-    """Mean ranks, 1 is best, ties shared, over the cells that all have, and the number of these.
-
-    scores: {name: {cell: score}}.
-    """
-    cells = set.intersection(*(set(found) for found in scores.values()))
-    ranks = defaultdict(list)
-    for cell in cells:
-        for name, found in scores.items():
-            above = sum(other[cell] > found[cell] for other in scores.values())
-            same = sum(other[cell] == found[cell] for other in scores.values())
-            ranks[name].append(1 + above + (same - 1) / 2)
-    return {name: float(np.mean(found)) for name, found in ranks.items()}, len(cells)
-
-
 @functools.cache
 def student(freedom, level=0.95):
     """t with P(|T| <= t) = level for Student's T. With t = sqrt(v) tan(a), v degrees of freedom, the density
