@@ -53,19 +53,11 @@ SMALL = {"steps": 12, "evaluations": 3, "search_steps": 12, "warmup": 6, "batch_
 class Classifier(nn.Module):
     """An encoder, the mean of its outputs, a linear head. Asks the device for no value: CUDA graphs."""
 
+    head = ("classifier",)           # learns beside the modules, outside of the budget
+
     def __init__(self, encoder, labels):
         super().__init__()
         self.encoder, self.classifier = encoder, nn.Linear(encoder.config.hidden_size, labels)
-
-    head = ("classifier",)           # learns beside the modules, outside of the budget
-
-    def fresh_head(self, seed):
-        """The head's initial weights, of the seed alone."""
-        generator = torch.Generator().manual_seed(bipeft.derive(seed, 20))
-        weight = torch.empty(self.classifier.weight.shape).normal_(0, 0.02, generator=generator)
-        with torch.no_grad():
-            self.classifier.weight.copy_(weight)
-            self.classifier.bias.zero_()
 
     def forward(self, input_ids, attention_mask, labels=None):
         """labels: [batch, 1 or more], the first is the class, -100 for a row that only fills a batch."""
@@ -73,9 +65,7 @@ class Classifier(nn.Module):
         mask = (shut * torch.finfo(shut.dtype).min).expand(-1, 1, input_ids.shape[1], -1)
         hidden = self.encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
         weight = attention_mask[..., None].to(hidden.dtype)
-        logits = self.classifier((hidden * weight).sum(1) / weight.sum(1)).float()
-        loss = None if labels is None else F.cross_entropy(logits, labels[:, 0], ignore_index=-100)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return output_of(self.classifier((hidden * weight).sum(1) / weight.sum(1)).float(), labels)
 
 
 class Reader(nn.Module):
@@ -88,16 +78,11 @@ class Reader(nn.Module):
         self.encoder, self.start = t5, t5.config.decoder_start_token_id
         self.register_buffer("answers", torch.tensor(answers), persistent=False)
 
-    def fresh_head(self, seed):
-        pass
-
     def forward(self, input_ids, attention_mask, labels=None):
         """As Classifier's; the loss is over the label's tokens alone, not over the vocabulary."""
         begun = torch.full_like(input_ids[:, :1], self.start)
         logits = self.encoder(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=begun).logits
-        logits = logits[:, 0, :].index_select(1, self.answers).float()
-        loss = None if labels is None else F.cross_entropy(logits, labels[:, 0], ignore_index=-100)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return output_of(logits[:, 0, :].index_select(1, self.answers).float(), labels)
 
 
 class NextToken(nn.Module):
@@ -109,9 +94,6 @@ class NextToken(nn.Module):
         super().__init__()
         self.encoder = llama
         self.register_buffer("answers", torch.tensor(answers), persistent=False)
-
-    def fresh_head(self, seed):
-        pass
 
     def forward(self, input_ids, attention_mask, labels=None):
         """As Classifier's; logits are of the label's tokens alone, at each prompt's last token alone.
@@ -126,9 +108,13 @@ class NextToken(nn.Module):
         last = (attention_mask.sum(1) - 1)[:, None, None].expand(-1, 1, hidden.shape[2])
         hidden = hidden.gather(1, last)[:, 0]                                               # [rows, d]
         words = self.encoder.get_output_embeddings().weight.index_select(0, self.answers)   # [labels, d]
-        logits = hidden.float() @ words.float().T
-        loss = None if labels is None else F.cross_entropy(logits, labels[:, 0], ignore_index=-100)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return output_of(hidden.float() @ words.float().T, labels)
+
+
+def output_of(logits, labels):
+    """logits: [batch, classes]; with their loss, if there are labels."""
+    loss = None if labels is None else F.cross_entropy(logits, labels[:, 0], ignore_index=-100)
+    return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 # ==================================================================================================
@@ -146,13 +132,11 @@ def prepare(model, data_dir, settings):
     """
     import pandas
     folder, arrays, family = Path(settings.folder), {}, settings.family
-    with bipeft.failing(f"{model} can't be loaded", MODEL_ADVICE):
+    with bipeft.failing(f"{model} can't be loaded", ": give a folder with a model of --family's kind"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     for task, files in FILES.items():
         for number, name in enumerate(files):
-            path = Path(data_dir) / task / f"{name}.parquet"
-            with bipeft.failing(f"{path} can't be read", ": --data-dir holds <task>/<split>.parquet, as the hub's"):
-                rows = pandas.read_parquet(path)
+            rows = pandas.read_parquet(Path(data_dir) / task / f"{name}.parquet")
             if task == "sst2" and number == 0:                      # 8,000 are trained on, 500 validate
                 rows = rows.sample(settings.train_rows + 4000, random_state=0)
             ids = token_ids(task, rows, tokenizer, family)
@@ -166,11 +150,6 @@ def prepare(model, data_dir, settings):
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / "tasks.npz", **arrays)
     keep_backbone(model, folder / "model", family)
-    for file in sorted(folder.rglob("*.*")):
-        print(f"{file}  {file.stat().st_size / 2**20:.1f} MiB")
-
-
-MODEL_ADVICE = ": give a folder with config, weights and tokenizer, of --family's kind"
 
 
 def token_ids(task, rows, tokenizer, family):
@@ -190,14 +169,12 @@ def keep_backbone(model, path, family):
     if family == "llama":
         path.unlink(missing_ok=True)
         path.symlink_to(Path(model).resolve())
-        return
-    half = torch.float16
-    with bipeft.failing(f"{model} can't be loaded", MODEL_ADVICE):
-        if family == "t5":
-            backbone = transformers.T5ForConditionalGeneration.from_pretrained(model, dtype=half)
-        else:
-            backbone = transformers.AutoModel.from_pretrained(model, add_pooling_layer=False, dtype=half)
-    backbone.save_pretrained(path)
+    elif family == "t5":
+        t5 = transformers.T5ForConditionalGeneration.from_pretrained(model, dtype=torch.float16)
+        t5.save_pretrained(path)
+    else:
+        bert = transformers.AutoModel.from_pretrained(model, add_pooling_layer=False, dtype=torch.float16)
+        bert.save_pretrained(path)
 
 
 def pools_of(task, settings):
@@ -250,12 +227,6 @@ class Stretch:
 
     def __iter__(self):
         return itertools.islice(self.source, self.steps)
-
-
-def set_format(model, dtype):
-    """Another format for a model's parameters, but not for its buffers: rotary frequencies stay exact."""
-    for layer in model.modules():
-        bipeft.convert(layer, dtype)
 
 
 def small_backbone(family):
@@ -332,8 +303,17 @@ class Bench:
         if labels not in self.models:
             self.models[labels] = self.around(labels).to(self.device)
         self.model = self.models[labels]
-        set_format(self.model, self.dtype)
-        self.model.fresh_head(seed)
+        self.set_format(self.dtype)
+        for name in self.model.head:                        # its first weights are of the seed alone
+            layer = self.model.get_submodule(name)
+            generator = torch.Generator().manual_seed(bipeft.derive(seed, 20))
+            weight = torch.empty(layer.weight.shape).normal_(0, 0.02, generator=generator)
+            layer.load_state_dict({"weight": weight, "bias": torch.zeros(len(weight))})
+
+    def set_format(self, dtype):
+        """Of the model's parameters, but not of its buffers: rotary frequencies stay exact."""
+        for layer in self.model.modules():
+            bipeft.convert(layer, dtype)
 
     def new_pass(self):
         """Who computes losses and gradients: on a GPU CUDA graphs, new ones for each set of modules."""
@@ -391,7 +371,7 @@ class Bench:
         whole: with every weight of the backbone, in float32, where small steps are not lost.
         """
         if whole:
-            set_format(self.model, torch.float32)
+            self.set_format(torch.float32)
         also = (*["encoder"] * whole, *self.model.head)
         peft = bipeft.apply(self.model, structure, self.seed, also_train=also)
         evaluations = self.settings.evaluations
