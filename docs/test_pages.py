@@ -121,8 +121,6 @@ def check(words, monkeypatch):
         assert rest == ["-m", "venv", ".venv"]
     elif rest[0] != "bipeft.py":
         parsed(rest[0], rest[1:], monkeypatch)
-        if "--" in rest:                                          # kill.py: what follows is for bipeft.py
-            bipeft.parse(rest[rest.index("--") + 1:])
     elif rest[1:] != ["--help"]:
         bipeft.parse(rest[1:])                                    # UsageError: a flag or a value that it refuses
 
@@ -200,7 +198,7 @@ def test_every_command_is_one_that_its_program_takes(page, monkeypatch):
 
 def test_the_checks_refuse_what_they_are_there_for(monkeypatch):
     for line in ("python bipeft.py --no-such-flag", "python bipeft.py --task rte --ranks x", "make all",
-                 "python docs/examples/causal.py --nothing 3", "python docs/experiments/kill.py -- --nothing 3",
+                 "python docs/examples/causal.py --nothing 3",
                  "python docs/no_such.py", "./run_glue.sh --nothing",
                  "python -m pytest no_such.py", "pip install -r no.txt", "python -m http.server", "./other.sh"):
         with pytest.raises((AssertionError, SystemExit, OSError, ValueError)):          # UsageError is a ValueError
@@ -250,46 +248,6 @@ def test_the_code_of_copying_md_runs(kinds):
         for block in others:
             exec(block, names)
     assert len(names["space"]) == 42 and names["structure"].parameters <= 1500
-
-
-def test_the_loop_of_copying_md_trains_the_modules_and_the_head():
-    # the batches after the first find other weights than those that `apply` made
-    loop, seen = code_of("docs/copying.md")[1], []
-
-    def step(self, closure=None):
-        seen.append([p.detach().clone() for p in self.param_groups[0]["params"]])
-        real(self, closure)
-
-    real = torch.optim.AdamW.step
-    with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", step)
-        exec(loop, names := {})
-    first, last = seen[-8], seen[-1]
-    assert len(first) == len(names["trained"]) and not any(map(torch.equal, first, last))
-
-
-def test_the_kind_of_module_in_copying_md_is_one_like_any_other(kinds):
-    exec(code_of("docs/copying.md")[2], {"bipeft": bipeft})                    # the class, and the line
-    model, batches = tiny_bert()
-
-    def logits():
-        with torch.no_grad():
-            return model(**batches[0]).logits
-
-    untouched, space = logits(), bipeft.Space(model, "ia3")
-    # q_n is d_out at every rank: in each of two layers q, k, v, o and the last have 32, the one before it 64
-    assert sorted(map(tuple, space.param_counts.tolist())) == 10 * [(32,) * 3] + 2 * [(64,) * 3]
-    assert not space.ranked.any() and space.param_counts[:, 0].sum() == space.size
-    for p in space.tensors:
-        nn.init.normal_(p, 0, 0.5, generator=torch.Generator().manual_seed(0))
-    some, whole = torch.zeros(len(space)), torch.eye(3)[2:].expand(len(space), 3)
-    space.enter(some, whole)
-    assert torch.equal(logits(), untouched)                                   # shut, and computed: exactly y
-    some[3] = 1
-    space.enter(some, whole)
-    assert not torch.equal(logits(), untouched)
-    space.detach()
-    assert torch.equal(logits(), untouched)
 
 
 def test_equations_and_kinds_of_modules_can_be_lifted_out_by_themselves():

@@ -189,12 +189,3 @@ def test_torchrun_tells_a_mistake_of_all_once(tmp_path):
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
     assert done.stderr.count("bipeft.py: --accumulate 0 must lie in") == 1 and "exitcode  : 2" in done.stderr
     assert done.returncode != 0 and done.stdout == "" and list(tmp_path.iterdir()) == []
-
-
-def test_help_lists_the_flags_of_both_programs(capsys):
-    """With the comments of the fields as texts."""
-    with pytest.raises(SystemExit):
-        scale.main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "--task TASK which data set" in text and "--checkpointing recompute activations, to save memory" in text
-    assert "--accumulate ACCUMULATE parts that a process computes its share of a batch in" in text
