@@ -121,21 +121,6 @@ def test_the_gradient_through_a_step_by_hand():
     assert methods.through_the_step(0.0, plus, minus, lr, eps) == pytest.approx(-1.62)
 
 
-def test_autopeft_trains_its_finalists_at_the_rate_of_s1_and_takes_the_best(bench, monkeypatch):
-    pytest.importorskip("botorch")
-    bench.open("toy", 0)
-    full, train = [], bench.train
-
-    def note(structure, lr):
-        full.append((lr, structure.modules))
-        return train(structure, lr)[0], float(len(full) == 2), None                       # the second is the best
-    monkeypatch.setattr(bench.settings, "bo_full", 3)
-    monkeypatch.setattr(bench, "train", note)
-    found, _ = methods.find(bench, "autopeft", 600)["AutoPEFT"]
-    assert [lr for lr, _ in full] == [methods.S1_RATE] * 3
-    assert found.modules == full[1][1]
-
-
 def test_the_surrogate_climbs():
     pytest.importorskip("botorch")
     every = [(a, b) for a in range(6) for b in range(6)]
@@ -185,18 +170,6 @@ def test_a_llamas_answer_is_the_next_token_of_its_own_head(llama):
     torch.testing.assert_close(output.logits, torch.stack(alone))
     torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(
         torch.stack(alone), torch.tensor(labels)))
-
-
-def test_padding_and_rows_that_fill_a_batch_change_no_answer_of_a_llama(llama):
-    llama.open("toy", 0)
-    batch = bipeft.collate([([1, 7, 9], [1]), ([1, 8, 5, 6], [0])], "cpu")
-    wider = bipeft.collate([([1, 7, 9], [1]), ([1, 8, 5, 6], [0]), ([1], [-100])], "cpu")
-    for key, filler in ("input_ids", 99), ("attention_mask", 0):
-        wider[key] = torch.nn.functional.pad(wider[key], (0, 5), value=filler)
-    with torch.no_grad():
-        narrow, wide = llama.model(**batch), llama.model(**wider)
-    torch.testing.assert_close(wide.logits[:2], narrow.logits)
-    torch.testing.assert_close(wide.loss, narrow.loss)
 
 
 def test_even_norms_and_lora_on_even_layers_of_a_llama_by_hand(llama):
