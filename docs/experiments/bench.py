@@ -1,5 +1,6 @@
 """What every method of compare.py stands on: a backbone, the tasks, a training, and a search's supernet."""
 
+import gc
 import itertools
 import random
 import sys
@@ -257,6 +258,15 @@ class Bench:
         self.models, self.cache, self.costs = {}, {}, {}
         self.where = self.find_places()
         self.keys = list(self.where)
+
+    def reset(self):
+        """A model on which nothing is left of a job that broke off."""
+        self.models, self.cache, self.model = {}, {}, None
+        gc.collect()
+        if self.graphs:
+            torch.cuda.empty_cache()
+        self.encoder = self.load().to(self.device).eval()
+        self.where = self.find_places()
 
     def find_places(self):
         """{(name, kind): the backbone's module there}"""

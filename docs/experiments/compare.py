@@ -37,15 +37,15 @@ import gzip
 import importlib.util
 import itertools
 import json
-import multiprocessing.connection
-import signal
+import multiprocessing
 import sys
 import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.multiprocessing as mp
 
 from bench import SMALL, Bench, Settings, bipeft, prepare
 from methods import (ABLATIONS, ACROSS, CORE, LLAMA_CORE, METHODS, MORE, SCALES, SENSITIVITY, find,
@@ -295,50 +295,32 @@ def wanted_of(args):
 # ==================================================================================================
 
 
-def work(settings, number, pipe):
-    """A worker: jobs from a pipe, until None comes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                    # Ctrl-C is for the one that hands out
-    if settings.device == "auto" and torch.cuda.is_available():
-        settings = dataclasses.replace(settings, device=f"cuda:{number % torch.cuda.device_count()}")
-    bench = Bench(settings)
-    with contextlib.suppress(EOFError, ConnectionError):            # the one that hands out is gone
-        pipe.send([first_line(bench)])
-        while (job := pipe.recv()) is not None:
-            pipe.send(attempt(bench, job))
+def begin(settings, numbers=None):
+    """Makes the bench of this process. Of several GPUs a worker's is that of its number."""
+    global BENCH
+    if numbers is not None and settings.device == "auto" and torch.cuda.is_available():
+        settings = dataclasses.replace(settings, device=f"cuda:{numbers.get() % torch.cuda.device_count()}")
+    BENCH = Bench(settings)
 
 
-def first_line(bench):
+def first_line():
     """What a file's lines share: the places that a structure's numbers stand for, sizes, settings."""
-    own = ("device", "workers", "folder")                      # they may differ between two calls
-    settings = {key: value for key, value in dataclasses.asdict(bench.settings).items() if key not in own}
-    return {"stage": "places", "places": [f"{name}.{kind}" for name, kind in bench.keys],
-            "backbone_parameters": sum(p.numel() for p in bench.encoder.parameters()), "settings": settings}
+    own = "device", "workers", "folder"                             # they may differ between two calls
+    settings = {key: value for key, value in dataclasses.asdict(BENCH.settings).items() if key not in own}
+    return [{"stage": "places", "places": [f"{name}.{kind}" for name, kind in BENCH.keys],
+             "backbone_parameters": sum(p.numel() for p in BENCH.encoder.parameters()), "settings": settings}]
 
 
-def attempt(bench, job):
+def attempt(job):
     """A job's lines, or that of its error."""
     try:
-        return carry_out(bench, dict(job))
+        return carry_out(BENCH, dict(job))
     except torch.AcceleratorError:
         raise                                                       # no job is safe on this device any more
     except Exception as error:
         told = f"{type(error).__name__}: {bipeft.one_line(error)[:300]}"
-    reset(bench)                                                    # here nothing holds the job's tensors any more
-    return [error_line(job, told)]
-
-
-def error_line(job, told):
-    return {**{k: v for k, v in job.items() if k != "structure"}, "key": key_of(job), "error": told}
-
-
-def reset(bench):
-    """A model on which nothing is left of a job that broke off."""
-    bench.models, bench.cache, bench.model = {}, {}, None
-    gc.collect()
-    if bench.graphs:
-        torch.cuda.empty_cache()
-    bench.encoder = bench.load().to(bench.device).eval()
-    bench.where = bench.find_places()
+    BENCH.reset()                                                   # here nothing holds the job's tensors any more
+    return [{**{k: v for k, v in job.items() if k != "structure"}, "key": key_of(job), "error": told}]
 
 
 class Run:
@@ -356,13 +338,9 @@ class Run:
         print(f"{len(self.plan.wanted)} trainings asked for, "
               f"{sum(line.get('stage') == 'train' for line in self.lines)} lines there")
 
-    def left(self):
-        """Seconds."""
-        return 60 * self.minutes - (time.time() - self.started)
-
     def next(self):
         """As Plan.next: None if all wait for others, False if none is left, or no time."""
-        return self.plan.next() if self.left() > 0 else False
+        return self.plan.next() if time.time() - self.started < 60 * self.minutes else False
 
     def take(self, job, lines):
         """The lines of a job, which is over; of no job, None, a worker's first."""
@@ -390,66 +368,26 @@ class Run:
             file.write(json.dumps(line) + "\n")
 
 
-class Crew:
-    """Workers, each a process at the other end of a pipe.
-
-    busy: {pipe: its job}, the job None until a worker's first message.   idle: pipes of those that wait for a job.
-    """
-
-    def __init__(self, run, settings, count):
-        self.run, self.workers, self.busy, self.idle = run, {}, {}, []
-        context = mp.get_context("spawn")
-        for number in range(count):
-            ours, theirs = context.Pipe()
-            worker = context.Process(target=work, args=(settings, number, theirs), daemon=True)
-            worker.start()
-            theirs.close()
-            self.workers[ours], self.busy[ours] = worker, None
-
-    def take_lines(self):
-        """Waits for lines, at most until time is over; a worker that died leaves an error for its job."""
-        for pipe in multiprocessing.connection.wait(list(self.busy), timeout=min(self.run.left(), 5)):
-            job = self.busy.pop(pipe)
-            try:
-                self.run.take(job, pipe.recv())
-                self.idle.append(pipe)
-            except (EOFError, ConnectionResetError):
-                print(f"a worker died at {job}")
-                if job is not None:
-                    self.run.take(job, [error_line(job, "its worker died")])
-
-    def hand_out(self):
-        """Jobs to idle workers, as long as there is one that can be done now."""
-        while self.idle and (job := self.run.next()):
-            pipe = self.idle.pop()
-            pipe.send(job)
-            self.busy[pipe] = job
-
-    def end(self):
-        """Lets idle workers end, and ends those at work."""
-        for pipe in self.idle:
-            with contextlib.suppress(OSError):
-                pipe.send(None)
-        for pipe, worker in self.workers.items():
-            worker.join(0 if pipe in self.busy else 5)
-            if worker.is_alive():
-                worker.terminate()
-
-
 def carry_out_all(args, settings):
-    """Does the plan's jobs, here or on workers; stops in time."""
+    """Does the plan's jobs, here or on workers; hands none out when time is over."""
     run = Run(args)
     if args.workers == 0:
-        bench = Bench(settings)
-        run.take(None, [first_line(bench)])
+        begin(settings)
+        run.take(None, first_line())
         while job := run.next():
-            run.take(job, attempt(bench, job))
+            run.take(job, attempt(job))
     else:
-        crew = Crew(run, settings, args.workers)
-        while crew.busy and run.left() > 0:
-            crew.take_lines()
-            crew.hand_out()
-        crew.end()
+        context = multiprocessing.get_context("spawn")
+        numbers = context.SimpleQueue()
+        for number in range(args.workers):
+            numbers.put(number)
+        with ProcessPoolExecutor(args.workers, context, begin, (settings, numbers)) as pool:
+            running = {pool.submit(first_line): None}
+            while running:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    run.take(running.pop(future), future.result())
+                while len(running) < args.workers and (job := run.next()):
+                    running[pool.submit(attempt, job)] = job
     print(f"{time.time() - run.started:.0f} s; not done: {run.plan.missing()} trainings")
 
 
@@ -571,8 +509,8 @@ def main(arguments=None):
             carry_out_all(args, settings)
     except bipeft.UsageError as mistake:
         parser.error(str(mistake))
-    except KeyboardInterrupt:
-        sys.exit(f"stopped; the same command goes on from {args.out}")
+    except (KeyboardInterrupt, BrokenProcessPool):
+        sys.exit(f"stopped, or a worker died; the same command goes on from {args.out}")
 
 
 if __name__ == "__main__":
