@@ -191,17 +191,19 @@ def test_every_command_is_one_that_its_program_takes(page, monkeypatch):
             assert re.search(rf"^{error.name}\b", needed, re.MULTILINE), error
         except (AssertionError, SystemExit, OSError, ValueError) as error:
             pytest.fail(f"{' '.join(words)}: {type(error).__name__} {error}")
-    programs = "".join(path.read_text() for path in (ROOT / "bipeft.py", ROOT / "run_glue.sh", *ROOT.glob("docs/*/*.py")))
+    programs = "".join(path.read_text() for path in
+                       [ROOT / "bipeft.py", ROOT / "run_glue.sh", *ROOT.glob("docs/**/*.py")])
     flags = re.findall(r"(?<![\w-])--([a-z][\w-]*)", " ".join(re.findall(r"`--[^`]*`", (ROOT / page).read_text())))
     assert [flag for flag in flags if not re.search(rf"\b{flag.replace('-', '[-_]')}\b", programs)] == []
 
 
 def test_the_checks_refuse_what_they_are_there_for(monkeypatch):
-    for line in ("python bipeft.py --no-such-flag", "python docs/examples/causal.py --nothing 3", "./run_glue.sh --nothing",
-                 "python docs/no_such.py", "python -m pytest no_such.py", "pip install -r no.txt", "make all"):
+    for line in ("python bipeft.py --no-such-flag", "python docs/examples/causal.py --nothing 3", "make all",
+                 "./run_glue.sh --nothing", "python docs/no_such.py", "python -m pytest no_such.py", "pip install -r no.txt"):
         with pytest.raises((AssertionError, SystemExit, OSError, ValueError)):          # UsageError is a ValueError
             check(line.split(), monkeypatch)
-    assert slugs("# A `b`: c, d!\n## The 3 x's\n```text\n# no\n```\n## A b c d\n") == ["a-b-c-d", "the-3-xs", "a-b-c-d-1"]
+    page = "# A `b`: c, d!\n## The 3 x's\n```text\n# no\n```\n## A b c d\n"
+    assert slugs(page) == ["a-b-c-d", "the-3-xs", "a-b-c-d-1"]
 
 
 # The code of the pages
@@ -287,8 +289,8 @@ def finished(tmp_path, monkeypatch):
     for split, examples in bipeft.toy_splits(0).items():
         lines = [json.dumps({"source": e.source, "target": e.target}) for e in examples[:8]]
         Path(f"{split}.jsonl").write_text("\n".join(lines))
-    assert bipeft.main("--task custom --data-dir . --model model --space lora,bitfit --budget 400 --triggers 2 --epochs 1 "
-                       "--batch-size 4 --device cpu --out runs/custom-s2-0".split()) == 0
+    assert bipeft.main("--task custom --data-dir . --model model --space lora,bitfit --budget 400 --triggers 2 "
+                       "--epochs 1 --batch-size 4 --device cpu --out runs/custom-s2-0".split()) == 0
 
 
 def test_the_code_of_the_readme_runs(finished, monkeypatch, capsys):
@@ -317,7 +319,8 @@ def names_of_decisions():
     """{number of a decision: the names behind its arrow, or in the last cell of its row}."""
     decisions = (ROOT / "docs/decisions.md").read_text().partition("## Measured")[0]
     points = re.findall(r"^(\d+)\. <a id=\"d(\d+)\"></a>(.*?)(?=\n\d+\. |\n\n|\Z)", decisions, re.DOTALL | re.MULTILINE)
-    rows = re.findall(r"^\| <a id=\"d(\d+)\"></a>(\d+) \|(?:[^|]|\\\|)+\|(?:[^|]|\\\|)+\|(.*) \|$", decisions, re.MULTILINE)
+    rows = re.findall(r"^\| <a id=\"d(\d+)\"></a>(\d+) \|(?:[^|]|\\\|)+\|(?:[^|]|\\\|)+\|(.*) \|$", decisions,
+                      re.MULTILINE)
     found = [(number, anchor, text.partition("→")[2]) for number, anchor, text in points] + rows
     assert all(number == anchor for number, anchor, _ in found)
     return {int(number): re.findall("`(.+?)`", names) for number, _, names in found}
@@ -363,6 +366,7 @@ def test_every_decision_cited_in_the_file_names_the_place():
             here = [name for first, last, name in places if first <= line <= last]
             for number in map(int, re.findall(r"\d+", match[0])):
                 # the head of the file explains the form by one of them
-                assert not here or any(f"{name}.".startswith(f"{here[-1]}.") for name in decisions[number]), (line, number)
+                named = any(f"{name}.".startswith(f"{here[-1]}.") for name in decisions[number]) if here else True
+                assert named, (line, number)
                 seen.append(number)
     assert len(seen) > 30 and {1, 2, 3, 4, 5, 6, 7, 8, 10, 11} <= set(seen)

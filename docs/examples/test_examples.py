@@ -141,7 +141,7 @@ def test_a_mistake_is_one_line(tmp_path):
     weights = attached.named_weights()
     for model, weights, told in (
             (made(llama), weights, "no place 'encoder.block.0.layer.0.SelfAttention.q'.* another"),
-            (made(lambda: t5(d_ff=64)), weights, r"other sizes in this T5For.*in_features=32, out_features=64.*another"),
+            (made(lambda: t5(d_ff=64)), weights, "other sizes in this T5For.*in_features=32, out_features=64.*another"),
             (model, dict(list(weights.items())[1:]), "no tensor"),
             (model, {**weights, "classifier.weight": torch.zeros(1)}, "no parameters 'classifier.weight'")):
         with pytest.raises(bipeft.UsageError, match=told):
@@ -242,7 +242,8 @@ def test_a_quantised_backbone_is_searched_and_counted_by_its_real_numbers(bits, 
     whole.detach()
     assert 0 < structure.parameters <= 2000 and torch.equal(logits(model), before)
     attached, losses = bipeft.Peft(model, [(n[:-len(k) - 1], k, 4) for n, k in zip(whole.names, whole.kinds)]), []
-    bipeft.train(model, attached, [batch] * 4, lambda: 0.0, 4, 0.01, after_step=lambda _, line: losses.append(line["loss"]))
+    bipeft.train(model, attached, [batch] * 4, lambda: 0.0, 4, 0.01,
+                 after_step=lambda _, line: losses.append(line["loss"]))
     assert losses[-1] < losses[0] - 0.2
     bipeft.save_weights(attached, tmp_path / "w")
     bipeft.load_weights(attached, tmp_path / "w")

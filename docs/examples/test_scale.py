@@ -1,4 +1,4 @@
-"""Tests of scale.py: parts, recomputed activations, many processes.   python -m pytest -q docs/examples/test_scale.py"""
+"""Tests of scale.py: parts, recomputed activations, many processes."""
 import contextlib
 import json
 import multiprocessing
@@ -105,8 +105,8 @@ def start(folder, environment, rank, function, *arguments):
 def two_processes(folder, *call):
     """Two processes which find what torchrun leaves for its own.   Returns their exit codes, and what they told."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "",
-                   "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2",
+                   "TORCHELASTIC_RUN_ID": "", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     started = [PROCESSES.Process(target=start, args=(folder, environment, rank, *call), daemon=True) for rank in (0, 1)]
     for process in started:
         process.start()
@@ -152,8 +152,8 @@ def small_toy(folder, rank, name, dies=False, *flags):
         patched.setattr(bipeft.Search, "step", step)
         patched.setattr(bipeft, "toy_splits", lambda seed: splits)
         patched.setattr(bipeft.toy_backbone, "__defaults__", (5, 64))
-        return scale.main([*"--task toy --epochs 1 --search-epochs 1 --warmup-epochs 0 --batch-size 8 --triggers 3 --tau 0.3"
-                           " --window 3 --save-every 2 --device cpu --out".split(), f"{folder}/{name}", *flags])
+        return scale.main([*"--task toy --epochs 1 --search-epochs 1 --warmup-epochs 0 --batch-size 8 --triggers 3"
+                           " --tau 0.3 --window 3 --save-every 2 --device cpu --out".split(), f"{folder}/{name}", *flags])
 
 
 def test_killed_processes_go_on_to_what_one_undisturbed_finds(tmp_path):

@@ -46,10 +46,7 @@ SMALL = {"steps": 12, "evaluations": 3, "search_steps": 12, "warmup": 6, "batch_
          "bo_guided": 2, "bo_share": 0.34, "bo_full": 1, "small": True, "device": "cpu"}
 
 
-# ==================================================================================================
 # 1. The backbone
-# ==================================================================================================
-
 
 class Classifier(nn.Module):
     """An encoder, the mean of its outputs, a linear head. Asks the device for no value: CUDA graphs."""
@@ -118,10 +115,7 @@ def output_of(logits, labels):
     return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-# ==================================================================================================
 # 2. The tasks
-# ==================================================================================================
-
 
 FILES = {"qnli": ("validation",), "mnli": ("validation_matched",), "sst2": ("train", "validation"),
          "cola": ("train", "validation")}
@@ -212,10 +206,7 @@ def splits_of(task, settings, seed):
     return {"validation": rows[:few], "test": rows[few:few + tested], "train": rows[few + tested:]}
 
 
-# ==================================================================================================
 # 3. A training
-# ==================================================================================================
-
 
 class Stretch:
     """Endless batches cut into stretches of as many steps as lie between two evaluations."""
@@ -394,10 +385,7 @@ class Bench:
         return peft, best, [round(score, 2) for score in curve if score is not None]
 
 
-# ==================================================================================================
 # 4. A search's supernet
-# ==================================================================================================
-
 
 class Supernet:
     """A space with all its modules attached, its passes counted, and Delta W's optimiser: what a search stands on."""

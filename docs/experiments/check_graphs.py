@@ -54,7 +54,8 @@ def main():
     for step, (here, there) in list(enumerate(zip(graph_states, eager_states), 1))[::6]:
         differences = [f"{float((a - b).abs().max()):.2e}" for a, b in zip(here, there)]
         print(f"step {step}: largest differences of Theta, Phi, s-bar: {' '.join(differences)}")
-    print(f"structures of {len(graphs)} and {len(eager)} modules differ in {len(graphs.items() ^ eager.items())} entries")
+    different = graphs.items() ^ eager.items()
+    print(f"structures of {len(graphs)} and {len(eager)} modules differ in {len(different)} entries")
     print(f"median step: {graph_time:.1f} ms with graphs, {eager_time:.1f} ms without")
 
 

@@ -55,10 +55,7 @@ HERE = Path(__file__).resolve().parent
 TABLES = ("main", "ablations", "budgets", "transfer", "sensitivity", "rates", "cost")
 
 
-# ==================================================================================================
 # 1. A job: a search or a training
-# ==================================================================================================
-
 
 def carry_out(bench, job):
     """A job's lines: of a search one for each structure, of a training one."""
@@ -112,10 +109,7 @@ def train(bench, job):
             "test": None if job["tuning"] else test()}
 
 
-# ==================================================================================================
 # 2. What is run: tables, the plan
-# ==================================================================================================
-
 
 class Plan:
     """The trainings wanted, in the order of their importance, and what they wait for: a structure, a rate.
@@ -290,10 +284,7 @@ def wanted_of(args):
             yield from of(names, [900], tasks=args.tasks[:1], lr=2.5e-3)
 
 
-# ==================================================================================================
 # 3. Many workers on one device
-# ==================================================================================================
-
 
 def begin(settings, numbers=None):
     """Makes the bench of this process. Of several GPUs a worker's is that of its number."""
@@ -419,10 +410,7 @@ def read(out):
     return [line for line in lines if line.get("error", "UsageError").startswith("UsageError")]
 
 
-# ==================================================================================================
 # 4. The command line
-# ==================================================================================================
-
 
 class Parser(argparse.ArgumentParser):
     """One that tells a mistake in one line."""
@@ -509,7 +497,7 @@ def main(arguments=None):
             carry_out_all(args, settings)
     except bipeft.UsageError as mistake:
         parser.error(str(mistake))
-    except (KeyboardInterrupt, BrokenProcessPool):
+    except (KeyboardInterrupt, BrokenProcessPool, torch.AcceleratorError):
         sys.exit(f"stopped, or a worker died; the same command goes on from {args.out}")
 
 

@@ -46,10 +46,7 @@ from bench import Supernet, bipeft, first_fit
 INNER_RATE, S1_RATE = 6e-3, 2.5e-3
 
 
-# ==================================================================================================
 # 1. Fixed and random structures
-# ==================================================================================================
-
 
 def everywhere(bench, wanted, rank, budget):
     """A rank at all places that are wanted, outside of the budget."""
@@ -72,6 +69,10 @@ def lora(bench, budget):
 
 def is_query_or_value(kind, name):
     return kind == "lora" and name.split(".")[-1] in ("query", "value", "q", "v", "q_proj", "v_proj")
+
+
+def is_in_s2(kind, name):
+    return kind in bipeft.SPACES["s2"]
 
 
 def is_kind(wanted):
@@ -144,10 +145,7 @@ def best_of_chance(bench, budget, count=3):
     return {"random, best of 3": max(scored, key=lambda found: found[:2])[2]}
 
 
-# ==================================================================================================
 # 2. BIPEFT, and what its run gives beside
-# ==================================================================================================
-
 
 def bipeft_search(bench, budget, kinds="s2", cls=bipeft.Search, name="BIPEFT", **settings):
     """Algorithm 1 (the paper), and of the same run, at no more cost: *one look*, s-bar (Eq. 4) when the warm-up
@@ -193,10 +191,7 @@ def matched(bench, structure, budget):
     return bench.structure(chosen, budget)
 
 
-# ==================================================================================================
 # 3. Pruning: PrunePEFT, AdaLoRA
-# ==================================================================================================
-
 
 def prunepeft(bench, budget, rounds=1):
     """PrunePEFT (Lawton et al. 2023), as far as it is known: train all of S2 at rank 8, then prune by the first-
@@ -333,10 +328,7 @@ def with_adalora(model, triplets, steps, seed):
     return wrapped, allocator, steps - config.tfinal
 
 
-# ==================================================================================================
 # 4. Gates by gradient: S3Delta-M
-# ==================================================================================================
-
 
 def s3delta(bench, budget, hard=False, name="S3Delta-M", lr=None):
     """S3Delta-M (Hu et al. 2022b), S2 at rank 1:  p = sigmoid(alpha - zeta), sum p q = B;
@@ -443,10 +435,7 @@ def through_the_step(direct, plus, minus, lr, eps):
     return direct - lr * (plus - minus) / (2 * eps)
 
 
-# ==================================================================================================
 # 5. Bayesian optimisation: AutoPEFT
-# ==================================================================================================
-
 
 def autopeft(bench, budget):
     """AutoPEFT (Zhou et al. 2024), S1 under one budget: a size of {0, 1, 4, 8} each for serial adapter, parallel
@@ -554,10 +543,7 @@ def propose(tried, scores, candidates, count):
     return [candidates[int((new / largest - row).abs().sum(1).argmin())] for row in found]
 
 
-# ==================================================================================================
 # 6. BIPEFT's ablations and variants
-# ==================================================================================================
-
 
 # The ablations of Table 2, first order, T steps in all, the temperature from 5 to 1 in every stage, two steps
 # of architecture weights to one of Delta W. Each is cut to the budget: modules by P(keep) descending at the
@@ -730,10 +716,7 @@ class OtherTemperature(bipeft.Search):
             self.theta, self.phi = theta, phi
 
 
-# ==================================================================================================
 # 7. All of them, by name
-# ==================================================================================================
-
 
 # Ladders of learning rates: the second to the fourth are tried, and more as long as the best is at an edge.
 RATES = (4e-4, 1e-3, 2.5e-3, 6e-3, 1.5e-2, 4e-2)                                     # of modules
@@ -758,7 +741,7 @@ class Method:
 FINDERS = {
     "head": lambda bench, budget: {"head alone": bench.structure([], budget)},
     "full": lambda bench, budget: {"full": bench.structure([], budget)},
-    "whole": lambda bench, budget: {"all of S2": everywhere(bench, lambda kind, name: kind in bipeft.SPACES["s2"], 8, budget)},
+    "whole": lambda bench, budget: {"all of S2": everywhere(bench, is_in_s2, 8, budget)},
     "lora": lora,
     "lora-8": lambda bench, budget: {"LoRA, r = 8": everywhere(bench, is_query_or_value, 8, budget)},
     "serial": lambda bench, budget: {"serial adapter": spread(bench, budget, is_kind("serial"))},

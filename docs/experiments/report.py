@@ -32,10 +32,7 @@ LATER = set(range(5, 10))                                 # seeds that were adde
 FAILED = 6                                                # points below the median over seeds: a training that failed
 
 
-# ==================================================================================================
 # 1. What there is: the lines, sorted out
-# ==================================================================================================
-
 
 class Data:
     """The lines of a results file, what is reported of them, and the rate of each method.
@@ -173,10 +170,7 @@ def span(mean, half):
     return f"{signed(mean - half)} to {signed(mean + half)}" if half == half else "–"
 
 
-# ==================================================================================================
 # 2. Tables
-# ==================================================================================================
-
 
 def rates(data):
     """Mean validation score at each rate tried, the chosen one bold, at each budget."""
