@@ -123,7 +123,6 @@ class Plan:
         # Names of jobs: under way, without finite numbers, and with another error, which the next run tries again.
         self.running, self.failed, self.given_up = set(), set(), set()
         self.wanted = list({json.dumps(wish, sort_keys=True): wish for wish in wanted}.values())
-        self.asked = list(self.wanted)
         for line in lines:
             self.take(line)
 
@@ -178,57 +177,39 @@ class Plan:
 
     def next(self):
         """A job that can be done now; None if all that is left waits for others, False if nothing is left."""
-        waiting = False
-        for wish in list(self.wanted):
-            job = self.job_of(wish)
-            if job == "done":
-                self.wanted.remove(wish)
-            elif job == "wait":
-                waiting = True
-            else:
+        for wish in self.wanted:
+            for job in self.jobs_of(wish):
                 self.running.add(key_of(job))
                 return job
-        return None if waiting or self.running else False
+        return None if self.running else False
 
     def missing(self):
         """How many trainings have no line."""
         count = 0
-        for wish in self.asked:
+        for wish in self.wanted:
             lr = wish.get("lr") or self.args.lr or self.rate(wish["method"], wish["budget"])[0]
             count += lr not in self.trained.get(cell_of(wish), {})
         return count
 
-    def job_of(self, wish):
-        """What is to be done for a wish: a job, "wait" or "done". First comes what its rate is chosen by."""
-        method, budget, waits = METHODS[wish["method"]], wish["budget"], False
-        if self.hopeless(wish):
-            return "done"
-        lr = wish.get("lr") or self.args.lr
+    def jobs_of(self, wish):
+        """What can be done now for a wish: first what its rate is chosen by, then its search, then its training."""
+        method, budget, jobs = METHODS[wish["method"]], wish["budget"], []
+        lr, tried = wish.get("lr") or self.args.lr, ()
         if lr is None:
-            lr, scores = self.rate(wish["method"], budget)
-            if lr is None:
-                jobs = [self.job_of(other) for tried in scores
-                        for other in self.tuning(method.rate_of or wish["method"], budget, tried)]
-                if job := next((job for job in jobs if isinstance(job, dict)), None):
-                    return job
-                waits = "wait" in jobs                          # else they were given up: no rate, no training
-                if not waits:
-                    return "done"
+            lr, tried = self.rate(wish["method"], budget)
+        if lr is None:
+            for other in tried:
+                for tuning in self.tuning(method.rate_of or wish["method"], budget, other):
+                    jobs += self.jobs_of(tuning)
         origin = wish["source"] or wish["task"]
         structure = self.structures.get((wish["method"], origin, budget, wish["seed"]))
         if structure is None and not method.cheap:
-            job = {"stage": "find", "finder": method.finder, "task": origin, "budget": budget, "seed": wish["seed"]}
-            if key_of(job) in self.running:
-                return "wait"
-            return "done" if key_of(job) in self.given_up else job
-        if waits:
-            return "wait"
-        job = {"stage": "train", **{key: wish[key] for key in CELL}, "tuning": wish["tuning"], "lr": lr}
-        if lr in self.trained.get(cell_of(wish), {}) or key_of(job) in self.failed | self.given_up:
-            return "done"
-        if key_of(job) in self.running:
-            return "wait"
-        return job if method.cheap else {**job, "structure": structure}
+            jobs.append({"stage": "find", "finder": method.finder, "task": origin, "budget": budget, "seed": wish["seed"]})
+        elif lr is not None and lr not in self.trained.get(cell_of(wish), {}):
+            job = {"stage": "train", **{key: wish[key] for key in CELL}, "tuning": wish["tuning"], "lr": lr}
+            jobs.append(job if method.cheap else {**job, "structure": structure})
+        closed = self.running | self.failed | self.given_up
+        return [job for job in jobs if key_of(job) not in closed]
 
 
 CELL = "method", "task", "budget", "seed", "source"
