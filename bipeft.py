@@ -2033,41 +2033,37 @@ def cut(rows, size):
 def collate(rows, device, causal=False):
     """A padded batch of (input ids, label ids), what the model takes. The inputs are [batch, longest].
 
-    causal: input and label are one sequence. Logits are computed at the positions `logits_to_keep` alone,
-    [K]: those before a label of any row, and one or more that count for nothing. Of the labels, [batch, K],
-    a model compares each with the logits before it.
+    causal: input and label are one sequence. All end together, so that logits are computed at the end alone:
+    at the `logits_to_keep` positions of the longest label and the one before it, which predicts its first.
     """
     inputs = [source for source, _ in rows]
     labels = [target for _, target in rows]
     if causal:
         inputs = [source + target for source, target in rows]
-        labels = [[-100] * len(source) + target for source, target in rows]
+        labels = [[-100, *target] for target in labels]
     mask = [[1] * len(ids) for ids in inputs]
-    batch = {"input_ids": padded(inputs, 0, device, 32),
-             "attention_mask": padded(mask, 0, device, 32)}
-    if not causal:
-        batch["labels"] = padded(labels, -100, device, 4)
-        return batch
-    kept = sorted({i for row in labels for i, label in enumerate(row[1:]) if label != -100})
-    last = batch["input_ids"].shape[1] - 1
-    kept += [last] * (padded_length(len(kept) + 1, device, 4) - len(kept))
-    labels = F.pad(padded(labels, -100, device, 32), (0, 1), value=-100)
-    batch["labels"] = labels[:, [0, *(i + 1 for i in kept[:-1])]]
-    batch["logits_to_keep"] = torch.tensor(kept).to(device)
+    batch = {"input_ids": padded(inputs, 0, device, 32, causal),
+             "attention_mask": padded(mask, 0, device, 32, causal),
+             "labels": padded(labels, -100, device, 4, causal)}
+    if causal:
+        positions = [list(range(len(ids))) for ids in inputs]
+        batch["position_ids"] = padded(positions, 0, device, 32, causal)
+        batch["logits_to_keep"] = batch["labels"].shape[1]
     return batch
 
 
-def padded_length(longest, device, shortest):
-    """A length; on a GPU a power of two from the shortest on, so that few CUDA graphs serve all batches."""
+def padded(rows, filler, device, shortest, left=False):
+    """Lists as one tensor, filled up at their ends or, if told so, on the left.   shortest: on a GPU lengths
+    are powers of two from there on, so that few CUDA graphs serve all batches.
+    """
+    longest = max(len(row) for row in rows)
     if torch.device(device).type == "cuda":
-        return max(shortest, 1 << (longest - 1).bit_length())
-    return longest
-
-
-def padded(rows, filler, device, shortest):
-    """Lists as one tensor, filled up at their ends.   shortest: as of `padded_length`."""
-    length = padded_length(max(len(row) for row in rows), device, shortest)
-    return torch.tensor([row + [filler] * (length - len(row)) for row in rows]).to(device)
+        longest = max(shortest, 1 << (longest - 1).bit_length())
+    filled = []
+    for row in rows:
+        fill = [filler] * (longest - len(row))
+        filled.append(fill + row if left else row + fill)
+    return torch.tensor(filled).to(device)
 
 
 def greedy(model, tokenizer, longest):
@@ -2348,7 +2344,7 @@ class CudaGraphs:
             p.grad = torch.autograd.grad(t, p, gradient)[0]
         for p, gradient in zip(inputs[len(sampled):], gradients[len(sampled):]):
             p.grad = gradient
-        return loss
+        return loss.clone()                    # its own place may be written over by the next graph
 
     def record(self, model, peft, gate, ranks, batch, inputs):
         """(graph, the tensors that it reads, the loss, the gradients)."""

@@ -72,7 +72,7 @@ def in_parts(run_pass, parts):
             torch.manual_seed(bipeft.derive(torch.initial_seed(), process))
         # The sums over parts, end to end: each gradient's, the loss's, and that of the labels.
         total = torch.zeros_like(bipeft.flatten([*leaves, torch.zeros(2, device=leaves[0].device)]))
-        rows = {name: t[process::processes].contiguous() for name, t in batch.items() if name != "logits_to_keep"}
+        rows = {name: t[process::processes].contiguous() for name, t in batch.items() if torch.is_tensor(t)}
         for pieces in zip(*(t.chunk(parts) for t in rows.values())):
             part = {**batch, **dict(zip(rows, pieces))}
             labels = count_labels(part["labels"], model)

@@ -5,8 +5,9 @@
 
 A person's own data: rows of GLUE with words for labels, cut to 200, 1,000 and 2,490, in .jsonl with source and target.
 Each is run by the command line in full, search and re-training, at every rate, batch size and number of epochs; every
-separator, at the end of three of the paper's prompts, trains a structure that needed no search, biases on even norms. A line
-a run goes to --out; what has a line is not run again. Needs no more than bipeft.py does; of --data-dir it reads .parquet.
+separator, at the end of three of the paper's prompts, trains a structure that needed no search, biases on even norms.
+Without --llama or --t5 that model's runs are left out. A line a run goes to --out; what has a line there is not run
+again, unless it tells of an error. Needs no more than bipeft.py does; of --data-dir it reads <task>/<split>.
 """
 
 import argparse
@@ -30,7 +31,7 @@ WORDS = {"sst2": ("negative", "positive"), "cola": ("wrong", "right"), "rte": ("
 ROWS = {"sst2": 200, "cola": 1000, "rte": 2490}
 SEPARATORS = {"nothing": "", "a line break": "\n", "a blank": " "}
 TRIED = {  # batch size, epochs, triggers, epochs of warm-up: rates; the last is the paper's way
-    (32, 20, 30, 2): ("1e-3", "3e-3", "3e-4", "1e-2"), (16, 20, 30, 2): ("1e-3", "3e-3"),
+    (16, 20, 30, 2): ("1e-3", "3e-3", "3e-4"), (32, 20, 30, 2): ("1e-3", "3e-3", "3e-4", "1e-2"),
     (32, 10, 100, 1): ("3e-4",)}
 
 
@@ -71,25 +72,30 @@ def even_norms(model, budget, path):
 
 def jobs_of(args, folder):
     """[(what a line tells of a run, arguments of bipeft.py)], in the order of their importance."""
-    jobs = []
+    separators = []
     for seed in args.seeds:
         for task, epochs in {"cola": 3, "rte": 8, "mrpc": 6}.items():
             for name, separator in SEPARATORS.items():
-                jobs.append(({"part": "separator", "model": "llama", "task": task, "separator": name, "seed": seed,
-                              "lr": "1e-3"},
-                             ["--task", "custom", "--data-dir", str(write_prompts(task, separator, args, folder)),
-                              "--metric", bipeft.TASKS[task].metric, "--model", args.llama, "--structure",
-                              str(folder / "even.json"), "--epochs", str(epochs), "--batch-size", "32", "--lr", "1e-3",
-                              "--seed", str(seed)]))
+                told = {"part": "separator", "model": "llama", "task": task, "separator": name, "seed": seed,
+                        "lr": "1e-3"}
+                separators.append((told, [
+                    "--task", "custom", "--data-dir", str(write_prompts(task, separator, args, folder)), "--metric",
+                    bipeft.TASKS[task].metric, "--model", args.llama, "--structure", str(folder / "even.json"),
+                    "--epochs", str(epochs), "--batch-size", "32", "--lr", "1e-3", "--seed", str(seed)]))
+    custom = []
+    models = [name for name in ("llama", "t5") if getattr(args, name)]
     for (batch, epochs, triggers, warmup), rates in TRIED.items():
-        for task, rate, model in itertools.product(ROWS, rates, ("llama", "t5")):
-            told = {"part": "custom", "model": model, "task": task, "rows": ROWS[task], "lr": rate, "batch": batch,
-                    "epochs": epochs, "triggers": triggers, "warmup": warmup, "seed": 0}
-            jobs.append((told, [
-                "--task", "custom", "--data-dir", str(folder / task), "--model", getattr(args, model), "--lr", rate,
-                "--batch-size", str(batch), "--epochs", str(epochs), "--triggers", str(triggers), "--warmup-epochs",
-                str(warmup), "--budget", {"llama": "1.39e-4", "t5": "1e-3"}[model]]))
-    return jobs
+        for seed in args.seeds if batch == 16 else [0]:
+            for task, rate, model in itertools.product(ROWS, rates, models):
+                told = {"part": "custom", "model": model, "task": task, "rows": ROWS[task], "lr": rate, "batch": batch,
+                        "epochs": epochs, "triggers": triggers, "warmup": warmup, "seed": seed}
+                custom.append((told, [
+                    "--task", "custom", "--data-dir", str(folder / task), "--model", getattr(args, model), "--lr", rate,
+                    "--batch-size", str(batch), "--epochs", str(epochs), "--triggers", str(triggers), "--warmup-epochs",
+                    str(warmup), "--seed", str(seed), "--budget", {"llama": "1.39e-4", "t5": "1e-3"}[model]]))
+    first = [job for job in custom if job[0]["batch"] == 16 and job[0]["seed"] == 0]
+    rest = [job for job in custom if job not in first]
+    return first + separators * bool(args.llama) + rest
 
 
 def run(number, told, arguments, args, folder):
@@ -127,8 +133,8 @@ def untouched_losses(args, folder):
 
 def show(lines):
     """The tables: rows of settings, columns of models and data sets."""
-    for part, row, column in (("separator", ("separator",), ("task", "seed")),
-                              ("custom", ("batch", "epochs", "triggers", "lr"), ("model", "rows"))):
+    for part, row, column in (("separator", ("separator", "lr"), ("task", "seed")),
+                              ("custom", ("batch", "epochs", "triggers", "lr"), ("model", "rows", "seed"))):
         chosen = [line for line in lines if line["part"] == part]
         columns = sorted({tuple(str(line[key]) for key in column) for line in chosen})
         print(f"| {', '.join(row)} | " + " | ".join(" ".join(key) for key in columns) + " |")
@@ -153,7 +159,8 @@ def main():
     parser.add_argument("--llama", help="a causal model's folder")
     parser.add_argument("--t5", help="a T5's folder")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the separators (0 1)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1],
+                        help="of the separators, and in batches of 16 (0 1)")
     parser.add_argument("--workers", type=int, default=12, help="runs side by side (%(default)s)")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after that")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "defaults.jsonl")
@@ -168,8 +175,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder, args.out.open("a") as file:
         folder = Path(folder)
         write_custom(args.data_dir, folder)
-        model, _ = bipeft.load_backbone(args.llama, args.dtype, torch.device("cpu"), 0)
-        even_norms(model, 18_697, folder / "even.json")
+        if args.llama:
+            model, _ = bipeft.load_backbone(args.llama, args.dtype, torch.device("cpu"), 0)
+            even_norms(model, 18_697, folder / "even.json")
 
         def keep(line):
             file.write(json.dumps(line) + "\n")
@@ -182,12 +190,12 @@ def main():
                 keep(run(number, told, arguments, args, folder))
 
         def measure_losses(_):
-            if not any(line["part"] == "loss" for line in lines):
+            if args.llama and not any(line["part"] == "loss" for line in lines):
                 for task, losses in untouched_losses(args, folder).items():
                     keep({"part": "loss", "task": task, "losses": losses})
 
         due = [(told, arguments) for told, arguments in jobs_of(args, folder)
-               if not any(told.items() <= line.items() for line in lines)]
+               if not any(told.items() <= line.items() and "error" not in line for line in lines)]
         with ThreadPoolExecutor(args.workers) as pool:
             measured = pool.submit(measure_losses, None)
             list(pool.map(work, enumerate(due)))
