@@ -350,15 +350,15 @@ def real_search(lines, structure, metrics):
     beta.axhline(tau, color=INK, ls="--", lw=1, label=f"τ = {tau}")
     beta.plot([x["step"] for x in fired], [x["beta"] for x in fired], "o", color=ORANGE, mec=INK, mew=0.4, ms=3.5,
               label=f"a trigger, {len(fired)} in all")
-    beta.set(ylabel="β", ylim=(0, 1.05))
+    beta.set(ylabel="β", ylim=(0.5, 1.02))
     size.plot(steps, [x["expected"] for x in lines], color=BLUE, lw=1.2, drawstyle="steps-post", label="E")
     size.axhline(structure["budget"], color=INK, ls="--", lw=1, label=f"B = {structure['budget']:,}")
-    size.plot(fired[-1]["step"], metrics["parameters"], "D", color=ORANGE, mec=INK, ms=5, label="the structure found")
+    size.plot(fired[-1]["step"], metrics["parameters"], "D", color=ORANGE, mec=INK, ms=5, label="found", clip_on=False)
     size.set(xlabel="step", ylabel="parameters", ylim=0, xlim=(0, steps[-1] + 3))
     size.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     for ax in (size, beta):
         ax.axvspan(0, fired[0]["step"] - 0.5, color=PALE, lw=0, zorder=0, label="before the first trigger")
-    handles, labels = (a + b[:2] for a, b in zip(beta.get_legend_handles_labels(), size.get_legend_handles_labels()))
+    handles, labels = (a + b[:3] for a, b in zip(beta.get_legend_handles_labels(), size.get_legend_handles_labels()))
     figure.legend(handles, labels, loc="outside upper center", ncols=6)
     return figure
 
@@ -442,11 +442,14 @@ def real_facts(lines, structure, metrics):
     late = [x["beta"] for x in lines if fired[0] <= x["step"] <= fired[-1]]
     kinds = [m["kind"] for m in structure["modules"]]
     return [
+        f"B = {structure['budget']:,} and Z = {metrics['settings']['triggers']}",
         f"the {len(fired)} triggers come within the steps {fired[0]} to {fired[-1]}",
         f"in {sum(beta < tau for beta in late)} of these {len(late)} steps β is below τ",
         f"E is {lines[fired[0] - 1]['expected']:,.0f} at the first trigger",
-        f"{len(kinds)} modules with {sum(m['parameters'] for m in structure['modules']):,} parameters",
-        ", ".join(f"{kinds.count(kind)} {KINDS[kind]}" for kind in KINDS if kind in kinds)]
+        f"Of {lines[0]['kept']} modules {len(kinds)} stay",
+        f"{metrics['test']:.1f} % of the test, where the most frequent answer has {metrics['test_most_frequent']:.1f}",
+        ", ".join(f"{kinds.count(kind)} {KINDS[kind]}" for kind in KINDS if kind in kinds)
+        + f", with {sum(m['parameters'] for m in structure['modules']):,} parameters"]
 
 
 FIGURES = {"weights": weights, "passes": three_passes, "sensitivity": sensitivities, "indicator": indicators,
