@@ -199,7 +199,8 @@ def test_every_command_is_one_that_its_program_takes(page, monkeypatch):
 
 def test_the_checks_refuse_what_they_are_there_for(monkeypatch):
     for line in ("python bipeft.py --no-such-flag", "python docs/examples/causal.py --nothing 3", "make all",
-                 "./run_glue.sh --nothing", "python docs/no_such.py", "python -m pytest no_such.py", "pip install -r no.txt"):
+                 "./run_glue.sh --nothing", "python docs/no_such.py", "python -m pytest no_such.py",
+                 "pip install -r no.txt"):
         with pytest.raises((AssertionError, SystemExit, OSError, ValueError)):          # UsageError is a ValueError
             check(line.split(), monkeypatch)
     page = "# A `b`: c, d!\n## The 3 x's\n```text\n# no\n```\n## A b c d\n"
@@ -233,7 +234,7 @@ def kinds(monkeypatch):
 
 
 def test_the_code_of_copying_md_runs(kinds):
-    equations, loop, kind, its_test, *others, _ = code_of("docs/copying.md")      # the last: test_methods.py
+    equations, loop, kind, its_test, *others, _ = code_of("docs/copying.md")      # the last: test_baselines.py
     with torch.random.fork_rng():
         exec(equations, names := {})
         assert (names["smoothed"] != 0).all()

@@ -153,7 +153,8 @@ def small_toy(folder, rank, name, dies=False, *flags):
         patched.setattr(bipeft, "toy_splits", lambda seed: splits)
         patched.setattr(bipeft.toy_backbone, "__defaults__", (5, 64))
         return scale.main([*"--task toy --epochs 1 --search-epochs 1 --warmup-epochs 0 --batch-size 8 --triggers 3"
-                           " --tau 0.3 --window 3 --save-every 2 --device cpu --out".split(), f"{folder}/{name}", *flags])
+                           " --tau 0.3 --window 3 --save-every 2 --device cpu --out".split(),
+                           f"{folder}/{name}", *flags])
 
 
 def test_killed_processes_go_on_to_what_one_undisturbed_finds(tmp_path):

@@ -1,6 +1,6 @@
 """The report's statistics by hand, and the report of lines made up here.
 
-    python -m pytest docs/experiments/test_report.py
+    python -m pytest docs/experiments/comparison/test_report.py
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ import compare
 import report_figures as figures
 import report
 import stats
-from methods import METHODS, RATES
+from baselines import METHODS, RATES
 
 TASKS = "qnli", "mnli", "sst2"
 PLACES = ["embeddings.LayerNorm.bitfit", "embeddings.LayerNorm.lnfit"] + [
@@ -251,4 +251,4 @@ NUMBER = r"[+−]?\d+\.\d+"
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
 def test_what_the_pages_say_stands_in_the_tables(page):
-    assert unknown_numbers((report.HERE.parents[1] / page).read_text()) == []
+    assert unknown_numbers((report.HERE.parents[2] / page).read_text()) == []

@@ -1,19 +1,16 @@
 """BIPEFT and its rivals side by side: one backbone, one budget, one re-training, many ways of choosing.
 
-    python docs/experiments/compare.py --small                                        all of it, tiny, on a CPU
-    python docs/experiments/compare.py --prepare --model DIR --data-dir DIR           once: runs/compare, 48 MB
-    python docs/experiments/compare.py --table main --workers 14 --minutes 9          the comparison, on a GPU
-    python docs/experiments/compare.py --table ablations budgets transfer sensitivity rates      the other tables
-    python docs/experiments/compare.py --table cost --workers 1                       Table 3: nothing beside it
-    python docs/experiments/report.py                                                 tables and figures
+    python docs/experiments/comparison/compare.py --small                               all of it, tiny, on a CPU
+    python docs/experiments/comparison/compare.py --prepare --model DIR --data-dir DIR  once: runs/compare, 48 MB
+    python docs/experiments/comparison/compare.py --table main --workers 14             the comparison, on a GPU
+    python docs/experiments/comparison/compare.py --table budgets                       or another of TABLES
+    python docs/experiments/comparison/compare.py --table cost --workers 1              Table 3: nothing beside it
+    python docs/experiments/comparison/report.py                                        tables and figures
 
---family llama is of a causal language model, at the paper's 1.39 of 10,000 of SmolLM2-135M's parameters.
-
-    python docs/experiments/compare.py --family llama --prepare --model DIR --data-dir DIR
-    python docs/experiments/compare.py --family llama --table main --workers 14 --minutes 9
+With --family llama, in --prepare too, it is of a causal language model, at 1.39 of 10,000 of SmolLM2-135M's parameters.
 
 Here is what is run, in which order, and on how many processes. The methods, each with its paper, are in
-methods.py; the backbone, the tasks, a training and the supernet that searches stand on in bench.py.
+baselines.py; the backbone, the tasks, a training and the supernet that searches stand on in harness.py.
 
 Needs the project's packages; AdaLoRA also peft, AutoPEFT botorch. A line of JSON a search and a training goes to
 --out; what has a line there, or in --out with ".gz" added, is not run again.
@@ -47,8 +44,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench import SMALL, Bench, Settings, bipeft, prepare
-from methods import (ABLATIONS, ACROSS, CORE, LLAMA_CORE, METHODS, MORE, SCALES, SENSITIVITY, find,
+from harness import SMALL, Bench, Settings, bipeft, prepare
+from baselines import (ABLATIONS, ACROSS, CORE, LLAMA_CORE, METHODS, MORE, SCALES, SENSITIVITY, find,
                      ladder, scaled_lora, train_adalora)
 
 HERE = Path(__file__).resolve().parent
@@ -204,7 +201,8 @@ class Plan:
         origin = wish["source"] or wish["task"]
         structure = self.structures.get((wish["method"], origin, budget, wish["seed"]))
         if structure is None and not method.cheap:
-            jobs.append({"stage": "find", "finder": method.finder, "task": origin, "budget": budget, "seed": wish["seed"]})
+            jobs.append({"stage": "find", "finder": method.finder, "task": origin, "budget": budget,
+                         "seed": wish["seed"]})
         elif lr is not None and lr not in self.trained.get(cell_of(wish), {}):
             job = {"stage": "train", **{key: wish[key] for key in CELL}, "tuning": wish["tuning"], "lr": lr}
             jobs.append(job if method.cheap else {**job, "structure": structure})

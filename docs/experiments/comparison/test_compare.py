@@ -1,6 +1,6 @@
 """The comparison's harness: rates, the plan, the command line, workers; on a tiny random encoder.
 
-    python -m pytest docs/experiments/test_compare.py
+    python -m pytest docs/experiments/comparison/test_compare.py
 """
 
 import argparse
@@ -14,9 +14,9 @@ import signal
 import numpy as np
 import pytest
 
-import bench
+import harness
 import compare
-from bench import Settings
+from harness import Settings
 
 forking = multiprocessing.get_context("fork")
 TWO_TRAININGS = "--table", "main", "--methods", "LoRA", "--lr", "0.001"                 # seeds 0 and 1
@@ -161,22 +161,22 @@ def test_methods_are_run_in_the_order_they_are_named_in_and_rates_for_all():
 
 def test_a_llamas_tasks_are_prepared_with_a_line_break_before_the_answer(tmp_path):
     pandas = pytest.importorskip("pandas")
-    bench.small_backbone("llama").save_pretrained(tmp_path / "model")
-    tokenizer = bench.bipeft.toy_tokenizer()
+    harness.small_backbone("llama").save_pretrained(tmp_path / "model")
+    tokenizer = harness.bipeft.toy_tokenizer()
     tokenizer.save_pretrained(tmp_path / "model")
-    for task, files in bench.FILES.items():
+    for task, files in harness.FILES.items():
         (tmp_path / task).mkdir()
         rows = {**{field: ["anna " * 300, "anna walks", "ben", "it rains", "good"]
-                   for field in bench.bipeft.TASKS[task].fields}, "label": [0, 1, 1, 0, 1]}
+                   for field in harness.bipeft.TASKS[task].fields}, "label": [0, 1, 1, 0, 1]}
         for file in files:
             pandas.DataFrame(rows).to_parquet(tmp_path / task / f"{file}.parquet")
     settings = Settings(folder=str(tmp_path / "made"), family="llama", train_rows=-3996, max_length=256)
-    bench.prepare(tmp_path / "model", tmp_path, settings)
+    harness.prepare(tmp_path / "model", tmp_path, settings)
     line_break = tokenizer("\n").input_ids
-    rows = bench.pools_of("cola", settings)[0]
+    rows = harness.pools_of("cola", settings)[0]
     assert all(ids[-len(line_break):] == line_break for ids, _ in rows)
     assert [y for _, (y,) in rows] == [0, 1, 1, 0, 1]
-    (example,) = bench.bipeft.to_examples("cola", {"sentence": "ben", "label": 1}, False)
+    (example,) = harness.bipeft.to_examples("cola", {"sentence": "ben", "label": 1}, False)
     assert rows[2][0] == tokenizer(example.source).input_ids + line_break
     assert max(len(ids) for ids, _ in rows) == 127 + len(line_break)
     assert (tmp_path / "made" / "model").resolve() == tmp_path / "model"

@@ -1,6 +1,6 @@
 """A search with CUDA graphs gives what one without them gives.   Needs a GPU; the project's packages.
 
-    python docs/experiments/check_graphs.py --model DIR [--space all]
+    python docs/experiments/speed/check_graphs.py --model DIR [--space all]
 
 Runs the same search twice on random batches, and prints the largest differences of Theta, Phi and s-bar after every
 sixth step, whether the structures agree, and the milliseconds a step takes each way.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import bipeft
 
 STEPS = 60

@@ -1,7 +1,7 @@
 """The defaults of `--task custom`, and what stands before a causal model's answer: what was tried.
 
-    python docs/experiments/defaults.py --data-dir DIR --llama DIR --t5 DIR --workers 12      on a GPU
-    python docs/experiments/defaults.py --show                                                the tables
+    python docs/experiments/comparison/defaults.py --data-dir DIR --llama DIR --t5 DIR --workers 12      on a GPU
+    python docs/experiments/comparison/defaults.py --show                                                the tables
 
 A person's own data: rows of GLUE with words for labels, cut to 200, 1,000 and 2,490, in .jsonl with source and target.
 Each is run by the command line in full, search and re-training, at every rate, batch size and number of epochs; every
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 import bipeft
 

@@ -1,6 +1,6 @@
 """The walk's figures at a small size: all come out, and what is drawn is the program's own search.
 
-    python -m pytest docs/experiments/test_figures.py         skipped without matplotlib
+    python -m pytest docs/experiments/walkthrough/test_figures.py         skipped without matplotlib
 """
 
 import copy
@@ -29,7 +29,8 @@ def drawn(tmp_path_factory):
         assert bipeft.main(["--task", "toy", "--out", str(run), *LINE]) == 0
         places = json.dumps({"stage": "places", "places": ["encoder.block.0.layer.0.SelfAttention.q.lora"]})
         (run.parent / "compare_smollm2.jsonl").write_text(places)
-        patch.setattr(figures, "RESULTS", run.rename(run.parent / "smollm2_search").parent)     # in the recorded run's place
+        run.rename(run.parent / "smollm2_search")                   # in the recorded run's place
+        patch.setattr(figures, "RESULTS", run.parent)
         record = figures.main(["--out", str(out), *LINE])
     return record, out, run.parent / "smollm2_search"
 

@@ -40,7 +40,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench import Supernet, bipeft, first_fit
+from harness import Supernet, bipeft, first_fit
 
 # Of trainings within a search, from an earlier run: the best of random structures, and that of BIPEFT's in S1.
 INNER_RATE, S1_RATE = 6e-3, 2.5e-3

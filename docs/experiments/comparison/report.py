@@ -1,10 +1,10 @@
 """What compare.py's lines say: tables as markdown on stdout, and figures for light and dark pages.
 
-    python docs/experiments/report.py [--lines docs/experiments/results/compare.jsonl]
+    python docs/experiments/comparison/report.py [--lines docs/experiments/comparison/results/compare.jsonl]
                                       [--figures docs/figures]
 
 Needs the project's packages; the figures (report_figures.py) matplotlib. The comparison's rules are in compare.py,
-its methods in methods.py, formulas in stats.py. Reported are trainings on seeds that no rate was chosen on,
+its methods in baselines.py, formulas in stats.py. Reported are trainings on seeds that no rate was chosen on,
 each at its method's chosen rate. A cell is a task and a seed; a pair is BIPEFT and another method in one cell, its
 difference BIPEFT's score less the other's: plus means that BIPEFT is better, in every table and figure. Intervals are
 t intervals of the mean over pairs. A part whose lines are not there says so in a line. The figures begin with the name
@@ -21,8 +21,8 @@ from types import SimpleNamespace
 import numpy as np
 
 import compare
-from bench import bipeft
-from methods import ABLATIONS, METHODS, SENSITIVITY
+from harness import bipeft
+from baselines import ABLATIONS, METHODS, SENSITIVITY
 from report_figures import KINDS, RIVALS, draw, in_order, size
 from stats import contrasts, jaccard, jaccard_by_chance, shown, signed
 
@@ -400,7 +400,7 @@ def main(arguments=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = compare.Parser(description=__doc__, formatter_class=raw)
     parser.add_argument("--lines", type=Path, default=HERE / "results" / "compare.jsonl")
-    parser.add_argument("--figures", type=Path, default=HERE.parent / "figures", help="the figures' folder")
+    parser.add_argument("--figures", type=Path, default=HERE.parents[1] / "figures", help="the figures' folder")
     args = parser.parse_args(arguments)
     if not args.lines.exists() and not args.lines.with_name(f"{args.lines.name}.gz").exists():
         parser.error(f"{args.lines} does not exist: run compare.py first, or name its --out with --lines")
