@@ -1,19 +1,17 @@
 """Tests of bipeft.py, in its order: equations, modules, spaces, Algorithm 1, tasks, command line.
 
     python -m pytest -q test_bipeft.py            all, on a CPU
-    python -m pytest -q -k "eq_ or select_"       the equations alone
+    python -m pytest -q -k eq_                    the equations alone
 
 An equation has a test against numbers worked out by hand, with the arithmetic in a comment, and one
 against an oracle: a loop over modules in the paper's notation, on random inputs.
 """
 
-import ast
 import copy
 import dataclasses
 import datetime
 import errno
 import functools
-import importlib.util
 import inspect
 import io
 import json
@@ -22,14 +20,11 @@ import os
 import random
 import re
 import shutil
-import signal
+import statistics
 import subprocess
 import sys
-import time
-import tokenize
 import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,9 +43,6 @@ from torch import nn
 import bipeft
 from bipeft import UsageError
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE / "docs" / "experiments"))            # of two there short forms are run here
-SHARED = HERE.parent / "shared"
 SEEDS = range(12)
 RANKS = (1, 4, 8)
 KINDS = ("lora", "adapter_lr", "bitfit", "lnfit", "serial", "parallel", "prefix")
@@ -66,21 +58,11 @@ ADDING = tuple(kind for kind in KINDS if kind != "prefix")          # these star
 @pytest.fixture(scope="session", autouse=True)
 def quick_and_tidy(tmp_path_factory):
     """One thread, since on tensors this small a second one only waits; the data cache goes to a temporary folder."""
-    before = torch.get_num_threads(), datasets.config.HF_DATASETS_CACHE
     torch.set_num_threads(1)
     datasets.config.HF_DATASETS_CACHE = os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    torch.set_num_threads(before[0])
-    datasets.config.HF_DATASETS_CACHE = before[1]
-    del os.environ["HF_DATASETS_CACHE"]
 
 
-VERSIONS = {
-    "v1.0": dict(),
-    "v1.1": dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
-    "mt5": dict(family="mt5"),
-    "uneven": dict(num_layers=1, num_decoder_layers=3, d_ff=40, d_kv=6, num_heads=3),
-}
+UNEVEN = {"num_layers": 1, "num_decoder_layers": 3, "d_ff": 40, "d_kv": 6, "num_heads": 3}
 
 
 def tiny_t5(family="t5", seed=0, **changes):
@@ -123,7 +105,8 @@ CAUSAL = {
     "qwen3": lambda: tiny("Qwen3", "CausalLM", num_key_value_heads=2, head_dim=6),    # norms of queries and keys
     "gemma": lambda: tiny("Gemma", "CausalLM", num_key_value_heads=1, head_dim=10),   # norms of 1 + w
 }
-FAMILIES = {"t5": lambda: tiny_t5(seed=3, **VERSIONS["v1.1"]), "bert": lambda: tiny("Bert", "SequenceClassification"),
+FAMILIES = {"t5": lambda: tiny_t5(seed=3, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+            "bert": lambda: tiny("Bert", "SequenceClassification"),
             "roberta": lambda: tiny("Roberta", "SequenceClassification"), **CAUSAL}
 
 
@@ -179,15 +162,7 @@ def randomise(peft, scale=0.3, seed=0):
     return peft
 
 
-def over(seeds):
-    """Makes a test of one random case a test of many; where it fails the traceback shows the seed."""
-    def decorate(test):
-        def of_all_seeds():
-            for seed in seeds:
-                test(seed)
-        of_all_seeds.__name__, of_all_seeds.__doc__ = test.__name__, test.__doc__
-        return of_all_seeds
-    return decorate
+over = functools.partial(pytest.mark.parametrize, "seed")           # makes a test of one random case a test of many
 
 
 def close(found, expected, tolerance=1e-5):
@@ -198,7 +173,6 @@ def close(found, expected, tolerance=1e-5):
 def snapshot(model):
     """All that attaching might touch: tensors by name, what may learn, attention functions, hooks."""
     return {"values": {name: p.clone() for name, p in model.state_dict().items()},
-            "formats": {name: p.dtype for name, p in model.state_dict().items()},
             "learn": {name: p.requires_grad for name, p in model.named_parameters()},
             "attention": {name: m.config._attn_implementation for name, m in model.named_modules()
                           if hasattr(m, "config")},
@@ -208,8 +182,10 @@ def snapshot(model):
 
 def same(a, b):
     """Whether two snapshots are one, bit for bit."""
-    return (all(a[key] == b[key] for key in ("formats", "learn", "attention", "hooks"))
-            and all(torch.equal(value, b["values"][name]) for name, value in a["values"].items()))
+    return (all(a[key] == b[key] for key in ("learn", "attention", "hooks"))
+            and a["values"].keys() == b["values"].keys()
+            and all(p.dtype == b["values"][name].dtype and torch.equal(p, b["values"][name])
+                    for name, p in a["values"].items()))
 
 
 class Wrapped(nn.Module):
@@ -229,17 +205,6 @@ def tensor(*values, **more):
 
 def flags(*values):
     return torch.tensor(values).bool()
-
-
-def a_search(space="s2", budget=None, steps=12, model=None, **settings):
-    """A Search over a tiny T5 whose modules already do something, and four batches."""
-    model = model or tiny_t5()
-    space = randomise(bipeft.Space(model, space), 0.1)
-    budget = budget or int(space.param_counts[:, -1].sum()) // 10
-    settings = {"triggers": 4, "window": 2, "tau": 0.0, "lr": 1e-2, **settings}
-    warmup = settings.pop("warmup", 0)
-    search = bipeft.Search(model, space, bipeft.Settings(budget=budget, **settings), steps, warmup)
-    return search, [some_batch(seed) for seed in range(4)]
 
 # ==================================================================================================
 # 1. The equations
@@ -313,10 +278,7 @@ def test_eq_3_alignment_by_hand():
     # (3, 4)·(4, 3) = 24 over 5·5: 0.96.   (1)·(-2) over 1·2: -1.   (0, 0) against anything: 0, never NaN
     g_tra, g_val = tensor(3.0, 4.0, 1.0, 0.0, 0.0, 7.0), tensor(4.0, 3.0, -2.0, 1.0, 2.0, 0.0)
     assert close(bipeft.alignment(g_tra, g_val, tensor(2, 1, 2, 1)), [0.96, -1, 0, 0], 1e-6)
-
-
-def test_eq_3_of_tiny_gradients_does_not_underflow():
-    # as above, times 1e-18: the product of the two squared norms, 25e-36 · 25e-36, is below float32
+    # as the first, times 1e-18: the product of the two squared norms, 25e-36 · 25e-36, is below float32
     assert close(bipeft.alignment(1e-18 * tensor(3.0, 4.0), 1e-18 * tensor(4.0, 3.0), tensor(2)), [0.96], 1e-5)
     # 1e-30 squared is 0 in float32: as a gradient of zero
     assert bipeft.alignment(tensor(1e-30), tensor(1e-30), tensor(1)).tolist() == [0]
@@ -370,14 +332,8 @@ def test_eq_5_stability_by_hand():
     assert close(bipeft.stability(rows, 2), 0.5 ** 0.5)
     # cos((0,0,1), (1,1,0)) = 0 comes in with H = 3: 2/√2 / 3
     assert close(bipeft.stability(rows, 3), 2 * 0.5 ** 0.5 / 3)
-
-
-def test_eq_5_reaches_one_and_no_more_from_h_plus_one_indicators_on():
-    # H = 5 terms of 1 over 5; the sum as printed has 6 terms, and would give 1.2. Before there are six: 0
+    # H = 5 terms of 1 over 5; the sum as printed has 6 terms, and would give 1.2. Before there are six indicators: 0
     assert [bipeft.stability(flags(*[[1, 0, 1]] * t), 5) for t in (1, 5, 6, 9)] == [0, 0, 1, 1]
-
-
-def test_eq_5_of_empty_indicators():
     # empty and empty count as equal, empty and not empty as different: (1 + 0 + 0) / 3
     assert close(bipeft.stability(flags([0, 0], [0, 0], [0, 1], [0, 0]), 3), 1 / 3)
     assert bipeft.stability(flags([0, 0], [0, 0]), 1) == 1
@@ -431,9 +387,6 @@ def test_eq_8_expected_size_by_hand():
     phi = tensor([0.0, math.log(2), 0.0]).expand(2, 3)
     found = bipeft.expected_size(phi, tensor([10, 40, 80], [10, 40, 80]), flags(0, 1), tensor(2, 1))
     assert close(found, [42.5, 40])
-
-
-def test_eq_8_is_exact_in_counts_that_float32_can_not_hold():
     # float32 has no 2^24 + 1. Fixed: itself.  Open, softmax(0, 0) = (1/2, 1/2): (2^24 + 1 + 2^24 + 3) / 2 = 2^24 + 2,
     # of which the first half alone, 2^23 + 1/2, would lose its half
     counts = tensor([2 ** 24 + 1, 2 ** 24 + 3], [2 ** 24 + 1, 2 ** 24 + 3], [2 ** 24 + 1, 2 ** 24 + 2])
@@ -490,10 +443,8 @@ def test_eq_9_instability_by_hand():
     assert close(bipeft.rank_instability(tensor([[0.5, 0.5]], [[0.25, 0.75]])), [math.log(4 / 3) / 16], 1e-6)
     # steps in the middle count in σ alone: there and back, KL is 0
     assert bipeft.rank_instability(tensor([[0.5, 0.5]], [[0.9, 0.1]], [[0.5, 0.5]])).tolist() == [0]
-
-
-def test_eq_9_a_weight_of_zero_is_no_nan():
-    # (0, 1) -> (1/4, 3/4): KL = 0 · log 0 + 1 · ln(4/3), σ 1/8 of each; to (1, 0) it is infinite, the least stable
+    # a weight of zero is no NaN. (0, 1) -> (1/4, 3/4): KL = 0 · log 0 + 1 · ln(4/3), σ 1/8 of each; to (1, 0) it is
+    # infinite, the least stable
     assert close(bipeft.rank_instability(tensor([[0.0, 1.0]], [[0.25, 0.75]])), [math.log(4 / 3) / 8], 1e-6)
     assert bipeft.rank_instability(tensor([[0.0, 1.0]], [[1.0, 0.0]])).tolist() == [math.inf]
 
@@ -643,6 +594,9 @@ def test_section_1_fill_budget_by_hand():
     # 90 are free, but module 0 was fixed at rank index 0 by Eq. 9-10, and stays there; what fits exactly stays, too
     assert bipeft.fill_budget([1.0], [[10, 20]], [True], [0], 100) == ([True], [0])
     assert bipeft.fill_budget([2, 1, 3], [[10]] * 3, [True, True, False], [0] * 3, 20) == ([True, True, False], [0] * 3)
+    # one parameter less: the less sensitive one goes, and the 9 that are then free are too few for the third
+    found = bipeft.fill_budget([2, 1, 3], [[10]] * 3, [True, True, False], [0] * 3, 19)
+    assert found == ([True, False, False], [0] * 3)
 
 
 @over(range(40))
@@ -665,15 +619,6 @@ def test_section_1_fill_budget_against_a_loop(seed):
     assert total() <= c.budget and all(c.budget - total() < c.counts[n][0] for n in range(c.n) if not kept[n])
 
 
-def test_section_1_segment_sum_by_hand():
-    # runs of 3, 2, 0 and 1 numbers: 1 + 2 + 3, 10 + 20, nothing, 5
-    assert bipeft.segment_sum(tensor(1.0, 2, 3, 10, 20, 5), tensor(3, 2, 0, 1)).tolist() == [6, 30, 0, 5]
-
-
-def test_eq_9_a_weight_of_zero_is_no_nan():
-    assert bipeft.rank_instability(tensor([[0.0, 1.0]], [[0.0, 1.0]])).tolist() == [0]
-
-
 # ==================================================================================================
 # 2. The searchable modules
 # ==================================================================================================
@@ -685,7 +630,7 @@ at_every_place = pytest.mark.parametrize("kind, role", [(kind, role) for kind in
 @functools.cache
 def uneven_places():
     """{role: a place}: of a T5 with 3 heads of width 6 and d_ff = 40, or of BERT, whose block is no module."""
-    models = tiny("Bert", "SequenceClassification"), tiny_t5(**VERSIONS["uneven"])
+    models = tiny("Bert", "SequenceClassification"), tiny_t5(**UNEVEN)
     return {role: place for model in models for _, role, place in reversed(bipeft.places_of(model))}
 
 
@@ -759,16 +704,6 @@ def test_section_2_a_shut_gate_adds_exactly_zero_and_has_a_gradient_to_open(kind
     assert not any(p.grad.any() for p in module.parameters())
 
 
-def test_section_2_a_module_that_is_not_computed_leaves_the_output_alone():
-    """Its hook hands the place's own output on, in a self-attention a tuple; else it changes the first of that."""
-    module, x, y = a_module("adapter_lr", scale=0.5)
-    given = y, "weights"
-    first, second = module.after(None, (), {"hidden_states": x}, given)
-    assert torch.equal(first, module(x, y)) and second == "weights"
-    module.architecture = {"computed": False}
-    assert module.after(None, (x,), {}, given) is given
-
-
 FORMULAS = {      # of a module m, x and y; with d = 32, Adapter-LR's m is d/32 = 1
     "lora": lambda m, x, y: y + x @ m.A.T @ m.B,                                      # no extra scaling
     "adapter_lr": lambda m, x, y: y + F.gelu(y @ m.down_in.T @ m.down_out.T + m.down_bias) @ m.up_in.T @ m.up_out
@@ -808,22 +743,18 @@ def test_section_2_parameters_of_each_kind_by_hand():
 
 
 def test_section_2_initial_weights_are_kaiming_uniform_zero_or_for_a_prefix_of_deviation_002():
-    """Uniform within 1/sqrt(fan in), a deviation of that over sqrt(3); within five deviations of it: 5/sqrt(2n)."""
+    """Uniform within 1/sqrt(fan in), of which the largest of many comes near."""
     generator = torch.Generator().manual_seed(0)
     lora = bipeft.LoRA(nn.Linear(400, 30), 8, generator)
     adapter = bipeft.SerialAdapter(nn.Sequential(nn.Linear(1, 400), nn.ReLU()), 8, generator)
     factors = bipeft.LowRankAdapter(nn.Linear(1, 6400), 8, generator)
     drawn = {lora.A: 400, adapter.down: 400, factors.down_in: 6400, factors.down_out: 8, factors.up_in: 200}
     for p, fan_in in drawn.items():
-        assert p.abs().max() <= fan_in ** -0.5
-        assert abs(p.std() * (3 * fan_in) ** 0.5 - 1) < 5 / (2 * p.numel()) ** 0.5
+        assert 0.95 < p.abs().max() * fan_in ** 0.5 <= 1 and abs(p.mean()) < 0.1 * p.abs().max()
     assert not any(p.any() for m in (lora, adapter, factors) for p in m.parameters() if p not in drawn)
     attention = SimpleNamespace(config=SimpleNamespace(num_attention_heads=8, hidden_size=512))
     for p in bipeft.Prefix(attention, 8, generator).parameters():
-        assert abs(p.std() / 0.02 - 1) < 5 / (2 * p.numel()) ** 0.5 and abs(p.mean()) < 0.1 / p.numel() ** 0.5
-
-
-# Norms of every family, blocks of BERT
+        assert 0.018 < p.std() < 0.022 and abs(p.mean()) < 0.002
 
 
 def layer_norm(x, w, b, eps):
@@ -867,13 +798,13 @@ def test_section_2_adapters_in_a_layer_of_bert_by_hand(kind):
 # Prefix: against a softmax over the concatenated keys
 
 
-def attention_case(dtype=torch.float32, r=3):
-    """query, key, value, mask, bias of 2 rows, 4 heads, 5 queries, 6 keys, width 8; keys and values of r pairs."""
-    normal = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    mask = torch.zeros(2, 1, 5, 6, dtype=dtype)
-    mask[1, :, :, 4:] = torch.finfo(dtype).min
+def attention_case():
+    """query, key, value, mask, bias of 2 rows, 4 heads, 5 queries, 6 keys, width 8; keys and values of 3 pairs."""
+    normal = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(2, 1, 5, 6)
+    mask[1, :, :, 4:] = torch.finfo(torch.float32).min
     query, key, value = normal(2, 4, 5, 8), normal(2, 4, 6, 8), normal(2, 4, 6, 8)
-    return query, key, value, mask, normal(1, 4, 5, 6), normal(4, r, 8), normal(4, r, 8)
+    return query, key, value, mask, normal(1, 4, 5, 6), normal(4, 3, 8), normal(4, 3, 8)
 
 
 def attend(q, k, v, mask, bias, prefix, training=False, **more):
@@ -883,7 +814,7 @@ def attend(q, k, v, mask, bias, prefix, training=False, **more):
 
 def softmax_over_all(q, k, v, mask, bias, keys, values):
     """One query at a time: softmax over r prefix scores and s own scores, then the mean of the values."""
-    out = torch.zeros(2, 5, 4, 8, dtype=q.dtype)
+    out = torch.zeros(2, 5, 4, 8)
     for b, h, i in np.ndindex(2, 4, 5):
         own = keys[h] @ q[b, h, i]
         rest = k[b, h] @ q[b, h, i] + bias[0, h, i] + mask[b, 0, i]
@@ -892,8 +823,13 @@ def softmax_over_all(q, k, v, mask, bias, keys, values):
 
 
 def test_section_2_prefix_attention_is_a_softmax_over_the_concatenation():
-    """All 3 pairs open, the leading one, or none; a shut pair changes nothing, however large its score."""
+    """All 3 pairs open, the leading one, or none; a shut pair changes nothing, however large its score. Dropout, here
+    of all, is for training alone.
+    """
     *given, keys, values = attention_case()
+    prefix = keys, values, torch.ones(3)
+    assert torch.equal(attend(*given, prefix, dropout=1.0), attend(*given, prefix))
+    assert not attend(*given, prefix, training=True, dropout=1.0).any()
     for pairs in (3, 1, 0):
         expected = softmax_over_all(*given, keys[:, :pairs], values[:, :pairs])
         assert close(attend(*given, (keys, values, leading(pairs, 3))), expected)
@@ -911,47 +847,6 @@ def test_section_2_the_gradient_to_a_prefix_gate_is_finite():
         grads = torch.autograd.grad(out.square().sum(), (weight, larger))
         assert all(g.isfinite().all() for g in grads), size
         assert size > 1 or grads[0].abs().min() > 0
-
-
-def test_section_2_the_gradient_to_a_shut_prefix_gate_is_the_derivative():
-    """(f(1e-6) - f(-1e-6)) / 2e-6 of the formula itself: weights on the exponentials."""
-    q, k, v, mask, bias, keys, values = attention_case(torch.float64)
-
-    def weighed(weight):
-        own, rest = (q @ keys.mT).exp() * weight, (q @ k.mT + bias + mask).exp()
-        share = torch.cat([own, rest], -1)
-        share = share / share.sum(-1, keepdim=True)
-        return (share @ torch.cat([values.expand(2, 4, -1, 8), v], 2)).transpose(1, 2).square().sum()
-
-    weight = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    (found,) = torch.autograd.grad(attend(q, k, v, mask, bias, (keys, values, weight)).square().sum(), weight)
-    step = 1e-6 * torch.eye(3, dtype=torch.float64)
-    assert close(found, torch.stack([(weighed(row) - weighed(-row)) / 2e-6 for row in step]), 1e-3)
-
-
-def test_section_2_prefix_attention_scales_all_scores_and_drops_out_in_training():
-    """A scaling of a half is a query of half the size; a dropout of 1 leaves nothing, but outside of training all."""
-    query, *given, keys, values = attention_case()
-    prefix = keys, values, torch.ones(3)
-    found = attend(query, *given, prefix)
-    assert close(attend(query, *given, prefix, scaling=0.5), attend(0.5 * query, *given, prefix))
-    assert torch.equal(attend(query, *given, prefix, dropout=1.0), found)
-    assert not attend(query, *given, prefix, training=True, dropout=1.0).any()
-
-
-@torch.no_grad()
-def test_section_2_prefix_in_a_self_attention_of_t5():
-    """Rank 3 as built, then the leading slice of 2 as a search would have it, with T5's bias of positions."""
-    model, h = tiny_t5(), torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
-    attention = model.encoder.block[0].layer[0].SelfAttention
-    prefix = randomise(bipeft.Peft(model, [("encoder.block.0.layer.0.SelfAttention", "prefix", 3)]), 1.0).modules[0]
-    q, k, v = (layer(h).view(2, 5, 4, 8).transpose(1, 2) for layer in (attention.q, attention.k, attention.v))
-    keys, values = (pairs.view(3, 4, 8).transpose(0, 1) for pairs in (prefix.keys, prefix.values))
-    for rank in (3, 2):
-        expected = softmax_over_all(q, k, v, torch.zeros(2, 1, 5, 1), attention.compute_bias(5, 5),
-                                    keys[:, :rank], values[:, :rank])
-        assert close(attention(h)[0], attention.o(expected.flatten(2)), 1e-4)
-        under(prefix, torch.ones(()), leading(2, 3))
 
 
 @torch.no_grad()
@@ -991,36 +886,13 @@ def test_section_3_t5_large_has_916_modules_in_s2_and_144_in_s1():
     assert len(space) == 916
     # 48 blocks · (q, k, v, o, wi, wo); 48 · 2; 288 linear layers + 122 norms; 24 · 2 + 24 · 3 + 2 norms
     assert Counter(space.kinds) == {"lora": 288, "adapter_lr": 96, "bitfit": 410, "lnfit": 122}
-    sizes = {name: bipeft.count_of(module) for name, module in zip(space.names, space.modules)}
-    assert sum(sizes[name] for name in sizes if name.endswith("lnfit")) == 124_928                  # 122 · 1024
-    on_q_and_v = [sizes[name] for name in sizes if name.endswith(("SelfAttention.q.lora", "SelfAttention.v.lora"))]
-    assert sum(on_q_and_v) == 1_572_864                                                 # 48 · 2 · 8 · (1024 + 1024)
     assert bipeft.geometry(model) == space.geometry                         # modules don't count
     space.detach()
     space = bipeft.Space(model, "s1")
     assert len(space) == 144 and Counter(space.kinds) == {"serial": 48, "parallel": 48, "prefix": 48}
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_section_3_every_t5_has_its_places(version):
-    """Linear layers, blocks and norms by hand; no projection of cross-attention, but its norm."""
-    model = tiny_t5(**VERSIONS[version])
-    config, space = model.config, bipeft.Space(model, "all")
-    blocks = config.num_layers + config.num_decoder_layers
-    linear = 4 + (3 if config.is_gated_act else 2)                          # q, k, v, o, and wi (or two), wo
-    norms = 2 * config.num_layers + 3 * config.num_decoder_layers + 2
-    assert Counter(space.kinds) == {
-        "lora": blocks * linear, "adapter_lr": 2 * blocks, "bitfit": blocks * linear + norms, "lnfit": norms,
-        "serial": blocks, "parallel": blocks, "prefix": blocks}
-    assert not any("EncDecAttention" in name for name in space.names)
-    assert f"decoder.block.{config.num_decoder_layers - 1}.layer.1.layer_norm.bitfit" in space.names
-
-
-def test_section_3_a_space_is_a_name_or_a_list_of_kinds():
-    """A kind named twice counts once."""
-    for space, kinds in (("s1", {"serial", "parallel", "prefix"}), ("prefix, lnfit,prefix", {"prefix", "lnfit"})):
-        found = bipeft.Space(family("bert"), space)
-        assert set(found.kinds) == kinds and len(set(found.names)) == len(found)
+    # mT5 is one, too, and its stacks may be of different depth: the 1 + 3 layers here have 4 · 7 linear ones
+    small = bipeft.Space(tiny_t5("mt5", num_layers=1, num_decoder_layers=3), "lora")
+    assert len(small) == 28 and not any("EncDecAttention" in name for name in small.names)
 
 
 def test_section_3_the_seed_decides_the_initial_weights():
@@ -1036,38 +908,6 @@ def gpt2():
                                                           eos_token_id=1))
 
 
-def test_section_3_a_model_may_wrap_its_backbone_and_hold_other_transformers():
-    """A wrapped T5 has the names of a plain one; its prefixes reach it, and no model beside it."""
-    plain, wrapped = tiny_t5(), Wrapped(tiny_t5())
-    spaces = [randomise(bipeft.Space(model, "all")) for model in (plain, wrapped)]
-    assert spaces[0].names == spaces[1].names
-    assert spaces[0].geometry["parameters"] == spaces[1].geometry["parameters"]
-    assert torch.equal(plain(**some_batch()).loss, wrapped(**some_batch()))
-    model = nn.ModuleDict({"first": gpt2(), "second": tiny_t5()})
-    before, logits = snapshot(model), logits_of(model["second"])
-    space = randomise(bipeft.Space(model, "prefix"))
-    assert len(space) == 4 and model["first"].config._attn_implementation == "sdpa"
-    assert not close(logits_of(model["second"]), logits, 1e-3)
-    space.detach()
-    assert same(snapshot(model), before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_section_3_a_classifier_of_t5_may_be_moved_before_its_search_and_copied_within(dtype):
-    """Of a search nothing stays on a module after a pass: copies are whole, and learn."""
-    model, copies = transformers.T5ForSequenceClassification(tiny_t5(num_labels=2).config), []
-    space = bipeft.Space(model, "s1")
-    model.to(dtype)
-    batch = {"input_ids": tensor([5, 6, 1], [7, 8, 1]), "labels": tensor(0, 1)}
-    structure = bipeft.search(model, space, [batch], [batch], 1000, 3, triggers=2,
-                              after_step=lambda search, line: copies.append(copy.deepcopy(model)))
-    assert len(space) == 12 and 0 < structure.parameters <= 1000
-    own = [p for p in copies[0].parameters() if p.requires_grad]
-    before = bipeft.copies(own)
-    own_loop(copies[0], [batch, batch])
-    assert len(own) == len(space.tensors) and not any(torch.equal(p, q) for p, q in zip(own, before))
-
-
 # Every kind on every family: `pytest -q -k family` shows the matrix in the tests' names.
 
 COUNTS = {     # by hand, of 2 layers (T5: 2 + 2): linear layers, blocks (two a layer), norms
@@ -1079,18 +919,6 @@ KEYS = ("SelfAttention.k.bitfit", "self.key.bitfit")         # a bias on all key
 def matrix(families, kinds=KINDS):
     pairs = [(name, kind) for name in families for kind in kinds]
     return pytest.mark.parametrize("name, kind", pairs, ids=map("-".join, pairs))
-
-
-def test_section_3_a_head_without_modules_gives_the_backbone_back_once():
-    """With no module attached, too, detaching unfreezes; a second time it leaves what the owner set since."""
-    model = family("bert")
-    peft = bipeft.Peft(model, [], also_train=("classifier",))
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(peft.named_weights())
-    peft.detach()
-    assert all(p.requires_grad for p in model.parameters())
-    model.requires_grad_(False)
-    peft.detach()
-    assert not any(p.requires_grad for p in model.parameters())
 
 
 @matrix(FAMILIES)
@@ -1131,6 +959,7 @@ def test_section_3_family_a_structure_built_alone_computes_what_the_search_compu
     assert [f"{m['name']}.{kind}" for m in structure.modules] == [at for at, on in zip(space.names, gate) if on]
     assert [m["rank"] for m in structure.modules] == [RANKS[k] if kind in RANKED else None for k in choice[gate > 0]]
     assert peft.size == structure.parameters == sum(p.numel() for p in peft.tensors)
+    assert structure.geometry == {"model_type": name, "parameters": sum(p.numel() for p in family(name).parameters())}
     assert not close(logits_of(model, batch), found, 1e-2)
     cut_from([m for m, on in zip(space.modules, gate) if on], peft.modules)
     assert close(logits_of(model, batch), found, 1e-4)
@@ -1168,36 +997,6 @@ def test_section_3_family_gradients_are_those_of_finite_differences(name, kind):
     assert not [full for full, g in zip(space.names, found[0].abs()) if g < 1e-6 and not full.endswith(KEYS)]
 
 
-@matrix(["t5", *CAUSAL])
-def test_section_3_family_generation_with_a_cache_is_the_arg_max_of_one_pass(name, kind):
-    """Inputs are padded on the left; without the padding the last logits are the same."""
-    model = family(name)
-    batch = {key: value.flip(1) for key, value in batch_for(name).items() if key != "labels"}
-    peft = randomise(bipeft.Peft(model, every(kind, model)), 0.5)
-    calls = []
-    peft.modules[-1].register_forward_hook(lambda *_: calls.append(1))
-    found = model.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=True,
-                           return_dict_in_generate=True, output_logits=True)
-    assert len(calls) == 4                                                                # a pass a token
-    if name == "t5":
-        answers = {"decoder_input_ids": found.sequences[:, :-1]}
-        whole, ids = batch, batch["input_ids"]
-    else:
-        ids = found.sequences[:, :-1]
-        mask = F.pad(batch["attention_mask"], (0, 3), value=1)      # positions, as `generate` gives them: a prefix's
-        place = (mask.cumsum(1) - 1).clamp(min=0)                   # keys are not rotated, and depend on them
-        whole, answers = {"input_ids": ids, "attention_mask": mask, "position_ids": place}, {}
-    logits = logits_of(model, {**whole, **answers})[:, -4:]
-    assert close(torch.stack(found.logits, 1), logits, 1e-4)
-    assert ids[-1, 0] == batch["attention_mask"][-1, 0] == 0                              # the last row is padded
-    alone = {"input_ids": ids[-1:, 1:], **{key: value[-1:] for key, value in answers.items()}}
-    assert close(logits_of(model, alone)[0, -4:], logits[-1], 1e-4)
-    peft.detach()
-    assert not close(logits_of(model, alone)[0, -4:], logits[-1], 1e-2)
-    logits[:, :, 1] = -math.inf                                                           # no end before 4 tokens
-    assert torch.equal(found.sequences[:, -4:], logits.argmax(-1))
-
-
 def checkpoint(model, reentrant):
     """Recomputed activations, by the name that a release of transformers has for them."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -1218,41 +1017,28 @@ def test_section_3_family_gradient_checkpointing_gives_the_same_gradients(name):
         found.append(bipeft.flatten([p.grad for p in space.tensors]))
     assert close(*found) and found[0].any()
     checkpoint(model, True)
-    with pytest.raises(UsageError, match="use_reentrant=False"):
-        bipeft.forward_backward(model, space, gate, ranks_at(1, len(space)), batch, space.tensors)
+    for inputs_learn in (False, True):
+        if inputs_learn:
+            model.enable_input_require_grads()
+        with pytest.raises(UsageError, match="use_reentrant=False"):
+            bipeft.forward_backward(model, space, gate, ranks_at(1, len(space)), batch, space.tensors)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_section_3_family_search_ends_within_the_budget(name):
-    """And the structure, applied, has the parameters it says."""
-    model, batches = family(name), [batch_for(name, seed) for seed in range(3)]
-    before, space = snapshot(model), bipeft.Space(model, "all")
-    structure = bipeft.search(model, space, batches, batches[::-1], 2000, 5, triggers=3, window=1, tau=0.0)
-    space.detach()
-    assert same(snapshot(model), before)
-    peft = bipeft.apply(model, structure)
-    assert 1000 < sum(bipeft.count_of(m) for m in peft.modules) == structure.parameters <= 2000
-    assert structure.geometry == {"model_type": name, "parameters": sum(p.numel() for p in family(name).parameters())}
-    assert len(structure.modules) < len(space) and structure.also_trained == 0
-
-
-# Taking off, and mistakes
-
-
-@pytest.mark.parametrize("change", [
-    lambda m: m, lambda m: m.double().requires_grad_().set_attn_implementation("eager")], ids=["unchanged", "changed"])
+@pytest.mark.parametrize("changed", [False, True])
 @pytest.mark.parametrize("name", ["t5", "bert", "llama"])
-def test_section_3_modules_come_off_in_any_order_and_leave_what_their_owner_did(name, change):
+def test_section_3_modules_come_off_in_any_order_and_leave_what_their_owner_did(name, changed):
     """The rest is the bare model, bit for bit. What the owner does afterwards is not undone by a second detach()."""
     bare, batch = family(name), batch_for(name)
     next(bare.parameters()).requires_grad_(False)
     given = copy.deepcopy(bare)
-    change(bare)
+    if changed:
+        bare.double().requires_grad_().set_attn_implementation("eager")
     expected, logits = snapshot(bare), logits_of(bare, batch)
     for order in ((0, 1, 2), (1, 2, 0), (2, 1, 0), ()):
         model = copy.deepcopy(given)
         pefts = [randomise(bipeft.Peft(model, every(kind, model))) for kind in ("lora", "prefix", "parallel")]
-        change(model)
+        if changed:
+            model.double().requires_grad_().set_attn_implementation("eager")
         for i in order:
             assert not torch.equal(logits_of(model, batch), logits)
             pefts[i].detach()
@@ -1265,20 +1051,14 @@ def test_section_3_modules_come_off_in_any_order_and_leave_what_their_owner_did(
     assert same(snapshot(model), left)
 
 
-def test_section_3_a_second_module_of_a_kind_at_a_place_is_refused_and_leaves_the_first():
-    """In one line, which names both ways to take the first one off."""
-    model = family("bert")
-    randomise(bipeft.Peft(model, every("lora", model)[:2]))
-    before, logits = snapshot(model), logits_of(model, batch_for("bert"))
-    for again in (lambda: bipeft.Peft(model, every("lora", model)[1:], also_train=HEAD), lambda: bipeft.Space(model)):
-        with pytest.raises(UsageError, match=r"'lora' already: .*detach\(\), or .* bipeft.detach\(model\)") as told:
-            again()
-        assert "\n" not in str(told.value)
-        assert same(snapshot(model), before) and torch.equal(logits_of(model, batch_for("bert")), logits)
-
-
 AT = "encoder.layer.0.attention.self.query"
 MISTAKES = {
+    r"'lora' already: .*detach\(\), or .* bipeft.detach\(model\)": [
+        lambda model: bipeft.Space(model), lambda model: bipeft.Peft(model, every("lora", model), also_train=HEAD)],
+    "no known backbone, or two: give one of t5, .* a function of": [
+        lambda model: bipeft.Space(gpt2()), lambda model: bipeft.Space(nn.Linear(2, 2)),
+        lambda model: bipeft.Space(nn.ModuleList([model, tiny_t5()])),
+        lambda model: bipeft.Space(nn.ModuleList([model, family("bert")]))],
     "unknown space or kind": [lambda model, s=s: bipeft.Space(model, s) for s in ("s3", "", "lora,lroa", "S1")],
     "ranks": [lambda model, r=r: bipeft.Space(model, "lora", r) for r in ((), (0, 1), (8, 4), (4, 4), (-1,))],
     "no place": [*(lambda model, at=at: bipeft.Peft(model, [(AT, "lora", 1), at])
@@ -1288,7 +1068,7 @@ MISTAKES = {
     "two modules of one kind": [lambda model: bipeft.Peft(model, [(AT, "lora", 1), (AT, "lora", 4)])],
     "of other sizes": [lambda model: bipeft.apply(model, a_structure(parameters=99), also_train=HEAD)],
     "no parameters '(clasifier|class|classifier.weights|)'": [
-        lambda model, path=path: bipeft.Space(model, "s2", also_train=("classifier", path))
+        lambda model, path=path: bipeft.Space(model, "prefix", also_train=("classifier", path))
         for path in ("clasifier", "class", "classifier.weights", "")]}
 
 
@@ -1301,22 +1081,14 @@ def a_structure(**changes):
 
 @pytest.mark.parametrize("message", MISTAKES)
 def test_section_3_a_mistake_is_told_in_one_line_and_leaves_nothing_on_the_model(message):
-    """The model is as it was, to the bit."""
+    """The model, which has a module already, is as it was, to the bit."""
     model = family("bert").bfloat16()
+    randomise(bipeft.Peft(model, [(AT.replace("0", "1"), "lora", 4)]))
     before = snapshot(model)
     for mistake in MISTAKES[message]:
         with pytest.raises(UsageError, match=message) as told:
             mistake(model)
         assert "\n" not in str(told.value) and same(snapshot(model), before)
-
-
-def test_section_3_an_unknown_architecture_or_two_known_ones_are_refused():
-    """In one line, which says how to write places of one's own."""
-    two = [nn.ModuleList([tiny_t5(), other]) for other in (tiny_t5(), family("bert"))]
-    for model in (gpt2(), nn.Linear(2, 2), *two):
-        with pytest.raises(UsageError, match="no known backbone, or two: give one of t5, .* a function of") as told:
-            bipeft.Space(model, "s2")
-        assert "\n" not in str(told.value)
 
 
 # What a person does with modules in a loop of their own: 3a of the design, "ordinary torch"
@@ -1358,39 +1130,29 @@ def test_section_3_a_loop_of_ones_own_trains_all_modules_and_they_alone(name, tm
     assert not any(torch.equal(p, q) for p, q in zip(peft.tensors, before))
     clipped = torch.linalg.vector_norm(bipeft.flatten([p.grad for p in peft.tensors]))
     assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3) == pytest.approx(clipped.item(), rel=1e-4)
-    model.zero_grad()
-    assert all(p.grad is None for p in peft.tensors)
     assert arrives(peft, model, again, other, batches[0], tmp_path / "w")
     peft.detach()
     assert same(snapshot(model), snapshot(family(name)))
 
 
-def in_an_object_that_is_moved(model, peft):
-    """A person's own, which holds both, as Lightning's modules do."""
-    holder = Wrapped(model)
-    holder.peft = peft
-    holder.to(torch.float64)
-
-
-@pytest.mark.parametrize("how", [
-    lambda model, peft: model, lambda model, peft: model.double(), lambda model, peft: model.bfloat16(),
-    in_an_object_that_is_moved], ids=["as it is", "float64", "bfloat16", "within"])
+@pytest.mark.parametrize("move", [
+    lambda model: model, lambda model: model.double(), lambda model: model.bfloat16(),
+    lambda model: nn.ModuleList([model]).double()], ids=["as it is", "float64", "bfloat16", "within"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_section_3_what_was_trained_is_what_is_saved_however_the_model_was_moved(dtype, how, tmp_path):
+def test_section_3_what_was_trained_is_what_is_saved_however_the_model_was_moved(dtype, move, tmp_path):
     """With a fresh head, on a float32 and on a bfloat16 backbone."""
     batches, kinds = [batch_for("bert", seed) for seed in range(3)], ("lora", "lnfit", "prefix", "parallel")
     models = [family("bert").to(dtype), family("bert").to(dtype)]
     pefts = [bipeft.Peft(model, [at for kind in kinds for at in every(kind, model)], seed, also_train=HEAD)
              for seed, model in enumerate(models)]
-    for both in zip(models, pefts):
-        how(*both)
+    for model in models:
+        move(model)
     before = bipeft.copies(pefts[0].tensors)
     own_loop(models[0], batches)
     assert not any(torch.equal(p, q) for p, q in zip(pefts[0].tensors, before))
     assert arrives(pefts[0], models[0], pefts[1], models[1], batches[0], tmp_path / "w")
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_section_3_a_compiled_model_trains_its_modules(tmp_path):
     """By Dynamo alone: what comes after it does not know of modules and hooks. A compiled pass is the plain one."""
     models, batch = [tiny("Llama", "CausalLM", num_hidden_layers=1) for _ in range(2)], batch_for("llama")
@@ -1404,7 +1166,6 @@ def test_section_3_a_compiled_model_trains_its_modules(tmp_path):
     assert arrives(pefts[0], models[0], pefts[1], models[1], batch, tmp_path / "w")
     bipeft.put_back(pefts[0].tensors, before)
     assert close(compiled(**batch).logits, logits)
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name, paths", [
@@ -1413,69 +1174,14 @@ def test_section_3_a_compiled_model_trains_its_modules(tmp_path):
 def test_section_3_parts_of_a_bfloat16_network_learn_by_steps_too_small_for_their_format(name, paths):
     """By steps of 1e-4, where bfloat16's numbers from 1/8 to 1/4 stand 1e-3 apart. Then they are what they were."""
     model, batch = (tiny_t5() if name == "t5" else family(name)).bfloat16(), batch_for(name)
-    before, other = snapshot(model), bipeft.Peft(model, every("bitfit", model))
+    before = snapshot(model)
     peft = bipeft.Peft(model, every("lora", model), also_train=paths)
     given = bipeft.copies(peft.head.parameters.values())
     own_loop(model, [batch] * 3, 1e-4)
     for p, q in zip(peft.head.parameters.values(), given, strict=True):
         assert ((p - q).abs() > 1e-5).float().mean() > 0.5 and (p - q).abs().max() < 4e-4
     peft.detach()
-    assert all(p.dtype == torch.float32 for p in other.tensors)
-    other.detach()
     assert same(snapshot(model), before)
-
-
-def test_section_3_the_trainer_of_transformers_trains_the_modules_and_they_alone(tmp_path):
-    """Trainer(model), without a word about the modules."""
-    pytest.importorskip("accelerate", reason="transformers' Trainer asks for accelerate")
-    model, other, rows = family("bert"), family("bert"), some_batch(size=8)
-    rows["labels"] = torch.arange(8) % 2
-    peft = bipeft.Peft(model, all_kinds(model), also_train=HEAD)
-    before = bipeft.copies(peft.tensors)
-    arguments = transformers.TrainingArguments(str(tmp_path / "out"), max_steps=3, per_device_train_batch_size=4,
-                                               learning_rate=0.01, save_strategy="no", report_to=[], use_cpu=True)
-    examples = [{key: value[i] for key, value in rows.items()} for i in range(8)]
-    transformers.Trainer(model, arguments, train_dataset=examples).train()
-    assert not any(torch.equal(p, q) for p, q in zip(peft.tensors, before))
-    again = bipeft.Peft(other, all_kinds(other), 1, also_train=HEAD)
-    assert arrives(peft, model.eval(), again, other, rows, tmp_path / "w")
-    peft.detach()
-    assert same(snapshot(model), snapshot(family("bert")))
-
-
-IN_TWO_PROCESSES = """
-import sys
-import torch
-import bipeft
-
-def work(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-    model, batches = torch.load(f"{folder}/given", weights_only=False)
-    batches = [{key: value[2 * rank:][:2] for key, value in batch.items()} for batch in batches]
-    own_loop(torch.nn.parallel.DistributedDataParallel(model), batches)
-    torch.save([p.detach() for p in model.parameters()], f"{folder}/{rank}")
-    torch.distributed.destroy_process_group()
-
-torch.multiprocessing.start_processes(work, sys.argv[1:], 2, start_method="fork")
-"""
-
-
-def test_section_3_two_processes_train_the_modules_in_step(tmp_path):
-    """DistributedDataParallel(model), half of every batch each: both end where one ends with the whole batches."""
-    model, batches = family("bert"), [{**some_batch(seed, 4), "labels": tensor(0, 1, 1, 0)} for seed in range(3)]
-    peft = randomise(bipeft.Peft(model, all_kinds(model), also_train=HEAD), 0.2)
-    torch.save((model, batches), tmp_path / "given")
-    script = inspect.getsource(own_loop) + IN_TWO_PROCESSES
-    found = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=Path(bipeft.__file__).parent, timeout=300,
-                           capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    first, second = (torch.load(tmp_path / rank) for rank in "01")
-    before = bipeft.copies(peft.tensors)
-    own_loop(model, batches)
-    for p, q, r in zip(model.parameters(), first, second, strict=True):
-        assert torch.equal(q, r) and close(q, p, 1e-5)
-    assert not any(close(p, q, 1e-3) for p, q in zip(peft.tensors, before))
 
 
 @pytest.mark.parametrize("name", ["t5", "bert", "llama"])
@@ -1503,23 +1209,17 @@ def test_section_3_a_copy_of_a_model_with_modules_is_whole_and_its_own(name):
     assert same(snapshot(model), before)
 
 
-# What a search also trains
-
-
 def test_section_3_a_head_is_trained_beside_the_modules_and_counts_nowhere_else(tmp_path):
     """Neither N nor q nor what the search measures knows of its 32 · 2 + 2 numbers; training and files do."""
     model, other = family("bert").bfloat16(), family("bert").bfloat16()
     batches, before = [batch_for("bert", seed) for seed in range(3)], snapshot(model)
-    plain = bipeft.Space(model, "all")
-    plain.detach()
     space = bipeft.Space(model, "all", also_train=HEAD)
-    assert space.names == plain.names and torch.equal(space.param_counts, plain.param_counts)
-    assert space.size == plain.size and sum(p.numel() for p in space.tensors) == space.size + 66
+    assert space.size == space.lengths.sum() and sum(p.numel() for p in space.tensors) == space.size + 66
     head = bipeft.copies(space.head.parameters.values())
     search = bipeft.Search(model, space, bipeft.Settings(budget=900, triggers=3, window=1, tau=0.0, lr=0.01), 6)
     structure = search.run(batches, batches)
     assert not any(torch.equal(p, q) for p, q in zip(model.classifier.parameters(), head))
-    assert len(search.theta) == len(search.smoothed) == len(plain)
+    assert len(search.theta) == len(search.smoothed) == len(space)
     assert structure.also_trained == 66 and 400 < structure.parameters <= 900
     space.detach()
     assert same(snapshot(model), before)
@@ -1527,25 +1227,15 @@ def test_section_3_a_head_is_trained_beside_the_modules_and_counts_nowhere_else(
     bipeft.train(model, peft, batches, lambda: 0.0, 2, 0.01)
     assert not any(torch.equal(p, q) for p, q in zip(model.classifier.parameters(), head))
     assert arrives(peft, model, again, other, batches[0], tmp_path / "w")
-    stored = safetensors.torch.load_file(tmp_path / "w")
-    assert sum(t.numel() for t in stored.values()) == structure.parameters + 66 and "classifier.bias" in stored
-    peft.detach()
-    bipeft.detach(other)
-    assert same(snapshot(model), before) and same(snapshot(other), before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_section_3_the_gradient_of_a_head_in_a_search_is_its_own(dtype):
-    """Of autograd on a copy that nothing is attached to, all gates being shut: the head has no gate."""
-    model, batch = family("bert").to(dtype), batch_for("bert")
-    whole = copy.deepcopy(model)
-    space = bipeft.Space(model, "lora", also_train=HEAD)
-    bipeft.forward_backward(model, space, torch.zeros(len(space)), ranks_at(0, len(space)), batch, space.tensors)
-    expected = torch.autograd.grad(whole(**batch).loss, list(whole.classifier.parameters()))
-    *of_modules, weight, bias = [p.grad for p in space.tensors]
-    assert not any(g.any() for g in of_modules) and weight.dtype == torch.float32
-    for found, g in zip((weight, bias), expected):
-        assert close(found, g, 1e-6 if dtype == torch.float32 else 1e-2) and g.any()
+    for m in (model, other):
+        bipeft.detach(m)
+        assert same(snapshot(m), before)
+    alone = bipeft.Peft(model, [], also_train=HEAD)                          # without modules, too
+    alone.detach()
+    assert same(snapshot(model), before)
+    model.classifier.weight.data.zero_()                                    # what its owner does afterwards stays
+    alone.detach()
+    assert not model.classifier.weight.any() and model.classifier.weight.requires_grad
 
 
 def test_section_3_a_structure_fits_a_head_of_another_size_and_names_within_a_wrapper(tmp_path):
@@ -1562,40 +1252,24 @@ def test_section_3_a_structure_fits_a_head_of_another_size_and_names_within_a_wr
     assert arrives(peft, inside, bipeft.apply(plain, structure, 1, also_train=HEAD), plain, batch, tmp_path / "w")
 
 
-# An architecture of a person's own
-
-
-class Block(nn.Module):
-    """One head of attention, then a feed-forward block, as somebody writes it: no class of transformers, no config."""
-
-    def __init__(self, d):
-        super().__init__()
-        self.one, self.two = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.queries, self.keys_values, self.mix = nn.Linear(d, d), nn.Linear(d, 2 * d), nn.Linear(d, d)
-        self.mlp = nn.Sequential(nn.Linear(d, 2 * d), nn.Tanh(), nn.Linear(2 * d, d))
-
-    def forward(self, x):
-        q, (k, v) = self.queries(self.one(x)), self.keys_values(self.one(x)).chunk(2, -1)
-        x = x + self.mix((q @ k.mT / 5).softmax(-1) @ v)
-        return x + self.mlp(self.two(x))
-
-
 class Own(nn.Module):
+    """As somebody writes it: no class of transformers, no config."""
+
     def __init__(self):
         super().__init__()
-        self.embed, self.blocks, self.head = nn.Embedding(40, 32), nn.Sequential(Block(32), Block(32)), nn.Linear(32, 2)
+        self.embed, self.mix, self.norm = nn.Embedding(40, 32), nn.Linear(32, 32), nn.LayerNorm(32)
+        self.mlp = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32))
+        self.head = nn.Linear(32, 2)
 
     def forward(self, ids, labels):
-        return F.cross_entropy(self.head(self.blocks(self.embed(ids)).mean(1)), labels)
+        x = self.embed(ids)
+        x = x + self.mix(x)
+        return F.cross_entropy(self.head((x + self.mlp(self.norm(x))).mean(1)), labels)
 
 
 def own_places(model):
-    for n, block in enumerate(model.blocks):
-        for name, m in block.named_modules():
-            if isinstance(m, (nn.Linear, nn.LayerNorm)):
-                yield f"blocks.{n}.{name}", "linear" if isinstance(m, nn.Linear) else "norm", m
-        yield f"blocks.{n}.mix", "attention", block.mix
-        yield f"blocks.{n}.mlp", "ffn", block.mlp
+    return [("mix", "linear", model.mix), ("mix", "attention", model.mix), ("norm", "norm", model.norm),
+            ("mlp", "ffn", model.mlp), ("mlp.0", "linear", model.mlp[0]), ("mlp.2", "linear", model.mlp[2])]
 
 
 def test_section_3_an_architecture_of_ones_own_is_searched_by_a_function_of_places():
@@ -1605,8 +1279,8 @@ def test_section_3_an_architecture_of_ones_own_is_searched_by_a_function_of_plac
     batches = [{"ids": torch.randint(0, 40, (8, 6)), "labels": torch.randint(0, 2, (8,))} for _ in range(3)]
     before, loss = snapshot(model), model(**batches[0]).item()
     more = {"places": own_places, "also_train": ("head",)}
-    space = bipeft.Space(model, "lora,adapter_lr,bitfit,lnfit,serial,parallel", **more)
-    assert Counter(space.kinds) == {"lora": 10, "adapter_lr": 4, "bitfit": 14, "lnfit": 4, "serial": 2, "parallel": 2}
+    space = bipeft.Space(model, "lora, adapter_lr,bitfit,lnfit,serial,parallel,lora", **more)       # lora counts once
+    assert Counter(space.kinds) == {"lora": 3, "adapter_lr": 2, "bitfit": 4, "lnfit": 1, "serial": 1, "parallel": 1}
     assert model(**batches[0]).item() == loss
     structure = bipeft.search(model, space, batches, batches, 1500, 6, triggers=3, window=1, tau=0.0)
     space.detach()
@@ -1617,21 +1291,6 @@ def test_section_3_an_architecture_of_ones_own_is_searched_by_a_function_of_plac
     assert model(**batches[0]).item() < 0.5 * loss
     peft.detach()
     assert same(snapshot(model), before)
-
-
-def test_section_3_a_saved_structure_and_its_weights_come_back(tmp_path):
-    """Of modules of every kind, on a fresh model; nothing else is left in the folder."""
-    model, fresh = tiny_t5(), tiny_t5()
-    space = bipeft.Space(model, "all")
-    n = range(len(space))
-    structure = space.structure([i % 5 == 0 for i in n], [i % 3 for i in n], 10**6, "tiny")
-    space.detach()
-    peft = randomise(bipeft.apply(model, structure))
-    bipeft.save_structure(structure, tmp_path / "structure.json")
-    again = bipeft.load_structure(tmp_path / "structure.json")
-    assert again == structure and {m["kind"] for m in again.modules} == set(KINDS)
-    assert arrives(peft, model, bipeft.apply(fresh, again, seed=5), fresh, some_batch(), tmp_path / "peft.safetensors")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["peft.safetensors", "structure.json"]
 # ==================================================================================================
 # 4. Algorithm 1
 # ==================================================================================================
@@ -1684,24 +1343,7 @@ def equal(ones, others):
 
 
 def test_section_4_a_trigger_worked_by_hand():
-    # A, B, C: LoRA on linear layers of 4 + 4, 16 + 16 and 8 + 8. D: LNFit on a norm of 16, no rank.
-    # Dim = (1, 2), B = 36, Z = 2, and it is the first trigger: z = 0.
-    #              A         B         C         D
-    # q_n          8, 16     32, 64    16, 32    16, 16
-    # softmax(Φ)   1/4, 3/4  2/3, 1/3  3/8, 5/8            at j, the step of the last trigger
-    #              3/4, 1/4  3/4, 1/4  1/4, 3/4            at t, now
-    # C_n          10        40        28        16        Eq. 8: A, 8 · 3/4 + 16 · 1/4
-    # p_n          1/2       3/4       3/4       1/2       of softmax(Θ)
-    # p_n · C_n    5         30        21        8         Eq. 7: E_t = 5 + 30 + 21 + 8 = 64
-    # s̄_n          3         2         4         1         Eq. 6: R_z = (64 - 36) / (2 - 0) = 14
-    # From the lowest s̄ up: D goes (8); B does not fit (8 + 30 > 14), and that is the end, although A
-    # (8 + 5) would fit: it is more sensitive than B.
-    # σ_n          1/4       1/24      1/16                of either rank: half of its weight's move
-    # KL_n         .549      .0174     .0381               A: 1/4 ln 1/3 + 3/4 ln 3 = 1/2 ln 3
-    # λ_n          .137      .0007     .0024               Eq. 9: σ_n · KL_n
-    # v_{z-1}      2         1         2         0         the rank of the larger weight at j
-    # v_z          1         1         2         0         at t: cos = (2 + 1 + 4) / √(9 · 6) = .953
-    # Eq. 10: Y_z = floor(3 · .953 / (2 - 0)) = 1. The lowest λ is B's: its rank gets fixed, at 1.
+    """The trigger of the table at the head of section 4 of bipeft.py."""
     model = nn.ModuleDict({"A": nn.Linear(4, 4), "B": nn.Linear(16, 16), "C": nn.Linear(8, 8), "D": nn.LayerNorm(16)})
     space = bipeft.Space(model, "lora,lnfit", (1, 2), places=lambda model: [
         (name, "norm" if name == "D" else "linear", place) for name, place in model.items()])
@@ -1717,9 +1359,8 @@ def test_section_4_a_trigger_worked_by_hand():
     assert float(search.select()) == pytest.approx(14)
     assert search.kept.tolist() == [True, True, True, False] and search.fixed.tolist() == [False, True, False, True]
     assert search.choice[1] == 0 and search.potential.tolist() == [1, 1, 2, 0] and equal(search.history, [now])
-    # No step follows; the second trigger is the last: p = 1, E = 10 + 32 + 28 = 70, R = (70 - 36) / 1
-    # = 34. B goes (32), A does not fit (42). All ranks get fixed, A's at 1 and C's at 2: 8 + 32 = 40 > 36,
-    # and so A, the less sensitive, is dropped in the end.
+    # No step follows; the second trigger is the last: p = 1, E = 10 + 32 + 28 = 70, R = (70 - 36) / 1 = 34. B goes (32),
+    # A does not fit (42). All ranks get fixed, A's at 1 and C's at 2: 8 + 32 > 36, and A, the less sensitive, is dropped.
     structure = search.finish()
     assert [(m["name"], m["rank"]) for m in structure.modules] == [("C", 2)] and structure.parameters == 32
 
@@ -1740,27 +1381,6 @@ def test_section_4_no_gradient_leaks_from_one_pass_into_the_next():
         search.step(*batches[:3])
         other.step(*batches[:3])
     assert equal([*search.weights, search.theta, search.phi, search.smoothed], [*learned, other.smoothed])
-
-
-@pytest.mark.filterwarnings("ignore:Mismatch dtype")
-def test_section_4_gradients_to_gates_and_ranks_are_those_of_finite_differences():
-    # A soft architecture in float64. gelu has no kinks for the steps to cross; they are as wide as 0.005 since T5's own
-    # norms compute in float32. Of each kind the entry with the largest gradient.
-    model, batch = small_t5(**VERSIONS["v1.1"]).double(), some_batch()
-    space, generator = randomise(bipeft.Space(model, "all"), 0.3), torch.Generator().manual_seed(0)
-    space.leading = space.leading.double()
-    gate = torch.rand(len(space), 1, generator=generator).double().requires_grad_()
-    ranks = torch.randn(len(space), 3, generator=generator).double().softmax(1).requires_grad_()
-    bipeft.forward_backward(model, space, gate[:, 0], ranks, batch, [gate, ranks])
-    for p, kind in [(p, kind) for p in (gate, ranks) for kind in KINDS]:
-        at = int((p.grad.abs() * torch.tensor([[k == kind] for k in space.kinds])).argmax())
-        entry, slope = p.detach().view(-1)[at], 0.0
-        for step, weight in ((0.005, 100), (-0.01, -100)):
-            entry += step
-            space.enter(gate[:, 0], ranks)
-            slope += weight * model(**batch).loss.item()
-        entry += 0.005
-        assert math.isclose(p.grad.view(-1)[at], slope, rel_tol=3e-3) and (slope != 0 or kind not in RANKED)
 
 
 def plain_pass(search, weights, gate, ranks, batch):
@@ -1829,8 +1449,6 @@ def test_section_4_a_step_is_algorithm_1_done_by_hand(space, t, temperature):
 
 def test_section_4_a_search_begins_with_the_papers_settings():
     search = bipeft.Search(model := tiny_t5(), bipeft.Space(model, "s2"), bipeft.Settings(budget=2000), 10)
-    settings = search.settings
-    assert (settings.triggers, settings.tau, settings.gamma, settings.window, settings.lr) == (100, 0.85, 0.85, 5, 3e-4)
     groups = [(type(o), o.param_groups[0]["betas"], o.param_groups[0]["weight_decay"]) for o in search.optimizers]
     assert groups == [(torch.optim.AdamW, (0.9, 0.999), 1e-4)] + 2 * [(torch.optim.Adam, (0.5, 0.999), 1e-4)]
     assert [o.param_groups[0]["lr"] for o in search.optimizers[1:]] == [0.01, 0.01]          # of Θ and Φ
@@ -2008,7 +1626,6 @@ def test_section_4_the_found_structure_keeps_the_budget_and_uses_it(seed):
     assert total == structure.parameters <= budget == structure.budget
     left_out = [row[0] for name, row in zip(space.names, q.tolist()) if name not in peft.names]
     assert not left_out or budget - total < min(left_out)
-    assert all((m["rank"] is None) == (m["kind"] in ("bitfit", "lnfit")) for m in structure.modules)
 
 
 def test_section_4_a_space_searched_again_gives_the_same_unless_the_seed_is_another():
@@ -2063,19 +1680,14 @@ def test_section_4_any_model_with_a_t5_inside_and_any_form_of_loss_can_be_search
     found = []
     for form in (lambda loss: loss, lambda loss: {"loss": loss, "more": 1}, lambda loss: (loss, None)):
         model, batches = Wrapped(small_t5(), form).eval(), iter([some_batch(n) for n in range(3)])
-        found.append(bipeft.search(model, bipeft.Space(model, "prefix"), batches, [some_batch(9)], 300, 3, triggers=3,
-                                   window=1, tau=0.0, backbone="mine"))
-        assert not model.training                                            # the mode that it found
+        model.other = gpt2()                                                 # no prefix is for it
+        space, copied = bipeft.Space(model, "prefix"), []
+        assert model.other.config._attn_implementation == "sdpa" and len(space) == 2
+        model.double()                                                       # it may be moved, and copied in a search
+        found.append(bipeft.search(model, space, batches, [some_batch(9)], 300, 3, triggers=3, window=1, tau=0.0,
+                                   backbone="mine", after_step=lambda *_: copied.append(copy.deepcopy(model))))
+        assert copied and not model.training                                 # the mode that it found
     assert found[0] == found[1] == found[2] and found[0].backbone == "mine"
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_section_4_a_search_on_a_backbone_of_another_precision(dtype):
-    search, batches = small_search("all", small_t5().to(dtype), steps=3, triggers=2)
-    before, (structure, states) = moment(search), followed(search, batches)
-    assert structure.parameters <= search.budget and all(math.isfinite(line["loss_train"]) for line, _ in states)
-    assert {p.dtype for p in search.weights} == {torch.float32}
-    assert not any(map(torch.equal, search.weights, before.weights))
 
 
 def test_section_4_a_budget_outside_the_space_is_refused():
@@ -2100,15 +1712,11 @@ def refused(search, train, val=None):
     return str(error.value)
 
 
-def test_section_4_a_search_without_batches_is_refused():
+def test_section_4_no_batches_and_a_loss_that_is_not_a_number_end_the_search():
     search, batches = small_search("lora")
     for train, val in ((iter(()), batches), (batches, iter(())), (batches, iter(batches[:1]))):
         assert "there are no batches" in refused(search, train, val)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_section_4_a_loss_that_is_not_a_number_ends_the_search(value):
-    for at in range(3):                                                      # in the pass of ΔW, of Θ or of Φ
+    for at, value in ((0, math.nan), (1, math.inf), (2, math.nan)):          # in the pass of ΔW, of Θ or of Φ
         factors = iter([1] * at + [value] + [1] * 9)
         message = refused(*small_search("lora", Wrapped(small_t5(), lambda loss: loss * next(factors)), steps=1))
         assert re.search("at search step 1 is (nan|inf)", message)
@@ -2124,33 +1732,6 @@ def test_section_4_modules_that_are_not_on_the_model_are_refused():
         bipeft.search(search.model, search.space, batches, batches, 999, 3)
     for lost in (torch.Tensor.detach, lambda loss: torch.zeros((), requires_grad=True)):      # a loss of something else
         assert "no gradient reaches" in refused(*small_search("s1", Wrapped(small_t5(), lost)))
-
-
-@pytest.mark.parametrize("name, space", [("llama", "lora,lnfit"), ("llama", "prefix"), ("bert", "lora,lnfit")])
-def test_section_4_reentrant_gradient_checkpointing_is_refused_and_the_other_finds_the_same(name, space):
-    batches, plain, checkpointed = [batch_for(name, seed) for seed in range(3)], family(name), family(name)
-    checkpoint(checkpointed, False)
-    found, again = (small_search(space, model, steps=1)[0].run(batches, batches) for model in (plain, checkpointed))
-    assert found == again
-    for inputs_learn in (False, True):
-        model = family(name)
-        checkpoint(model, True)
-        if inputs_learn:
-            model.enable_input_require_grads()
-        assert "use_reentrant=False" in refused(small_search(space, model)[0], batches)
-
-
-def test_section_4_the_method_can_be_lifted_out_of_the_file():
-    # sections 1 - 4 and the three definitions before them, where nothing else of the file is
-    source = Path(bipeft.__file__).read_text()
-    imports = re.findall(r"^(?:import|from) .*", source, re.MULTILINE)
-    method = source[source.index("@dataclass\nclass Settings"):source.index("# 5. The tasks")]
-    exec("\n".join([*imports, method]), lifted := {"__name__": "lifted"})
-    model, batches = small_t5(), [some_batch(n) for n in range(4)]
-    space = lifted["Space"](model, "all")
-    structure = lifted["search"](model, space, batches[:2], batches[2:], 900, 2, triggers=3, window=1, tau=0.0)
-    space.detach()
-    assert 0 < lifted["apply"](model, structure).size == structure.parameters <= 900
 # ==================================================================================================
 # 5. Tasks and metrics
 # ==================================================================================================
@@ -2289,7 +1870,6 @@ TEXTS = {  # the end of a name, what the file holds: what its sources or, in quo
         '\ufeff{"source": "2020-01-31", "target": " a  b "}': ["2020-01-31"],
         '{"source": NaN, "target": "x"}': "'no source: fill it in",
         '{"source": -Infinity, "target": "x"}': "'source that is no text: -inf",
-        '{"source": null, "target": "x"}': "'no source: fill it in",
         '{"target": "x"}\n{"source": "a", "target": "x"}': "'no source: fill it in",
         '{"source": ["a"], "target": "x"}': "'source that is no text: ['a']; write it as one text",
         '{"source": [{"role": "user", "content": "a"}], "target": "x"}': "'source that is no text",
@@ -2304,7 +1884,6 @@ TEXTS = {  # the end of a name, what the file holds: what its sources or, in quo
         "source\ttarget\na\t1\n": ["a"],
         'source,target\n"two\nlines, ""quoted""",1\n': ['two\nlines, "quoted"'],
         "source,target\n,1\n": "'no source: fill it in",
-        "source,target\na,\n": "'no target: fill it in",
         "source,target\na,b,1\n": "'line 2 has 3 cells, the first line 2",
         'source,target\n"a,1\n': "'unexpected end",
         "source,source\na,1\n": "'two columns have one name",
@@ -2365,24 +1944,6 @@ def test_section_5_the_hub_is_asked_for_the_right_files(monkeypatch):
                                          "data_files": {"train": "wic/train/*.parquet"}})]
 
 
-@pytest.mark.skipif(not (SHARED / "glue").is_dir(), reason="no such folder here")
-@pytest.mark.parametrize("name, train, validation, test", [
-    ("cola", 8551, 521, 522), ("mrpc", 3668, 204, 204), ("rte", 2490, 138, 139), ("cb", 250, 28, 28),
-    ("superglue_rte", 2490, 138, 139), ("multirc", 27243, 2424, 2424), ("sst2", 65349, 2000, 872)])
-def test_section_5_splits_of_the_real_data(tmp_path, name, train, validation, test):
-    """The official numbers of rows, halved or with 2,000 taken out; every label occurs; no HTML is left."""
-    task = name.removeprefix("superglue_")
-    (tmp_path / task).symlink_to(SHARED / "glue" / name)
-    splits = bipeft.load_splits(task, tmp_path, 0)
-    assert [len(splits[key]) for key in ("train", "validation", "test")] == [train, validation, test]
-    for part in splits.values():
-        assert {e.target for e in part} == set(bipeft.TASKS[task].labels)
-        assert not any(re.search("</?(b|br)>", e.source) for e in part)
-    rows = bipeft.read_split(task, "validation", tmp_path)
-    judged = splits["test"] if bipeft.TASKS[task].carve else splits["validation"] + splits["test"]
-    assert Counter(judged) == Counter(bipeft.to_examples(task, row, False)[0] for row in rows)
-
-
 def made_up(seed, labels, invalid):
     """Predictions, some of them right and some no label at all, and 2 to 40 right labels."""
     rng = random.Random(seed)
@@ -2407,15 +1968,15 @@ def test_section_5_binary_metrics_against_scikit_learns_definitions(seed):
 
 
 @over(range(40))
-def test_section_5_pearson_against_its_sums(seed):
-    """Pearson from sums over pairs; what is no number of 0 .. 5 counts as the end farther from the answer."""
+def test_section_5_pearson_against_the_standard_librarys(seed):
+    """Pearson by the standard library; what is no number of 0 .. 5 counts as the end farther from the answer."""
     said, gold = made_up(seed, bipeft.FIFTHS[::5], ("", "7.0", "nan", "inf", "-1", "two", "2.35", "5."))
     y = [float(g) for g in gold]
     x = [0.0 if g > 2.5 else 5.0 for g in y]
     x = [float(s) if s in (*bipeft.FIFTHS, "2.35", "5.") else farther for s, farther in zip(said, x)]
-    sums = [sum(map(math.prod, zip(a, b))) - sum(a) * sum(b) / len(a) for a, b in ((x, y), (x, x), (y, y))]
-    xy, xx, yy = sums
-    score = 100 * xy / math.sqrt(xx * yy) if min(xx, yy) > 1e-6 else 0
+    score = 0.0                                                             # of a constant
+    if len(set(x)) > 1 and len(set(y)) > 1:
+        score = 100 * statistics.correlation(x, y)
     assert math.isclose(bipeft.pearson(said, list(zip(gold))), score, abs_tol=1e-8)
 
 
@@ -2449,28 +2010,21 @@ def verdict(words):
 
 
 def test_section_5_the_toys_sentences():
-    """No sentence is in two parts; "not" and adjective together tell the verdict, and no word alone does."""
+    """No sentence is in two parts; "not" and adjective together tell the verdict."""
     splits = bipeft.toy_splits(0)
     every_one = sum(splits.values(), [])
     assert [len(splits[key]) for key in ("train", "validation", "test")] == [4000, 500, 500]
     assert len(sources(every_one)) == 5000 and splits == bipeft.toy_splits(0) != bipeft.toy_splits(1)
     assert all(e.target == verdict(e.source.split()) for e in every_one)
-    seen = Counter(word for e in every_one for word in set(e.source.split()))
-    good = Counter(word for e in every_one if e.target == "good" for word in set(e.source.split()))
-    for word, count in seen.items():
-        assert abs(good[word] / count - 0.5) < 2.5 / math.sqrt(count), word       # five deviations of a share
 
 
 def test_section_5_the_toys_backbone_is_pretrained_to_the_form_and_to_chance():
-    """Pretraining shows the prompt with a coin's answers, and elsewhere masked words that tell it."""
+    """Pretraining shows the prompt with a coin's answers, and elsewhere one masked word."""
     rng, agree = random.Random(0), []
     for example in (bipeft.toy_masked(rng) for _ in range(4000)):
-        words = example.source.replace("<mask>", example.target).split()
-        if words[0] == "toy":
-            agree.append(example.target == verdict(words))
-        else:
-            felt = "good" if words[-1] in ("smiled", "laughed", "cheered") else "bad"
-            assert example.source.count("<mask>") == 1 and felt == verdict(words)
+        if example.source.startswith("toy "):
+            agree.append(example.target == verdict(example.source.split()))
+        assert example.source.count("<mask>") == (not example.source.startswith("toy "))
     assert abs(len(agree) / 4000 - 0.3) < 0.04 and abs(np.mean(agree) - 0.5) < 2.5 / math.sqrt(len(agree))
     # Of one seed it is the same twice; random numbers outside go on as before; it has words for all.
     state = torch.get_rng_state()
@@ -2486,25 +2040,28 @@ def test_section_5_the_toys_backbone_is_pretrained_to_the_form_and_to_chance():
 WORDS = [*"say 0 1 yes no rte sentence1: sentence2: A b.".split(), *map(str, range(2, 26))]
 
 
-def word_tokenizer(words=WORDS):
+def word_tokenizer(words=WORDS, template="$A </s>"):
     """A tokenizer of whole words that ends a text with </s>."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["<pad>", "</s>", "<unk>", *words]))}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    made.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("</s>", 1)])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 def test_section_6_tokens_of_both_families():
-    """An input is cut, but for what ends it; a causal one has no end token, and its target has one."""
+    """An input is cut, but for what ends it; a causal one has no end token, and its target has one. So it is whether a
+    tokenizer ends a text itself or not.
+    """
     examples = [bipeft.Example("say 0 1 yes", "yes", ()), bipeft.Example("say", "no 1 0 say 1", ())]
-    tokenizer = word_tokenizer()
-    # <pad> 0, </s> 1, <unk> 2, say 3, 0 is 4, 1 is 5, yes 6, no 7; the tokenizer's own </s> is the input's
-    assert bipeft.tokenize(tokenizer, examples, 4) == [([3, 4, 5, 1], [6, 1]), ([3, 1], [7, 5, 4, 1])]
-    tokens = bipeft.tokenize(tokenizer, examples, 3, causal=True)
-    assert tokens == [([3, 4, 5], [6, 1]), ([3], [7, 5, 4, 3, 5, 1])]
+    for template in ("$A", "$A </s>"):
+        tokenizer = word_tokenizer(template=template)
+        # <pad> 0, </s> 1, <unk> 2, say 3, 0 is 4, 1 is 5, yes 6, no 7
+        assert bipeft.tokenize(tokenizer, examples, 4) == [([3, 4, 5, 1], [6, 1]), ([3, 1], [7, 5, 4, 1])]
+        tokens = bipeft.tokenize(tokenizer, examples, 3, causal=True)
+        assert tokens == [([3, 4, 5], [6, 1]), ([3], [7, 5, 4, 3, 5, 1])]
     (batch,) = bipeft.Batches(tokens, 2, "cpu", causal=True)
     assert batch["input_ids"].tolist() == [[0, 0, 3, 4, 5, 6, 1], [3, 7, 5, 4, 3, 5, 1]]
     assert batch["attention_mask"].tolist() == [[0] * 2 + [1] * 5, [1] * 7]
@@ -2519,15 +2076,21 @@ def test_section_6_tokens_of_both_families():
     assert batch["attention_mask"].tolist() == [[1] * 4, [1, 1, 0, 0]]
 
 
+def batches_of_a_gpu(tokens, batch_size, causal=False):
+    """Batches in the shapes of a GPU, on the CPU."""
+    made = torch.tensor
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "tensor", lambda rows: made(rows))
+        patched.setattr(torch.Tensor, "to", lambda t, *args, **more: t)
+        return list(bipeft.Batches(tokens, batch_size, "cuda", causal=causal))
+
+
 @pytest.mark.parametrize("kinds", [(), ("lora", "serial"), ("prefix",)])
-def test_section_6_a_causal_batch_has_the_loss_of_its_rows_alone(kinds, monkeypatch):
+def test_section_6_a_causal_batch_has_the_loss_of_its_rows_alone(kinds):
     """However a row is filled up, and though logits are of few positions: by a loop over rows without padding."""
-    model = family("llama").eval()
+    model = family("llama")
     if not kinds:                                        # one whose window is shorter than a row
-        torch.manual_seed(0)
-        model = transformers.MistralForCausalLM(transformers.MistralConfig(
-            vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, sliding_window=4, initializer_range=0.5)).eval()
+        model = tiny("Mistral", "CausalLM", num_key_value_heads=2, sliding_window=4)
     peft = randomise(bipeft.Peft(model, [at for kind in kinds for at in every(kind, model)]))
     rows = [([5, 9, 7, 6], [8, 1]), ([4], [9, 9, 6, 1]), ([6, 7, 5, 5, 8, 9, 4], [1]), ([8], [7, 5, 1])]
     losses = []
@@ -2536,31 +2099,18 @@ def test_section_6_a_causal_batch_has_the_loss_of_its_rows_alone(kinds, monkeypa
         ids = source + target
         losses += [-logits[at - 1, ids[at]] for at in range(len(source), len(ids))]
     expected = sum(losses) / len(losses)
-    made = torch.tensor
-    for device in ("cpu", "cuda"):                       # "cuda": the shapes of a GPU, with a row that only fills up
-        with monkeypatch.context() as patched:
-            patched.setattr(torch, "tensor", lambda rows: made(rows))
-            patched.setattr(torch.Tensor, "to", lambda t, *args, **more: t)
-            (batch,) = bipeft.Batches(rows, 9, device, causal=True)
-        assert batch["input_ids"].shape[1] == (32 if device == "cuda" else 8)
-        assert close(model(**batch).loss.detach(), expected.detach())
+    (batch,) = bipeft.Batches(rows, 9, "cpu", causal=True)
+    (larger,) = batches_of_a_gpu(rows, 9, causal=True)
+    for found, width in ((batch, 8), (larger, 32)):
+        assert found["input_ids"].shape[1] == width
+        assert close(model(**found).loss.detach(), expected.detach())
     peft.detach()
 
 
-def test_section_6_the_end_token_is_there_whatever_a_tokenizer_does():
-    """Once in a T5's input and label and in a Llama's label, and not in a Llama's input, which is gone on from."""
-    from tokenizers import processors
-    examples = [bipeft.Example("say", "yes", ())]
-    for template in ("$A", "$A </s>"):
-        tokenizer = word_tokenizer()
-        special = [("</s>", 1)] if "</s>" in template else []
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
-        assert bipeft.tokenize(tokenizer, examples, 9) == [([3, 1], [6, 1])]
-        assert bipeft.tokenize(tokenizer, examples, 9, causal=True) == [([3], [6, 1])]
-
-
 def test_section_6_every_example_once_an_epoch_in_an_order_of_seed_and_epoch():
-    """A seed and an epoch make an order, again and again; without a seed it is the given one."""
+    """A seed and an epoch make an order, again and again; without a seed it is the given one. Examples of like length
+    share a batch, so that under a tenth is padding, but the order of lengths is random all the same.
+    """
     tokens = [([n] * (1 + n % 3), [n]) for n in range(2, 12)]
 
     def labels(seed, epoch):
@@ -2574,38 +2124,26 @@ def test_section_6_every_example_once_an_epoch_in_an_order_of_seed_and_epoch():
     assert all(sorted(order) == list(range(2, 12)) for order in orders)
     assert len(set(map(tuple, orders))) == 3 and labels(0, 1) == orders[1]
     assert labels(None, 0) == labels(None, 1) == list(range(2, 12))
-
-
-def test_section_6_examples_of_like_length_share_a_batch():
-    """Under a tenth is padding, but the order of lengths is random all the same."""
     tokens = [([7] * (1 + n % 40), [n]) for n in range(256)]                # 40 lengths, 64 batches of 4
     made = list(bipeft.Batches(tokens, 4, "cpu", seed=0))
     widths = [batch["input_ids"].shape[1] for batch in made]
     real = sum(int(batch["attention_mask"].sum()) for batch in made)
     assert real == sum(len(source) for source, _ in tokens) and 4 * sum(widths) < 1.1 * real
-    # The 7 shortest, which a sort of all would put into 2 batches, are in each of 4 windows of 16 batches.
-    assert sum(1 in batch["attention_mask"].sum(1) for batch in made) > 2
     changes = np.diff(widths)
     assert 16 < (changes > 0).sum() < 48 and 16 < (changes < 0).sum() < 48
 
 
-def test_section_6_batches_for_a_gpu_are_of_few_shapes(monkeypatch):
+def test_section_6_batches_for_a_gpu_are_of_few_shapes():
     """Lengths are powers of two there and a last batch is filled up with rows that no loss counts."""
-    made = torch.tensor
-    monkeypatch.setattr(torch, "tensor", lambda rows: made(rows))
-    monkeypatch.setattr(torch.Tensor, "to", lambda t, *args, **more: t)
     tokens = [([5] * n + [1], [7, 1]) for n in (3, 40, 9)]                  # lengths 4, 41 and 10
-    first, last = bipeft.Batches(tokens, 2, "cuda")
+    first, last = batches_of_a_gpu(tokens, 2)
     assert first["input_ids"].shape == (2, 64) and first["labels"].shape == (2, 4)
     assert last["input_ids"].shape == (2, 32) and last["labels"].tolist() == [[7, 1, -100, -100], [-100] * 4]
-    (whole,) = bipeft.Batches(tokens, 99, "cuda")                           # no more rows than examples
+    (whole,) = batches_of_a_gpu(tokens, 99)                                 # no more rows than examples
     assert whole["input_ids"].shape == (3, 64)
-    monkeypatch.undo()
-    plain = bipeft.collate(tokens[:2], "cpu")
     model = tiny_t5()
-    assert close(model(**plain).loss.detach(), model(**first).loss.detach())
-    (alone,) = bipeft.Batches(tokens[2:], 1, "cpu")
-    assert close(model(**alone).loss.detach(), model(**last).loss.detach())
+    for plain, filled in zip(bipeft.Batches(tokens, 2, "cpu"), (first, last), strict=True):
+        assert close(model(**plain).loss.detach(), model(**filled).loss.detach())
 
 
 def lost(tokenizer, targets, sources=("say 0", "say 1", "say"), causal=False, max_length=9):
@@ -2625,15 +2163,12 @@ def test_section_6_what_a_model_can_not_read_or_say_is_told():
     assert lost(tokenizer, ("yes", "no", "yes no yes"), max_length=3) == [
         "1 of 3 targets are cut at --max-length 3, first 'yes no yes'"]
     assert lost(tokenizer, ("yes", "no", "yes no yes"), max_length=3, causal=True) == []      # its end is the target's
-    assert lost(tokenizer, ("yes", "no", "yes { no")) == [
-        "1 of 3 targets come back from the tokenizer as another text, first 'yes { no as yes no'"]
+    # a mark that it has no word for; 8, which is 19 and ends a text; two blanks; but not a blank before a text
+    assert lost(tokenizer, ("yes", " yes", "yes { no", "0 8 yes", "no  no"), [f"say {n}" for n in range(5)]) == [
+        "3 of 5 targets come back from the tokenizer as another text, first 'yes { no as yes no'"]
     assert lost(tokenizer, targets, ("say 0", "say 猫", "say 1")) == [
         "1 of 3 inputs hold what the tokenizer has no word for, first 'say 猫'"]
-    assert lost(tokenizer, ("yes", "no", "0 8 yes")) == [                        # 8 is 19, which ends a text
-        "1 of 3 targets come back from the tokenizer as another text, first '0 8 yes as 0'"]
-    assert lost(tokenizer, ("yes", " yes", "no  no")) == [
-        "1 of 3 targets come back from the tokenizer as another text, first 'no  no as no no'"]
-    many = [f"yes {10 + n % 15} {10 + n // 15}" for n in range(99)]               # free text, no labels: told, not refused
+    many = [f"yes {10 + n % 15} {10 + n // 15}" for n in range(99)]         # free text, no labels: told, not refused
     assert lost(tokenizer, [*many, "yes {", "yes"], [f"say {n % 26} {n // 26}" for n in range(101)]) == [
         "1 of 101 targets come back from the tokenizer as another text, first 'yes { as yes'"]
     for words, given in (
@@ -2668,20 +2203,20 @@ FOLDERS = {"repetition_penalty": 9.0, "min_new_tokens": 3, "suppress_tokens": [6
 
 
 @pytest.mark.parametrize("folders", [{}, FOLDERS], ids=["plain", "its own"])
-@pytest.mark.parametrize("name", ["t5", "llama"])
+@pytest.mark.parametrize("name", ["t5", *CAUSAL])
 def test_section_6_predictions_are_those_of_each_input_alone(name, folders):
-    """Of inputs of mixed length in one batch, in their order, without dropout, with modules attached. Of what a
-    folder says of generation nothing but the tokens that end a text counts. No library warns of anything.
+    """With a cache and modules of all kinds, of inputs of mixed length in one batch, in their order, without dropout.
+    Of what a folder says of generation nothing but the tokens that end a text counts. No library warns of anything.
     """
-    model = family("llama")
+    model = family(name)
     if name == "t5":                                     # its two stacks are of different depth
-        model = tiny_t5(seed=1, dropout_rate=0.3, tie_word_embeddings=False, **VERSIONS["uneven"])
+        model = tiny_t5(seed=3, dropout_rate=0.3, tie_word_embeddings=False, **UNEVEN)
         model.shared.weight.data *= 0.05                 # what is read weighs more than the last word written
-    peft = randomise(bipeft.Peft(model, every("prefix", model) + every("lora", model)), 0.3)
+    peft = randomise(bipeft.Peft(model, all_kinds(model)), 0.2)
     tokenizer = word_tokenizer()
     inputs = [" ".join(str(2 + n * k % 24) for k in range(1, 2 + 3 * n % 7)) for n in range(9)]
     examples = [bipeft.Example(text, "yes no yes", ()) for text in inputs]
-    tokens = bipeft.tokenize(tokenizer, examples, 20, causal=name == "llama")
+    tokens = bipeft.tokenize(tokenizer, examples, 20, causal=name in CAUSAL)
     model.train()
     model.generation_config.update(**folders)
     given = model.generation_config.to_dict()
@@ -2709,11 +2244,9 @@ def a_training(dropout=0.1):
 
 
 def test_section_6_training_leaves_the_best_epochs_weights():
-    """Of equal scores the lower loss decides, then the first; the rate falls linearly; the backbone stays."""
+    """Of equal scores the lower loss decides, then the first; the rate falls linearly."""
     model, peft, batches = a_training()
     scores, seen, rates, lines = iter([(3.0, 0.7), (3.0, 0.5), (3.0, 0.5), (2.0, 0.1)]), [], [], []
-    backbone = {name: p.clone() for name, p in model.state_dict().items() if "bipeft" not in name}
-    state = torch.get_rng_state()
 
     def evaluate():
         seen.append(bipeft.copies(peft.tensors))
@@ -2730,33 +2263,28 @@ def test_section_6_training_leaves_the_best_epochs_weights():
     assert close(rates, [0.12 - 0.01 * n for n in range(12)]) and not model.training       # 12 steps
     assert [line.get("score") for line in lines] == [x for score in (3, 3, 3, 2) for x in (None, None, score)]
     assert [(line["step"], line["steps"]) for line in lines] == [(n, 12) for n in range(1, 13)]
-    assert all(torch.equal(model.state_dict()[name], p) for name, p in backbone.items())
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_section_6_training_goes_on_bit_for_bit_from_any_step():
     """A state saved after whichever step leads to the same weights, those of the best epoch, and score."""
-    saved, sums = [], []
+    saved, seen = [None], []
 
-    def middle_is_best(peft):
-        sums.append(float(sum(p.detach().abs().sum() for p in peft.tensors)))
-        return -abs(sums[-1] - sums[min(1, len(sums) - 1)])             # the second epoch of the first run
-
-    def save(state, line):
-        torch.save(state, stream := io.BytesIO())
-        saved.append(stream)
-
-    model, peft, batches = a_training()
-    bipeft.train(model, peft, batches, functools.partial(middle_is_best, peft), 3, 0.05)
-    for number in range(9):
+    def train_from(state, after_step=None):
         model, peft, batches = a_training()
-        judge = functools.partial(middle_is_best, peft)
-        if number == 0:
-            best = bipeft.train(model, peft, batches, judge, 3, 0.05, after_step=save)
-            whole = bipeft.copies(peft.tensors)
-        saved[number].seek(0)
-        again = bipeft.train(model, peft, batches, judge, 3, 0.05, state=torch.load(saved[number]))
-        assert again == best == 0.0 and all(map(torch.equal, peft.tensors, whole)), number
+
+        def evaluate():                                                 # the second epoch of the first run is the best
+            seen.append(float(sum(p.detach().abs().sum() for p in peft.tensors)))
+            return -abs(seen[-1] - seen[min(1, len(seen) - 1)])
+
+        best = bipeft.train(model, peft, batches, evaluate, 3, 0.05, state=state, after_step=after_step)
+        return best, bipeft.copies(peft.tensors)
+
+    train_from(None)
+    best, whole = train_from(None, lambda state, line: saved.append(copy.deepcopy(state)))
+    assert best == 0 and len(saved) == 10
+    for state in saved[1:]:
+        again, weights = train_from(state)
+        assert again == best and all(map(torch.equal, weights, whole)), state["step"]
 
 
 def test_section_6_training_refuses_what_it_cannot_train():
@@ -2780,17 +2308,24 @@ def test_section_6_training_refuses_what_it_cannot_train():
 # ==================================================================================================
 
 
+def raiser(error):
+    """A function that raises an error, whatever it is given."""
+    def fail(*args, **more):
+        raise error
+    return fail
+
+
+NO_ROOM = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))                     # what a full disk says
+
+
 def test_section_7_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     """A disk that fills up, at the write or at the exchange, leaves the old file and is one line."""
     path = tmp_path / "file.json"
     bipeft.write_atomically(path, "old")
 
-    def full(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     for owner, name in ((os, "replace"), (Path, "write_bytes")):
-        with monkeypatch.context() as broken, pytest.raises(UsageError) as caught:
-            broken.setattr(owner, name, full)
+        with monkeypatch.context() as full, pytest.raises(UsageError) as caught:
+            full.setattr(owner, name, raiser(NO_ROOM))
             bipeft.write_atomically(path, "new")
         assert str(caught.value).startswith(f"{path} can't be written (No space left on device): ")
         assert path.read_text() == "old"
@@ -2798,30 +2333,12 @@ def test_section_7_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_bytes() == b"\x00\xff" and os.listdir(tmp_path) == ["file.json"]
 
 
-def test_section_7_any_error_becomes_one_line_and_ends_determinism():
-    """Of an error's message one line of 160 characters is left, of one without a message its class."""
-    for error, text in ((ValueError("a\n\n b\tc"), "a b c"), (KeyError(), "KeyError"),
-                        (OSError("x" * 500), "x" * 157 + "...")):
-        with pytest.raises(UsageError) as caught, bipeft.deterministic(), bipeft.failing("what", ": advice"):
-            assert torch.are_deterministic_algorithms_enabled()
-            raise error
-        assert str(caught.value) == f"what ({text}): advice" and caught.value.__suppress_context__
-        assert not torch.are_deterministic_algorithms_enabled()
-    with pytest.raises(KeyboardInterrupt), bipeft.failing("what"):                # a person's, and no error
-        raise KeyboardInterrupt
-
-
-def test_section_7_weights_go_to_a_file_and_back(tmp_path):
-    """They come back bit for bit; what is of other modules or ranks, or spoilt, is refused."""
+def test_section_7_weights_of_other_modules_or_ranks_or_spoilt_ones_are_refused(tmp_path):
+    """And the modules' own stay. (That weights come back bit for bit, section 3 tests on each family.)"""
     model, path = tiny_t5(), tmp_path / "peft.safetensors"
     chosen = [*every("lora", model)[:2], *every("bitfit", model)[:3]]
-    peft = randomise(bipeft.Peft(model, chosen))
-    before = bipeft.copies(peft.tensors)
+    peft = bipeft.Peft(model, chosen)
     bipeft.save_weights(peft, path)
-    assert sum(t.numel() for t in safetensors.torch.load_file(path).values()) == peft.size
-    randomise(peft, seed=1)
-    bipeft.load_weights(peft, path)
-    assert all(map(torch.equal, peft.tensors, before))
     peft.detach()
     (tmp_path / "spoilt").write_bytes(path.read_bytes()[:-1])
     for modules, file, words in ((chosen[:-1], path, "another structure's: .*bitfit.bias"),
@@ -2839,25 +2356,21 @@ def test_section_7_weights_go_to_a_file_and_back(tmp_path):
 def test_section_7_weights_are_of_their_backbone_in_any_format(tmp_path):
     """They load on it in any format, with other words and under another head, but on no other numbers."""
     structure, path = a_structure(), tmp_path / "w"
-    model, batch = family("bert"), batch_for("bert")
-    peft = randomise(bipeft.apply(model, structure))
+    peft = randomise(bipeft.apply(family("bert"), structure))
     bipeft.save_weights(peft, path)
-    larger, other = family("bert"), family("bert")
+    larger, wider, other = family("bert"), family("bert"), family("bert")
     larger.resize_token_embeddings(larger.config.vocab_size + 2)
-    with torch.no_grad():
-        other.bert.encoder.layer[1].output.dense.weight.mul_(1.1)
-    wider = family("bert")
     wider.classifier = nn.Linear(32, 5)
     for model in (larger, wider, family("bert").bfloat16(), family("bert").half()):
         bipeft.load_weights(again := bipeft.apply(model, structure, 1), path)
         assert all(map(torch.equal, again.tensors, peft.tensors))
+    other.bert.encoder.layer[1].output.dense.weight.data.mul_(1.1)
     again = bipeft.apply(other, structure, 1)
     before = bipeft.copies(again.tensors)
     with pytest.raises(UsageError, match="w is of a backbone of other numbers, first in encoder.layer.1.output.dense:"):
         bipeft.load_weights(again, path)
     assert all(map(torch.equal, again.tensors, before))
-    with torch.no_grad():
-        other.bert.encoder.layer[0].output.dense.weight.fill_(math.nan)
+    other.bert.encoder.layer[0].output.dense.weight.data.fill_(math.nan)
     with pytest.raises(UsageError, match="the backbone is damaged: encoder.layer.0.output.dense holds nan"):
         bipeft.backbone_sample(other)
 
@@ -2876,25 +2389,21 @@ def test_section_8_weights_without_a_place_are_told(tmp_path, capsys):
 
 def test_section_7_structures_go_to_a_file_and_back(tmp_path):
     """They come back equal, with totals for people beside; what no search writes is refused by name."""
-    model, path = tiny_t5(), tmp_path / "structure.json"
-    space = bipeft.Space(model, "s2")
-    structure = space.structure([n % 9 == 0 for n in range(len(space))], [1] * len(space), 10_000, "tiny")
-    space.detach()
+    structure, path = a_structure(), tmp_path / "structure.json"
+    structure.geometry["parameters"] = 70_000
     bipeft.save_structure(structure, path)
     assert bipeft.load_structure(path) == structure
     good = path.read_text()
-    size, total = sum(p.numel() for p in model.parameters()), sum(m["parameters"] for m in structure.modules)
-    assert json.loads(good)["totals"] == {
-        "modules": len(structure.modules), "parameters": total, "backbone_parameters": size,
-        "per_ten_thousand": round(1e4 * total / size, 4)}
-    stored = json.loads(good)
+    stored = json.loads(good)                                               # 288 of 70,000: 41.142857 of 10,000
+    assert stored["totals"] == {
+        "modules": 2, "parameters": 288, "backbone_parameters": 70_000, "per_ten_thousand": 41.1429}
     spoilt = {json.dumps({**stored, **change}): words for change, words in (
         ({"modules": []}, "it holds 0 parameters"), ({"budget": 10}, "for a budget of 10"),
         ({"budget": math.nan}, "for a budget of nan"), ({"modules": "all"}, "no structure.json"),
         ({"geometry": None}, "no structure.json"), ({"geometry": {"parameters": 0}}, "no structure.json"),
         ({"space": "prefix"}, "is no module of its space prefix"),
-        ({"modules": [{**stored["modules"][0], "rank": "4"}]}, "is no module of its space s2"),
-        ({"modules": [{**stored["modules"][0], "name": ["a"]}]}, "is no module of its space s2"))}
+        ({"modules": [{**stored["modules"][0], "rank": "4"}]}, "is no module of its space all"),
+        ({"modules": [{**stored["modules"][0], "name": ["a"]}]}, "is no module of its space all"))}
     del stored["ranks"]
     for content in ("[1, 2]", good[:99], "\xff", "[" * 100_000, json.dumps(stored)):
         spoilt[content] = "no structure.json"
@@ -2946,50 +2455,27 @@ def world(tmp_path_factory):
     """A folder with tiny models, data, structures and runs, good ones and spoilt ones, that tests only read."""
     root = tmp_path_factory.mktemp("world")
     model = tiny_t5(num_layers=1, tie_word_embeddings=False)
-    for name in ("model", "no_weights", "half", "no_tokenizer", "no_start", "many_words", "bert", "llama"):
+    for name in ("model", "half", "no_tokenizer", "many_words", "bert", "llama"):
         (family(name) if name in FAMILIES else model).save_pretrained(root / name)
         if name != "no_tokenizer":
             word_tokenizer(WORDS + [f"w{n}" for n in range(50)] * (name == "many_words")).save_pretrained(root / name)
-    (root / "no_weights" / "model.safetensors").write_bytes(b"\x00\x01garbage")
     weights = {key: t.clone() for key, t in model.state_dict().items() if not key.startswith("decoder.")}
     safetensors.torch.save_file(weights, root / "half" / "model.safetensors", {"format": "pt"})
-    config = json.loads((root / "no_start" / "config.json").read_text())
-    (root / "no_start" / "config.json").write_text(json.dumps({**config, "decoder_start_token_id": None}))
-    shutil.copytree(root / "model", root / "quantised")
-    (root / "quantised" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-    shutil.copytree(root / "model", root / "damaged")
-    weights = {key: t * math.nan for key, t in model.state_dict().items()}
-    safetensors.torch.save_file(weights, root / "damaged" / "model.safetensors", {"format": "pt"})
-    write_data(root)
-    space = bipeft.Space(model, "s2")
-    good = space.structure([n % 9 == 0 for n in range(len(space))], [1] * len(space), 10_000, "tiny")
-    first = next(n for n, m in enumerate(good.modules) if m["kind"] == "lora")
-    before = good.modules[first]
-    for name, change in (("good", {}), ("wrong_name", {"name": "encoder.block.77"}), ("kind", {"kind": "prompt"}),
-                         ("rank", {"rank": 5}), ("budget", {"parameters": 10_000})):
-        good.modules[first] = {**before, **change}
-        bipeft.save_structure(good, root / f"{name}.json")
-    for name, file, content in (("of_another", "metrics.json", '{"settings": {"task": "rte", "seed": 7}}'),
-                                ("structure_alone", "structure.json", "{}"), ("cut", "checkpoint.pt", "PK")):
-        (root / "runs" / name).mkdir(parents=True)
-        (root / "runs" / name / file).write_text(content)
+    config = json.loads((root / "model" / "config.json").read_text())
+    for name, change in (("quantised", {"quantization_config": {"quant_method": "gptq"}}),
+                         ("no_start", {"decoder_start_token_id": None}), ("no_weights", {}), ("damaged", {})):
+        shutil.copytree(root / "model", root / name)
+        (root / name / "config.json").write_text(json.dumps({**config, **change}))
+    (root / "no_weights" / "model.safetensors").write_bytes(b"\x00\x01garbage")
+    safetensors.torch.save_file({key: t * math.nan for key, t in model.state_dict().items()},
+                                root / "damaged" / "model.safetensors", {"format": "pt"})
+    for folder, name, count in (("data", "rte", 24), ("data", "custom", 24), ("few", "rte", 6)):
+        write_split(root / folder, name, "train", rows_of(name, count))
+        write_split(root / folder, name, "validation", rows_of(name, count // 2, 51))
+    bipeft.save_structure(a_structure(), root / "structure.json")
+    (root / "runs" / "structure_alone").mkdir(parents=True)
+    (root / "runs" / "structure_alone" / "structure.json").write_text("{}")
     return root
-
-
-def write_data(root):
-    """data/: good splits.   bad/<what is wrong>/: a spoilt one each."""
-    for name in ("rte", "custom"):
-        for split, count, start in (("train", 24, 0), ("validation", 12, 51)):
-            write_split(root / "data", name, split, rows_of(name, count, start))
-    good = rows_of("rte", 8)
-    for what, rows in {"no_column": [{key: row[key] for key in ("sentence1", "label")} for row in good],
-                       "unlabelled": [{**row, "label": "-1"} for row in good], "few": good[:3],
-                       "a_gap": [{**row, "sentence2": None if row is good[3] else "x"} for row in good]}.items():
-        write_split(root / "bad" / what, "rte", "train", good)
-        write_split(root / "bad" / what, "rte", "validation", rows)
-    for what, ending, content in (("empty", "jsonl", ""), ("cut", "parquet", "PAR1 no")):
-        write_split(root / "bad" / what, "rte", "validation", good)
-        (root / "bad" / what / "rte" / f"train.{ending}").write_text(content)
 
 
 RTE = "--task rte --data-dir {root}/data --model {root}/model "
@@ -2997,48 +2483,32 @@ BAD = [  # arguments, and words that the message must hold
     ("--task sst3", "unknown task 'sst3' rte --help"),
     ("--space s3", "unknown space 's3' s1 lora"),
     ("--no-such-flag 1", "unrecognized --no-such-flag --help"),
-    ("--budget", "--budget expected --help"),
     ("--seed 0 0", "--seed different"),
     ("--dtype int8", "--dtype int8 bfloat16"),
     ("--device nonsense", "--device nonsense cpu"),
-    ("--ranks 8 4", "ranks (8, 4) ascending"),
     ("--task custom --model {root}/model", "custom --data-dir"),
     ("--task cola --data-dir {root}/data", "one of {root}/data/cola/train.parquet 0: --data-dir"),
-    ("--task rte --data-dir {root}/bad/no_column", "validation.jsonl no column 'sentence2' sentence1"),
-    ("--task rte --data-dir {root}/bad/unlabelled", "label '-1' rte give 0, 1; without labels"),
-    ("--task rte --data-dir {root}/bad/a_gap", "row of rte sentence2"),
-    ("--task rte --data-dir {root}/bad/few", "rte too few rows 4"),
-    ("--task rte --data-dir {root}/bad/empty", "train.jsonl can't be read"),
-    ("--task rte --data-dir {root}/bad/cut", "train.parquet can't be read"),
+    ("--task rte --data-dir {root}/few", "rte too few rows 4"),
     ("--task rte --model {root}/model", "rte on the hub can't be read network --data-dir"),
-    ("--task rte --data-dir {root}/data", "google-t5/t5-large can't be loaded network"),
-    ("--task rte --data-dir {root}/data --model {root}/nowhere", "{root}/nowhere can't be loaded"),
-    ("--task rte --data-dir {root}/data --model {root}/no_weights", "no_weights can't be loaded"),
+    ("--task rte --data-dir {root}/data --model nowhere/t5-large", "nowhere/t5-large can't be loaded network"),
     ("--task rte --data-dir {root}/data --model {root}/half", "half can't be loaded has no decoder."),
     ("--task rte --data-dir {root}/data --model {root}/no_tokenizer", "no_tokenizer no tokenizer.json"),
-    ("--task rte --data-dir {root}/data --model {root}/no_start", "can't be loaded decoder_start_token_id"),
     ("--task rte --data-dir {root}/data --model {root}/many_words", "can't be loaded tokenizer words weights"),
     ("--task rte --data-dir {root}/data --model {root}/bert", "{root}/bert a bert T5"),
     ("--task rte --data-dir {root}/data --model {root}/quantised", "quantised can't be loaded library command line"),
+    ("--task rte --data-dir {root}/data --model {root}/no_weights", "no_weights can't be loaded"),
+    ("--task rte --data-dir {root}/data --model {root}/no_start", "can't be loaded decoder_start_token_id"),
     ("--task rte --data-dir {root}/data --model {root}/damaged", "backbone is damaged encoder.block.0 nan"),
     ("--task rte --data-dir {root}/data --model ./models/t5", "./models/t5 no such folder"),
-    ("--task rte --data-dir {root}/data --model nowhere/t5-large", "nowhere/t5-large can't be loaded network"),
     ("--task custom --data-dir {root}/data --model {root}/model --metric F1", "metric F1 target none --metric"),
     ("--task rte --metric F1", "--metric custom"),
-    ("--structure {root}/good.json --budget 20", "--structure without a search --budget"),
+    ("--structure {root}/structure.json --budget 20", "--structure without a search --budget"),
     ("--task custom --metric rouge", "--metric rouge accuracy token-F1"),
     (RTE + "--budget 1", "budget of 1 smallest 32 whole space"),
-    (RTE + "--budget 1e9", "budget of 1,000,000,000 whole space"),
     (RTE + "--structure {root}/nowhere.json", "{root}/nowhere.json no structure.json"),
-    (RTE + "--structure {root}/budget.json", "{root}/budget.json budget of 10,000"),
-    (RTE + "--structure {root}/good.json --model {root}/llama", "no place encoder"),
-    (RTE + "--structure {root}/wrong_name.json", "no place 'encoder.block.77'"),
-    (RTE + "--structure {root}/kind.json", "kind prompt"),
-    (RTE + "--structure {root}/rank.json", "other sizes parameters lora tensors hold"),
-    (RTE + "--out {root}/good.json", "{root}/good.json --out"),
-    ("--task toy --out {root}/runs/of_another", "of_another another run: --task rte toy --out --fresh"),
+    (RTE + "--structure {root}/structure.json", "no place 'encoder.layer.0.attention.self.query' bitfit"),
+    (RTE + "--out {root}/structure.json", "{root}/structure.json --out"),
     ("--task toy --out {root}/runs/structure_alone", "structure.json can't be read --out --fresh"),
-    ("--task toy --out {root}/runs/cut", "checkpoint.pt can't be read --fresh"),
 ]
 
 
@@ -3083,26 +2553,16 @@ def test_section_8_settings_of_a_command_line():
     assert bipeft.parse("--tau 0 --gamma 0 --warmup-epochs 0 --weight-decay 0".split())
 
 
-@dataclasses.dataclass
-class MoreSettings(bipeft.Settings):
-    """Another program's flags, as those of docs/examples/scale.py."""
-
-    parts: int = 1                      # in how many parts a batch is computed
-
-
 def test_section_8_help_shows_every_setting_with_its_comment(capsys):
     """`--help` is the fields of Settings, their comments and defaults, and ends with exit code 0."""
     with pytest.raises(SystemExit) as ended:
-        bipeft.main(["--help"], MoreSettings)
+        bipeft.main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "None" not in said
-    text = inspect.getsource(bipeft.Settings) + inspect.getsource(MoreSettings)
-    comments = dict(re.findall(r"^    (\w+): .*? = .*?  +# (.*)$", text, re.MULTILINE))
-    assert ended.value.code == 0 and list(comments) == [f.name for f in dataclasses.fields(MoreSettings)]
-    for name, comment in comments.items():
-        default = getattr(MoreSettings, name)
-        words = re.escape(comment if default is None else f"{comment} (default: {default})")
-        assert re.search(f"--{name.replace('_', '-')} .{{,50}}{words}", said), name
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(bipeft.Settings), re.MULTILINE))
+    assert ended.value.code == 0 and "None" not in said
+    for f in dataclasses.fields(bipeft.Settings):
+        words = comments[f.name] if f.default is None else f"{comments[f.name]} (default: {f.default})"
+        assert re.search(f"--{f.name.replace('_', '-')} .{{,50}}{re.escape(words)}", said), f.name
 
 
 QUICK = ("--task custom --data-dir {root}/data --model {root}/model --epochs 4 --search-epochs 4 --warmup-epochs 1 "
@@ -3119,7 +2579,7 @@ def go(world, out, line=QUICK, more=""):
 def finished(world, tmp_path_factory):
     """The folder of a whole run."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    assert go(world, out) == 0
+    assert go(world, out) == 0 and not torch.are_deterministic_algorithms_enabled()
     return out
 
 
@@ -3145,9 +2605,9 @@ def assert_same_end(a, b):
     assert found[0] == found[1]
 
 
-def assert_answers(run, examples):
+def assert_answers(run, examples, model=None):
     """A run, loaded from its folder, gives its two test scores again, with its modules and without them."""
-    model, tokenizer, peft = bipeft.load_run(run)
+    model, tokenizer, peft = bipeft.load_run(run, model=model)
     tokens = bipeft.tokenize(tokenizer, examples, 128, not model.config.is_encoder_decoder)
     said = bipeft.predict(model, tokenizer, tokens, 4, "cpu")
     peft.detach()
@@ -3160,8 +2620,8 @@ def assert_answers(run, examples):
 
 
 def test_section_8_every_setting_reaches_the_search_and_the_training(world, tmp_path, monkeypatch):
-    """Settings arrive where they count, halves are disjoint, `choose_pass` computes all, test is looked at last."""
-    given, splits, passes = {}, [], []
+    """Settings arrive where they count, halves are disjoint, and test is looked at last."""
+    given, splits = {}, []
     for owner, name in ((bipeft.Search, "__init__"), (bipeft.Search, "run"), (bipeft, "apply"), (bipeft, "train"),
                         (bipeft.Work, "score")):
         def note(*args, function=getattr(owner, name), name=name, **more):
@@ -3170,22 +2630,18 @@ def test_section_8_every_setting_reaches_the_search_and_the_training(world, tmp_
             return function(*args, **more)
         monkeypatch.setattr(owner, name, note)
 
-    def run_pass(*args):
-        passes.append(args[2] is None)
-        return bipeft.forward_backward(*args)
-
     line = (RTE + "--epochs 2 --search-epochs 3 --warmup-epochs 1 --triggers 4 --window 2 --tau 0.25 --gamma 0.5 "
-            f"--budget 0.1 --batch-size 5 --lr 0.05 --arch-lr 0.02 --weight-decay 0.003 --seed 7 --ranks 2 3 --parts 2 "
+            f"--budget 0.1 --batch-size 5 --lr 0.05 --arch-lr 0.02 --weight-decay 0.003 --seed 7 --ranks 2 3 "
             f"--out {tmp_path}").format(root=world).split()
-    assert bipeft.main(line, MoreSettings, lambda settings, *_: run_pass if settings.parts == 2 else None) == 0
+    assert bipeft.main(line) == 0
     search, trained = given["__init__"]["self"], given["train"]
     assert (search.steps, search.warmup, search.space.ranks) == (9, 3, (2, 3))               # 12 rows, 3 batches
     assert search.budget == int(0.1 * search.space.geometry["parameters"])
     for key, value in {"triggers": 4, "window": 2, "tau": 0.25, "gamma": 0.5, "lr": 0.05, "arch_lr": 0.02,
-                       "weight_decay": 0.003, "seed": 7, "parts": 2}.items():
+                       "weight_decay": 0.003, "seed": 7}.items():
         assert getattr(search.settings, key) == value, key
     assert (trained["epochs"], trained["lr"], trained["weight_decay"], trained["seed"]) == (2, 0.05, 0.003, 7)
-    assert given["apply"]["seed"] == bipeft.derive(7, 14) and passes.count(True) == 2 * 5    # 24 rows, 5 batches
+    assert given["apply"]["seed"] == bipeft.derive(7, 14)
     halves = [{tuple(source) for source, _ in given["run"][key].tokens} for key in ("train_batches", "val_batches")]
     assert [len(half) for half in halves] == [12, 12] and not halves[0] & halves[1]
     assert splits == ["validation"] * 2 + ["test"] * 2            # one look at test, with the modules and without
@@ -3211,10 +2667,8 @@ def test_section_8_what_a_run_leaves(world, finished, tmp_path):
     log = [json.loads(line) for line in (finished / "search.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == list(range(1, len(log) + 1)) and 3 < len(log) <= 12
     assert [line["triggers"] for line in log[:3]] == [0] * 3 and log[-1]["triggers"] > 0
-    assert log[0].keys() >= {"loss_train", "loss_theta", "beta", "expected", "reduction", "kept", "fixed", "time"}
     stored = safetensors.torch.load_file(finished / "peft.safetensors")
     assert sum(t.numel() for t in stored.values()) == structure.parameters
-    assert {key.rpartition(".")[0] for key in stored} == {f"{m['name']}.{m['kind']}" for m in structure.modules}
     assert len(set(assert_answers(finished, splits["test"]))) > 1
     with pytest.raises(UsageError, match="holds no finished run"):
         bipeft.load_run(tmp_path)
@@ -3225,33 +2679,23 @@ def test_section_8_a_run_is_of_one_folder_one_data_set_and_one_backbone(world, t
     with bipeft.locked(tmp_path):
         assert go(world, tmp_path) == 2 and "another process works in" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
-    place = shutil.copytree(world, tmp_path / "world", ignore=lambda *_: ["runs"])
-    file = place / "data/custom/train.jsonl"
-    given = file.read_bytes()
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    for what in ("data", "a backbone of other numbers"):
-        run = tmp_path / what[:4]
-        with monkeypatch.context() as stopped:
-            stopped.setattr(bipeft, "run_training", interrupted)
-            assert go(place, run) == 2
-        if what == "data":
-            file.write_bytes(given.replace(b"say 0 4", b"say 0 5"))
-        else:
-            weights = safetensors.torch.load_file(place / "model/model.safetensors")
-            weights = {name: t * 1.1 for name, t in weights.items()}
-            safetensors.torch.save_file(weights, place / "model/model.safetensors", {"format": "pt"})
-        before = contents(run)
+    place, run = shutil.copytree(world, tmp_path / "world", ignore=lambda *_: ["runs"]), tmp_path / "run"
+    with monkeypatch.context() as stopped:
+        stopped.setattr(bipeft, "run_training", raiser(KeyboardInterrupt()))
+        assert go(place, run) == 2
+    before, data, model = contents(run), place / "data/custom/train.jsonl", place / "model/model.safetensors"
+    larger = {name: t * 1.1 for name, t in safetensors.torch.load_file(model).items()}
+    for file, content, words in ((data, data.read_bytes().replace(b"say 0 4", b"say 0 5"), "other data"),
+                                 (model, safetensors.torch.save(larger, {"format": "pt"}), "of other numbers")):
+        given = file.read_bytes()
+        file.write_bytes(content)
         capfd.readouterr()
-        assert go(place, run) == 2 and what in capfd.readouterr().err and contents(run) == before
+        assert go(place, run) == 2 and words in capfd.readouterr().err and contents(run) == before
         file.write_bytes(given)
 
 
 def test_section_8_a_run_is_loaded_with_its_backbone_wherever_that_is(world, finished, tmp_path, monkeypatch):
     """From another folder by model=; a folder that is not there is one line at once, and no question to the hub."""
-    examples = bipeft.load_splits("custom", world / "data", 0)["test"]
     run, elsewhere = copied(finished, tmp_path), tmp_path / "elsewhere"
     shutil.copytree(world / "model", elsewhere)
     metrics = metrics_of(run)
@@ -3263,21 +2707,22 @@ def test_section_8_a_run_is_loaded_with_its_backbone_wherever_that_is(world, fin
         with pytest.raises(UsageError, match=words):
             bipeft.load_run(run, model=model)
     monkeypatch.undo()
-    model, tokenizer, peft = bipeft.load_run(run, model=str(elsewhere))
-    said = bipeft.answer(model, tokenizer, [e.source for e in examples])
-    assert bipeft.accuracy(said, [e.answers for e in examples]) == metrics["test"]
+    assert_answers(run, bipeft.load_splits("custom", world / "data", 0)["test"], str(elsewhere))
 
 
-def test_section_8_a_finished_run_is_left_alone_and_fresh_starts_over(world, finished, tmp_path, capfd):
-    """It is not repeated, no other run takes its folder, and a mistake with --fresh destroys nothing."""
+def test_section_8_a_finished_run_is_left_alone_and_fresh_starts_over(world, finished, tmp_path, monkeypatch, capfd):
+    """It is not repeated, no other run takes its folder; --fresh with a mistake or on a full disk destroys nothing."""
     run = copied(finished, tmp_path)
     assert go(world, run) == 0
     said, error = capfd.readouterr()
     assert "holds this run, finished" in said and "--fresh" in said and error == ""
     assert bipeft.results(metrics_of(finished)) in said and go(world, run, more="--gamma 0.5") == 2
     assert "another run: its --gamma is 0.85, now it is 0.5" in capfd.readouterr().err
-    for mistake in ("--budget 1", "--ranks 8 4", "--model nowhere", "--structure {root}/wrong_name.json"):
+    for mistake in ("--budget 1", "--ranks 8 4", "--model nowhere", "--structure {root}/structure.json"):
         assert go(world, run, more="--fresh " + mistake) == 2
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_bytes", raiser(NO_ROOM))
+        assert go(world, run, more="--fresh") == 2 and "No space left" in capfd.readouterr().err
     assert contents(run) == contents(finished)
     assert go(world, run, more="--fresh --epochs 1 --search-epochs 1 --triggers 9") == 0
     assert "before trigger 9: the last " in capfd.readouterr().out                   # the steps ended before
@@ -3287,7 +2732,7 @@ def test_section_8_a_finished_run_is_left_alone_and_fresh_starts_over(world, fin
 def test_section_8_a_structure_transfers_with_several_seeds(world, finished, tmp_path, monkeypatch, capfd):
     """It is trained on another task without a search; the last line is mean and deviation over the seeds."""
     monkeypatch.setitem(bipeft.METRICS, "accuracy", lambda *given, scores=iter(range(99)): float(next(scores)))
-    assert go(world, tmp_path, RTE + f"--epochs 1 --structure {finished}/structure.json --seed 0 1") == 0
+    assert go(world, tmp_path, RTE + f"--epochs 1 --max-length 6 --structure {finished}/structure.json --seed 0 1") == 0
     tests = []
     for folder in (tmp_path / "seed-0", tmp_path / "seed-1"):
         metrics = metrics_of(folder)
@@ -3297,103 +2742,80 @@ def test_section_8_a_structure_transfers_with_several_seeds(world, finished, tmp
         tests.append(metrics["test"])
     deviation = abs(tests[0] - tests[1]) / math.sqrt(2)
     last = f"rte: test accuracy {sum(tests) / 2:.2f} ± {deviation:.2f} over 2 seeds"
-    assert capfd.readouterr().out.splitlines()[-1] == last
+    said = capfd.readouterr().out.splitlines()
+    assert said[-1] == last and said[1].startswith("36 of 36 inputs are cut at --max-length 6, first 'rte sentence1:")
 
 
-DRIVER = '''
-import json, os, runpy, signal, sys
-from collections import Counter
+DRIVER = """
+import os, runpy, signal, sys
 from pathlib import Path
-import torch, torch._dynamo, transformers, datasets
-transformers.T5ForConditionalGeneration, transformers.AutoModelForSeq2SeqLM, transformers.AutoTokenizer
-program, out, kills, *arguments = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(program))
 import bipeft
-torch.set_num_threads(1)
-def prepare(name, number, moment):
-    """Has this process killed at the n-th write of a file, or some CPU time after its first write."""
-    write, replace, counts = Path.write_bytes, os.replace, Counter()
-    def kill_if(path, now):
-        if (path.name, counts[path.name], now) == (f".{name}.new", number, moment):
+
+bipeft.torch.set_num_threads(1)
+write, exchange, written = Path.write_bytes, os.replace, []
+
+def die_at(moment, name, number):
+    def die_if(now, path):
+        if (now, path.name, written.count(path.name)) == (moment, f".{name}.new", int(number)):
             os.kill(os.getpid(), signal.SIGKILL)
+
     def write_bytes(path, content):
-        if name == "time" and not counts:
-            signal.setitimer(signal.ITIMER_PROF, number)              # SIGPROF ends a process as SIGKILL does
-        counts[path.name] += 1
+        written.append(path.name)
         write(path, content[:len(content) // 2])
-        kill_if(path, "in")
+        die_if("in", path)
         write(path, content)
-    def exchange(path, target):
-        kill_if(Path(path), "before")
-        replace(path, target)
-        kill_if(Path(path), "after")
-    Path.write_bytes, os.replace = write_bytes, exchange
-for kill in json.loads(kills):
+
+    def replace(path, target):
+        exchange(path, target)
+        die_if("after", path)
+
+    Path.write_bytes, os.replace = write_bytes, replace
+
+for kill in sys.argv[1].split(","):
     if os.fork() == 0:
-        try:
-            if kill is None:
-                sys.argv = [program, "--tau", "3"]
-                runpy.run_path(program, run_name="__main__")
-            prepare(*kill)
-            sys.exit(bipeft.main([*arguments, "--save-every", "2", "--out", out]))
-        except SystemExit as ended:
-            os._exit(ended.code)                                      # at once: torch takes seconds to go
-    code = os.waitstatus_to_exitcode(os.wait()[1])
-    stored = torch.load(f"{out}/checkpoint.pt") if os.path.exists(f"{out}/checkpoint.pt") else {"phase": None}
-    state = stored.get("state") or {}
-    print(json.dumps([code, stored["phase"], state.get("steps_done", state.get("step", 0))]), flush=True)
-'''
+        die_at(*kill.split())
+        os._exit(bipeft.main(sys.argv[2:]))
+    print("ended:", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+sys.argv = ["bipeft.py", "--tau", "3"]
+runpy.run_path(bipeft.__file__, run_name="__main__")
+"""
 
 
 def test_section_8_a_run_killed_at_any_moment_goes_on_to_the_same_end(world, finished, tmp_path):
-    """Killed in writing, between two writes and anywhere, and started again, it ends as the run never killed did."""
-    kills = [("checkpoint.pt", 1, "in"), ("checkpoint.pt", 2, "after"), ("time", random.uniform(0, 0.1), ""),
-             ("search.jsonl", 2, "before"), ("structure.json", 1, "in"), ("time", random.uniform(0, 0.2), ""),
-             ("checkpoint.pt", 5, "in"), ("metrics.json", 1, "after"), ("", 0, ""), None]
-    ended = subprocess.run([sys.executable, "-c", DRIVER, bipeft.__file__, str(tmp_path / "run"), json.dumps(kills),
-                            *QUICK.format(root=world).split()], capture_output=True, text=True, cwd=tmp_path)
-    found = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("[")]
-    told = f"{kills} {found} {ended.stdout[-2000:]} {ended.stderr}"
-    codes, phases, steps = zip(*found)
-    assert codes == (-9, -9, -signal.SIGPROF, -9, -9, -signal.SIGPROF, -9, -9, 0, 2), told
-    assert phases == (None, *3 * ["search"], *4 * ["train"], None, None), told
-    assert steps == (*sorted(steps[:4]), *sorted(steps[4:8]), 0, 0) and steps[1] == 2 and steps[7] == 24, told
-    assert ended.stderr == "bipeft.py: --tau 3.0 must lie in 0 .. 1 (--help lists the flags)\n"     # as a script
+    """Killed in writing a file and between two, and started again, it ends as the run never killed did. As a script the
+    program says a mistake in one line and ends with exit code 2.
+    """
+    kills = ("in checkpoint.pt 1,after checkpoint.pt 2,in search.jsonl 3,in structure.json 1,in checkpoint.pt 4,"
+             "after peft.safetensors 1,after metrics.json 1,after nothing 1")
+    line = (QUICK + f"--save-every 2 --out {tmp_path}/run").format(root=world).split()
+    ended = subprocess.run([sys.executable, "-c", DRIVER, kills, *line], capture_output=True, text=True,
+                           cwd=Path(bipeft.__file__).parent)
+    assert re.findall("ended: (.*)", ended.stdout) == 7 * ["-9"] + ["0"], ended.stdout + ended.stderr
+    assert ended.stdout.count("going on from") == 6                         # the first was killed before there was any
+    assert ended.stderr == "bipeft.py: --tau 3.0 must lie in 0 .. 1 (--help lists the flags)\n"
+    assert ended.returncode == 2
     assert_same_end(finished, tmp_path / "run")
+
+
+ENDS = [  # what ends a run, and words of the line that tells of it
+    (NO_ROOM, "No space left .* another --out; then the same command goes on"),
+    (KeyboardInterrupt(), "stopped: the same command, without --fresh, goes on"),
+    (torch.OutOfMemoryError(), "the GPU's memory is full: use --dtype bfloat16"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "the memory is full: use a smaller --batch-size"),
+    (UsageError("the loss is nan"), "the loss is nan")]
 
 
 def test_section_8_whatever_ends_a_run_is_one_line_and_it_goes_on(world, finished, tmp_path, monkeypatch, capfd):
-    """A full disk, Ctrl-C, a full GPU, a loss that is no number: exit code 2, and at last the files of a whole run."""
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    for name, number, effect, words in (
-            ("checkpoint.pt", 3, full, r"checkpoint.pt can't be written \(No space left .*make room or change --out"),
-            ("loss", 10, math.nan, "at search step 6 is nan: use --dtype bfloat16 .* smaller --lr"),
-            ("search.jsonl", 2, KeyboardInterrupt(), "stopped: the same command, without --fresh, goes on from the last checkpoint"),
-            ("structure.json", 1, full, "structure.json can't be written"),
-            ("loss", 4, math.inf, "the loss at training step 4 is inf: use --dtype bfloat16"),
-            ("checkpoint.pt", 5, torch.OutOfMemoryError(), "the GPU's memory is full: use --dtype bfloat16"),
-            ("metrics.json", 1, full, "metrics.json can't be written")):
-        done = Counter()
-
-        def loss_of(output, loss_of=bipeft.loss_of):
-            done["loss"] += 1
-            return loss_of(output) * (effect if (name, number) == ("loss", done["loss"]) else 1)
-
-        def write_bytes(path, content, write_bytes=Path.write_bytes):
-            done[path.name] += 1
-            if (path.name, done[path.name]) == (f".{name}.new", number):
-                write_bytes(path, content[:9])
-                raise effect
-            write_bytes(path, content)
-
+    """A full disk, Ctrl-C, no memory, a mistake: exit code 2, and at last the files of a whole run."""
+    for error, words in ENDS:
         with monkeypatch.context() as broken:
-            broken.setattr(bipeft, "loss_of", loss_of)
-            broken.setattr(Path, "write_bytes", write_bytes)
-            assert go(world, tmp_path / "run", more="--save-every 2") == 2
-        error = capfd.readouterr().err
-        assert re.fullmatch(f"bipeft.py: .*{words}.*\n", error), error
-    assert go(world, tmp_path / "run") == 0
-    assert_same_end(finished, tmp_path / "run")
+            broken.setattr(bipeft, "train", raiser(error))
+            assert go(world, tmp_path) == 2
+        told = capfd.readouterr().err
+        assert re.fullmatch(f"bipeft.py: .*{words}.*\n", told), told
+    assert sorted(contents(tmp_path)) == ["checkpoint.pt", "search.jsonl", "structure.json"]
+    assert go(world, tmp_path) == 0
+    assert_same_end(finished, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "metrics.json"])
@@ -3401,9 +2823,9 @@ def test_section_8_a_damaged_file_is_refused_and_left_as_it_is(world, finished, 
     """Cut anywhere, or with a changed byte, it is one line; the whole one goes on, and its clocks with it."""
     run = copied(finished, tmp_path)
     if name == "checkpoint.pt":
-        with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
-            broken.setattr(bipeft, "train", lambda *args, **more: 1 / 0)
-            go(world, run, more="--fresh")
+        with monkeypatch.context() as broken:
+            broken.setattr(bipeft, "train", raiser(KeyboardInterrupt()))
+            assert go(world, run, more="--fresh") == 2 and capfd.readouterr().err
         assert sorted(contents(run)) == ["checkpoint.pt", *RUN_FILES[1:]]     # the old run's scores are gone
     whole = (run / name).read_bytes()
     middle = len(whole) // 2
@@ -3422,18 +2844,6 @@ def test_section_8_a_damaged_file_is_refused_and_left_as_it_is(world, finished, 
     assert name == "metrics.json" or metrics_of(run)["search_seconds"] == 1000 < metrics_of(run)["train_seconds"] / 2
 
 
-def test_section_8_a_full_disk_takes_no_finished_run_away(world, finished, tmp_path, monkeypatch, capfd):
-    """With --fresh the old scores go when the first checkpoint is there."""
-    run = copied(finished, tmp_path)
-
-    def write_bytes(path, content):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(Path, "write_bytes", write_bytes)
-    assert go(world, run, more="--fresh") == 2 and "No space left" in capfd.readouterr().err
-    assert contents(run) == contents(finished)
-
-
 def test_section_8_a_causal_model_twice(world, tmp_path):
     """A tiny Llama is searched and trained, twice to the same bytes, and answers as it did."""
     for out in ("one", "two"):
@@ -3445,8 +2855,6 @@ def test_section_8_a_causal_model_twice(world, tmp_path):
     assert bipeft.answer(model, tokenizer, [e.source for e in examples]) == said
     with pytest.raises(UsageError, match="an input is empty"):
         bipeft.answer(model, tokenizer, ["say", ""])
-    with pytest.raises(UsageError, match="^--device nonsense can't be used"):
-        bipeft.load_run(tmp_path / "one", "nonsense")
 
 
 def test_section_8_the_toy_end_to_end(tmp_path, monkeypatch):
@@ -3473,18 +2881,6 @@ def test_section_8_a_gpu_gives_the_same_bytes_twice(world, tmp_path, more):
     for out in ("one", "two"):
         assert go(world, tmp_path / out, more=more) == 0
     assert_same_end(tmp_path / "one", tmp_path / "two")
-
-
-def test_section_8_the_file_keeps_its_measures():
-    """No function has over 45 lines, no line over 110 columns; every [Dn] stands on the page of decisions."""
-    source = Path(bipeft.__file__).read_text()
-    assert [line for line in source.splitlines() if len(line) > 110] == []
-    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
-    assert [f.name for f in functions if f.end_lineno - f.lineno + 1 > 45] == [] and len(functions) > 100
-    page = (HERE / "docs" / "decisions.md").read_text()
-    decisions = {int(number) for number in re.findall(r'<a id="d(\d+)"></a>', page)}
-    named = {int(number) for some in re.findall(r"\[(D[\dD, ]+)\]", source) for number in re.findall(r"\d+", some)}
-    assert decisions == set(range(1, len(decisions) + 1)) and named <= decisions and len(named) > 40
 
 
 def test_section_8_the_method_needs_nothing_of_the_program():

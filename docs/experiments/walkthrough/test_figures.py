@@ -29,8 +29,7 @@ def drawn(tmp_path_factory):
         assert bipeft.main(["--task", "toy", "--out", str(run), *LINE]) == 0
         places = json.dumps({"stage": "places", "places": ["encoder.block.0.layer.0.SelfAttention.q.lora"]})
         (run.parent / "compare_smollm2.jsonl").write_text(places)
-        run.rename(run.parent / "smollm2_search")                   # in the recorded run's place
-        patch.setattr(figures, "RESULTS", run.parent)
+        patch.setattr(figures, "RESULTS", run.rename(run.parent / "smollm2_search").parent)   # as the recorded run
         record = figures.main(["--out", str(out), *LINE])
     return record, out, run.parent / "smollm2_search"
 
