@@ -1,5 +1,5 @@
 """The pictures of docs/walkthrough.md, and the numbers that the page quotes: of one search of the toy, run here, and of
-one of SmolLM2-135M, whose files are in results/smollm2_search.
+one of SmolLM2-135M, whose files are in comparison/results/smollm2_search.
 
     python docs/experiments/walkthrough/figures.py                        docs/figures: PNGs, a GIF, walkthrough.json
     python docs/experiments/walkthrough/figures.py --out DIR --seed 1     another seed, or flags of bipeft.py
@@ -430,8 +430,8 @@ def facts(r):
         f"the mean training loss of the {min(25, r.first)} steps up to {r.first} is "
         f"{r.loss[max(0, r.first - 25):r.first].mean():.3f}",
         f"{was_open[0].sum()} ranks are open at the first trigger",
-        f"Y is 0 at {settled.count(0)} of the {len(r.fired)} triggers and at most {max(settled[:-1], default=0)} before "
-        f"the last, which fixes {settled[-1]}",
+        f"Y is 0 at {settled.count(0)} of the {len(r.fired)} triggers and at most {max(settled[:-1], default=0)} "
+        f"before the last, which fixes {settled[-1]}",
         f"the last trigger leaves {r.kept[-1].sum()} modules with {real:,} parameters, {real - r.budget:,} more than B",
         f"lowers {', '.join(lower) or 'none'}",
         f"takes back {sum(n in gone[-1] for n in back)} of the {len(gone[-1])} modules that the last trigger removed",
