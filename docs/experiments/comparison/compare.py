@@ -283,13 +283,16 @@ def first_line():
 
 def attempt(job):
     """A job's lines, or that of its error."""
+    global BENCH
     try:
         return carry_out(BENCH, dict(job))
     except torch.AcceleratorError:
         raise                                                       # no job is safe on this device any more
     except Exception as error:
         told = f"{type(error).__name__}: {bipeft.one_line(error)[:300]}"
-    BENCH.reset()                                                   # here nothing holds the job's tensors any more
+    settings, BENCH = BENCH.settings, None                          # here nothing holds the job's tensors any more
+    gc.collect()
+    begin(settings)                                                 # a model on which nothing of the job is left
     return [{**{k: v for k, v in job.items() if k != "structure"}, "key": key_of(job), "error": told}]
 
 

@@ -1,6 +1,5 @@
 """What every method of compare.py stands on: a backbone, the tasks, a training, and a search's supernet."""
 
-import gc
 import itertools
 import random
 import sys
@@ -144,7 +143,11 @@ def prepare(model, data_dir, settings):
         arrays["line_break"] = np.array(tokenizer("\n").input_ids)
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / "tasks.npz", **arrays)
-    keep_backbone(model, folder / "model", family)
+    if family == "llama":
+        (folder / "model").unlink(missing_ok=True)
+        (folder / "model").symlink_to(Path(model).resolve())
+    else:
+        load_backbone(family, model, torch.float16).save_pretrained(folder / "model")
 
 
 def token_ids(task, rows, tokenizer, family):
@@ -159,17 +162,13 @@ def token_ids(task, rows, tokenizer, family):
     return tokenizer(*texts, truncation=True, max_length=longest).input_ids
 
 
-def keep_backbone(model, path, family):
-    """A backbone's copy in half precision, or the link to a Llama's folder."""
+def load_backbone(family, path, dtype):
+    """A family's model from a folder, without what no method here uses."""
+    if family == "t5":
+        return transformers.T5ForConditionalGeneration.from_pretrained(path, dtype=dtype)
     if family == "llama":
-        path.unlink(missing_ok=True)
-        path.symlink_to(Path(model).resolve())
-    elif family == "t5":
-        t5 = transformers.T5ForConditionalGeneration.from_pretrained(model, dtype=torch.float16)
-        t5.save_pretrained(path)
-    else:
-        bert = transformers.AutoModel.from_pretrained(model, add_pooling_layer=False, dtype=torch.float16)
-        bert.save_pretrained(path)
+        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_cache=False)
+    return transformers.AutoModel.from_pretrained(path, add_pooling_layer=False, dtype=dtype)
 
 
 def pools_of(task, settings):
@@ -250,15 +249,6 @@ class Bench:
         self.where = self.find_places()
         self.keys = list(self.where)
 
-    def reset(self):
-        """A model on which nothing is left of a job that broke off."""
-        self.models, self.cache, self.model = {}, {}, None
-        gc.collect()
-        if self.graphs:
-            torch.cuda.empty_cache()
-        self.encoder = self.load().to(self.device).eval()
-        self.where = self.find_places()
-
     def find_places(self):
         """{(name, kind): the backbone's module there}"""
         found = bipeft.places_by_kind(self.around(2), bipeft.KINDS)
@@ -277,19 +267,13 @@ class Bench:
     def load(self):
         """The backbone, of --prepare's folder or, small, random."""
         transformers.utils.logging.disable_progress_bar()
-        family, path = self.settings.family, Path(self.settings.folder) / "model"
         if self.settings.small:
             torch.manual_seed(0)
-            return small_backbone(family)
-        if family == "llama":
-            llama = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype)
-            llama.config.use_cache = False                          # of no use in training
-            if self.graphs:
-                bipeft.fuse_norms(llama)
-            return llama
-        if family == "t5":
-            return transformers.T5ForConditionalGeneration.from_pretrained(path, dtype=self.dtype)
-        return transformers.AutoModel.from_pretrained(path, add_pooling_layer=False, dtype=self.dtype)
+            return small_backbone(self.settings.family)
+        backbone = load_backbone(self.settings.family, Path(self.settings.folder) / "model", self.dtype)
+        if self.settings.family == "llama" and self.graphs:
+            bipeft.fuse_norms(backbone)
+        return backbone
 
     def open(self, task, seed):
         """Makes a task at a seed the present one."""
