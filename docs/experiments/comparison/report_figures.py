@@ -8,7 +8,6 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from harness import bipeft
 from baselines import ABLATIONS, CORE, METHODS, MORE, SENSITIVITY
 from palette import BLUE, COLOUR, INK, KINDS, SOFT, STYLE, WIDTH, save, where
 from stats import contrasts, signed

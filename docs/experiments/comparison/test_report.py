@@ -5,7 +5,6 @@
 
 import importlib.util
 import itertools
-import json
 import re
 
 import numpy as np
