@@ -76,8 +76,8 @@ def test_the_page_says_what_the_runs_gave(which):
 
 
 def test_no_number_of_the_page_is_from_elsewhere():
-    # three digits or more, outside of code, links and formulas; besides the runs': settings, and even odds' loss in nats
-    # a token (half of log 2)
+    # three digits or more, outside of code, links and formulas; besides the runs': settings, and even odds' loss in
+    # nats a token (half of log 2)
     prose = re.sub(r"`.+?`|\]\(.+?\)|[\w.]+\.\w+\)|SmolLM2-135M", " ", PROSE)
     numbers = {n.rstrip(",") for n in re.findall(r"\d[\d,]*(?:\.\d+)?", prose) if len(re.sub(r"\D", "", n)) >= 3}
     ours = {n.rstrip(",") for n in re.findall(r"\d[\d,]*(?:\.\d+)?", " ".join(sum(NUMBERS.values(), [])))}

@@ -40,7 +40,8 @@ def score(model, tokenizer, examples):
 def main(arguments=None):
     """The program.   Returns the accuracies on test: untouched, as trained, and as loaded from the file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    for flag, default in {"seed": 0, "rows": 4000, "search-steps": 310, "warmup": 250, "epochs": 7, "pretraining": 500}.items():
+    for flag, default in {"seed": 0, "rows": 4000, "search-steps": 310, "warmup": 250, "epochs": 7,
+                          "pretraining": 500}.items():
         parser.add_argument(f"--{flag}", type=int, default=default, help="(%(default)s)")
     parser.add_argument("--structure", help="a structure.json; without it one is searched for")
     parser.add_argument("--out", type=Path, default=Path("runs/trainer"), help="(%(default)s)")

@@ -1,6 +1,6 @@
 """Each method of the comparison, and what they stand on, on a tiny random encoder.
 
-    python -m pytest docs/experiments/test_methods.py
+    python -m pytest docs/experiments/comparison/test_baselines.py
 """
 
 import importlib.util
@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import bayes
-import methods
-from bench import SMALL, Bench, Settings, Supernet, bipeft
+import baselines
+from harness import SMALL, Bench, Settings, Supernet, bipeft
 
 
 @pytest.fixture(scope="module")
 def bench():
-    made = Bench(Settings(**{**SMALL, "surrogate": "own"}))
+    made = Bench(Settings(**SMALL))
     made.open("toy", 0)
     return made
 
@@ -34,27 +33,52 @@ def test_splits_share_no_row_and_searches_see_two_halves(bench):
     assert not seen[0] & seen[1] and seen[0] | seen[1] == set(parts[list(bench.splits).index("train")])
 
 
-@pytest.mark.parametrize("finder", methods.FINDERS)
-def test_a_method_keeps_the_budget_and_leaves_the_encoder_as_it_was(bench, finder):
+@pytest.fixture(scope="module")
+def llama():
+    """The harness around a tiny Llama: 4 layers, 9 norms of 32, 2 key/value heads for 4 of queries."""
+    made = Bench(Settings(**{**SMALL, "family": "llama"}))
+    made.open("toy", 0)
+    return made
+
+
+@pytest.fixture(scope="module")
+def t5():
+    return Bench(Settings(**{**SMALL, "family": "t5"}))
+
+
+EVERY = [*baselines.FINDERS, *(f"variant:{name}" for name in baselines.VARIANTS)]
+SOME = "bipeft", "lora", "chance", "even-norms", "whole", "full", "s3delta", "prunepeft", "b-d"
+
+
+@pytest.mark.parametrize("family, finder", [*itertools.product(["bench"], EVERY),
+                                            *itertools.product(["llama", "t5"], SOME)])
+def test_a_method_keeps_the_budget_and_leaves_the_backbone_as_it_was(family, finder, request):
+    if finder == "autopeft":
+        pytest.importorskip("botorch")
+    bench = request.getfixturevalue(family)
     bench.open("toy", 0)
     batch = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.long)
     with torch.no_grad():
         before = bench.model(*batch).logits
-    for name, (structure, _) in methods.find(bench, finder, 600).items():
-        method = methods.METHODS[name]
+    for name, (structure, _) in baselines.find(bench, finder, 600).items():
+        method = baselines.METHODS[name]
         assert method.finder == finder
         assert method.free or 0 < structure.parameters <= 600
         assert bench.decode(bench.encode(structure), 600).modules == structure.modules
-        assert finder == "whole" or bench.passes or method.cheap
+        assert bench.passes or method.cheap
+        if "variant" not in finder:
+            peft, best, _ = bench.train(structure, 1e-3, method.whole)
+            assert 0 <= best <= 100 and (peft.size == structure.parameters or method.free)
+            peft.detach()
     bench.open("toy", 0)                                               # a fresh head of the same seed
     with torch.no_grad():
         assert torch.equal(bench.model(*batch).logits, before)
 
 
 def test_the_method_of_copying_md_is_one_like_any_other(bench):
-    page = (Path(__file__).resolve().parents[1] / "copying.md").read_text()
+    page = (Path(__file__).resolve().parents[3] / "docs" / "copying.md").read_text()
     (code,) = re.findall(r"```python\n(def by_gradient.*?)```", page, re.DOTALL)
-    exec(code, names := dict(vars(methods)))
+    exec(code, names := dict(vars(baselines)))
     bench.open("toy", 0)
     structure = names["by_gradient"](bench, 600)["gradients"]
     assert 400 < structure.parameters <= 600 and bench.passes == 8
@@ -62,21 +86,9 @@ def test_the_method_of_copying_md_is_one_like_any_other(bench):
     assert names["by_gradient"](bench, 600)["gradients"] == structure
 
 
-@pytest.mark.parametrize("finder", ["bipeft", "lora", "chance", "whole", "full", "s3delta", "prunepeft"])
-def test_a_t5_that_answers_with_a_token(finder):
-    t5 = Bench(Settings(**{**SMALL, "family": "t5"}))
-    t5.open("toy", 0)
-    for name, (structure, _) in methods.find(t5, finder, 600).items():
-        method = methods.METHODS[name]
-        assert method.free or 0 < structure.parameters <= 600
-        peft, best, _ = t5.train(structure, 1e-3, method.whole)
-        assert 0 <= best <= 100 and (peft.size == structure.parameters or method.free)
-        peft.detach()
-
-
 def test_matched_structures_have_the_same_kinds_ranks_and_sizes(bench):
     bench.open("toy", 3)
-    found = methods.find(bench, "bipeft", 600)
+    found = baselines.find(bench, "bipeft", 600)
     alike = [sorted((m["kind"], m["rank"] or 0, m["parameters"]) for m in found[name][0].modules)
              for name in ("BIPEFT", "matched random")]
     assert alike[0] == alike[1]
@@ -87,13 +99,13 @@ def test_pruning_takes_a_later_slice_only_after_the_earlier():
     scores = torch.tensor([[1.0, 60.0, 8.0], [6.0, 6.0, 0.0], [2.0, 0.0, 0.0]])
     # Densities .5 10 1, 3 1, .5: module 1's first two slices (8), then module 0's first (10), its second does
     # not fit 14 and closes it, module 2 (14).
-    assert methods.prune(scores, sizes, torch.tensor([3, 3, 3]), 14).tolist() == [1, 2, 1]
+    assert baselines.prune(scores, sizes, torch.tensor([3, 3, 3]), 14).tolist() == [1, 2, 1]
 
 
 def test_shifted_gates_expect_the_budget_and_have_the_stated_gradient():
     alpha = torch.randn(5, dtype=torch.float64, requires_grad=True)
     sizes = torch.tensor([3.0, 5, 8, 2, 9], dtype=torch.float64)
-    p = methods.shifted(alpha, sizes, 11)
+    p = baselines.shifted(alpha, sizes, 11)
     assert float((p.detach() * sizes).sum()) == pytest.approx(11)
     g = (p * (1 - p)).detach()
     stated = torch.diag(g) - p.detach()[:, None] * g / p.sum().detach()
@@ -106,47 +118,24 @@ def test_the_gradient_through_a_step_by_hand():
     # dL_val(w')/da = w' · dw'/da = 2.7 · (-0.2 · 3) = -1.62. dL_tra/da is w^2 / 2.
     w, d, lr, eps = 3.0, 2.7, 0.2, 1e-3
     plus, minus = (w + eps * d) ** 2 / 2, (w - eps * d) ** 2 / 2
-    assert methods.through_the_step(0.0, plus, minus, lr, eps) == pytest.approx(-1.62)
+    assert baselines.through_the_step(0.0, plus, minus, lr, eps) == pytest.approx(-1.62)
 
 
-def test_autopeft_trains_its_finalists_at_the_rate_of_s1_and_takes_the_best(bench, monkeypatch):
-    bench.open("toy", 0)
-    short, full, train = [], [], bench.train
-
-    def note(structure, lr):
-        full.append((lr, structure.modules))
-        return train(structure, lr)[0], float(len(full) == 2), None                       # the second is the best
-    monkeypatch.setattr(bench.settings, "bo_full", 3)
-    monkeypatch.setattr(bench, "train", note)
-    descend = Supernet.descend
-    monkeypatch.setattr(Supernet, "descend", lambda net, *args: (short.append(net.lr), descend(net, *args)))
-    found, told = methods.find(bench, "autopeft", 600)["AutoPEFT"]
-    assert [lr for lr, _ in full] == [methods.S1_RATE] * 3 and set(short) == {methods.INNER_RATE}
-    assert found.modules == full[1][1] and told["evaluations"] == 5
-
-
-@pytest.mark.parametrize("surrogate", ["own"] + ["botorch"] * bool(importlib.util.find_spec("botorch")))
-def test_the_surrogate_climbs(surrogate):
+def test_the_surrogate_climbs():
+    pytest.importorskip("botorch")
     every = [(a, b) for a in range(6) for b in range(6)]
     score = {c: -(c[0] - 4) ** 2 - 0.1 * (c[1] - 1) ** 2 for c in every}
     tried = every[::5]
     for _ in range(2):
         left = [c for c in every if c not in tried]
-        tried = tried + bayes.propose(tried, [score[c] for c in tried], left, 4, surrogate)
+        tried = tried + baselines.propose(tried, [score[c] for c in tried], left, 4)
     assert len(set(tried)) == len(tried) and max(map(score.get, tried)) >= -0.1
-
-
-def test_each_variant_of_the_search(bench):
-    for name in methods.VARIANTS:
-        bench.open("toy", 0)
-        ((structure, _),) = methods.find(bench, f"variant:{name}", 600).values()
-        assert 0 < structure.parameters <= 600
 
 
 def test_sensitivity_with_open_gates_leaves_the_descent_as_it_was(bench):
     """After one step Delta W is that of a plain search: only s comes from other passes."""
     weights, nothing = [], []
-    for cls in (bipeft.Search, methods.OpenSensitivity):
+    for cls in (bipeft.Search, baselines.OpenSensitivity):
         bench.open("toy", 0)
         with Supernet(bench, "s2") as net:
             settings = bipeft.Settings(budget=600, lr=1e-2)
@@ -165,17 +154,9 @@ def test_lora_at_scale_16_adds_sixteen_times_as_much():
     torch.nn.init.ones_(module.B)
     x, y = torch.randn(5, 4), torch.randn(5, 3)
     plain = module(x, y) - y
-    with methods.scaled_lora(methods.SCALES["variant:LoRA scale 16"]):
+    with baselines.scaled_lora(baselines.SCALES["variant:LoRA scale 16"]):
         torch.testing.assert_close(module(x, y) - y, 16 * plain)
     torch.testing.assert_close(module(x, y) - y, plain)
-
-
-@pytest.fixture(scope="module")
-def llama():
-    """The harness around a tiny Llama: 4 layers, 9 norms of 32, 2 key/value heads for 4 of queries."""
-    made = Bench(Settings(**{**SMALL, "family": "llama", "surrogate": "own"}))
-    made.open("toy", 0)
-    return made
 
 
 def test_a_llamas_answer_is_the_next_token_of_its_own_head(llama):
@@ -191,77 +172,23 @@ def test_a_llamas_answer_is_the_next_token_of_its_own_head(llama):
         torch.stack(alone), torch.tensor(labels)))
 
 
-def test_padding_and_rows_that_fill_a_batch_change_no_answer_of_a_llama(llama):
-    llama.open("toy", 0)
-    batch = bipeft.collate([([1, 7, 9], [1]), ([1, 8, 5, 6], [0])], "cpu")
-    wider = bipeft.collate([([1, 7, 9], [1]), ([1, 8, 5, 6], [0]), ([1], [-100])], "cpu")
-    for key, filler in ("input_ids", 99), ("attention_mask", 0):
-        wider[key] = torch.nn.functional.pad(wider[key], (0, 5), value=filler)
-    with torch.no_grad():
-        narrow, wide = llama.model(**batch), llama.model(**wider)
-    torch.testing.assert_close(wide.logits[:2], narrow.logits)
-    torch.testing.assert_close(wide.loss, narrow.loss)
-
-
-class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes what reads a tensor's numbers on the host, which a CUDA graph must not."""
-
-    def __init__(self):
-        super().__init__()
-        self.read = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero,
-                                       torch.ops.aten.is_nonzero, torch.ops.aten.item):
-            self.read.append(function)
-        return function(*args, **(kwargs or {}))
-
-
-def test_a_llamas_pass_reads_no_number_on_the_host(llama):
-    llama.open("toy", 0)
-    batch = bipeft.collate([([1, 7, 9], [1]), ([1, 8, 5, 6], [0])], "cpu")
-    with Watch() as watch:
-        llama.model(**batch).loss
-    assert watch.read == []
-    with Watch() as watch:
-        torch.ones(2).sum().item()
-    assert watch.read                                                      # it does see one
-
-
 def test_even_norms_and_lora_on_even_layers_of_a_llama_by_hand(llama):
     # 600 is 18 biases of 32, and there are nine norms; 200 is 6: norms (i + 1/2) · 9/6 = 0, 2, 3, 5, 6, 8.
     norms = [f"layers.{i}.{norm}_layernorm" for i in range(4) for norm in ("input", "post_attention")]
     norms += ["norm"]
     for budget, taken in (600, range(9)), (200, (0, 2, 3, 5, 6, 8)):
-        found, _ = methods.find(llama, "even-norms", budget)["biases on even norms"]
+        found, _ = baselines.find(llama, "even-norms", budget)["biases on even norms"]
         assert [m["name"] for m in found.modules] == [norms[i] for i in taken]
         assert {m["kind"] for m in found.modules} == {"bitfit"} and found.parameters == 32 * len(taken)
     # q is 32 x 32 and v 16 x 32: 64 + 48 a layer at rank 1. 300 is 2 layers: (i + 1/2) · 4/2 = 1, 3.
-    found, _ = methods.find(llama, "lora", 300)["LoRA"]
+    found, _ = baselines.find(llama, "lora", 300)["LoRA"]
     assert [(m["name"], m["rank"]) for m in found.modules] == [
         (f"layers.{i}.self_attn.{of}_proj", 1) for i in (1, 3) for of in "qv"] and found.parameters == 224
     # 448 is rank 1 in all four; and 600 pays for a second rank on some.
-    assert methods.find(llama, "lora", 600)["LoRA"][0].parameters > 448
-    assert methods.find(llama, "lora-8", 1)["LoRA, r = 8"][0].parameters == 8 * 448
+    assert baselines.find(llama, "lora", 600)["LoRA"][0].parameters > 448
+    assert baselines.find(llama, "lora-8", 1)["LoRA, r = 8"][0].parameters == 8 * 448
     # Of a layer q, o, gate, up, down are 32 + 32 + 64 + 64 + 32, k and v 16 each, two norms 32 each.
-    assert methods.find(llama, "all-biases", 1)["all biases"][0].parameters == 4 * 320 + 32
-
-
-@pytest.mark.parametrize("finder", [name for name in methods.FINDERS if name != "head"])
-def test_each_method_on_a_llama(llama, finder):
-    llama.open("toy", 0)
-    batch = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.long)
-    with torch.no_grad():
-        before = llama.model(*batch).logits
-    for name, (structure, _) in methods.find(llama, finder, 600).items():
-        method = methods.METHODS[name]
-        assert method.free or 0 < structure.parameters <= 600
-        peft, best, _ = llama.train(structure, 1e-3, method.whole)
-        assert 0 <= best <= 100 and (peft.size == structure.parameters or method.free)
-        peft.detach()
-    llama.open("toy", 0)
-    with torch.no_grad():
-        assert torch.equal(llama.model(*batch).logits, before)
+    assert baselines.find(llama, "all-biases", 1)["all biases"][0].parameters == 4 * 320 + 32
 
 
 def test_full_fine_tuning_of_a_16_bit_llama_learns_in_float32_and_leaves_it_as_it_was():
@@ -270,7 +197,7 @@ def test_full_fine_tuning_of_a_16_bit_llama_learns_in_float32_and_leaves_it_as_i
     before = {name: p.clone() for name, p in llama.model.named_parameters()}
     frequencies = {name: b.clone() for name, b in llama.model.named_buffers()}
     assert {p.dtype for p in before.values()} == {torch.bfloat16}
-    peft, _, _ = llama.train(methods.find(llama, "full", 600)["full"][0], 1e-3, whole=True)
+    peft, _, _ = llama.train(baselines.find(llama, "full", 600)["full"][0], 1e-3, whole=True)
     assert {p.dtype for p in llama.model.parameters()} == {torch.float32}
     peft.detach()
     llama.open("toy", 0)
@@ -282,6 +209,6 @@ def test_full_fine_tuning_of_a_16_bit_llama_learns_in_float32_and_leaves_it_as_i
 def test_adalora_on_a_llama_counts_the_triplets_that_it_keeps(llama):
     # B 600 is 9 triplets of q and o, 32 + 32 + 1; those of k and v are 16 + 32 + 1.
     llama.open("toy", 0)
-    best, curve, parameters, test = methods.train_adalora(llama, 600, 1e-2)
+    best, curve, parameters, test = baselines.train_adalora(llama, 600, 1e-2)
     assert 0 <= best <= 100 and len(curve) == 3 and 0 <= test() <= 100
     assert parameters in {65 * qo + 49 * kv for qo in range(10) for kv in range(10) if qo + kv <= 9}

@@ -1,8 +1,8 @@
 """The pictures of docs/walkthrough.md, and the numbers that the page quotes: of one search of the toy, run here, and of
-one of SmolLM2-135M, whose files are in results/smollm2_search.
+one of SmolLM2-135M, whose files are in comparison/results/smollm2_search.
 
-    python docs/experiments/figures.py                        docs/figures: PNGs, a GIF, walkthrough.json
-    python docs/experiments/figures.py --out DIR --seed 1     another seed, or bipeft.py's other flags for S2
+    python docs/experiments/walkthrough/figures.py                        docs/figures: PNGs, a GIF, walkthrough.json
+    python docs/experiments/walkthrough/figures.py --out DIR --seed 1     another seed, or flags of bipeft.py
 
 Needs matplotlib. Takes about a minute on one thread: the search of `python bipeft.py --task toy`, by the program's own
 classes, which note what is drawn after each step and in each pass (test_figures.py compares the structures), then the
@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "comparison"))
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt                                               # noqa: E402
 from matplotlib.colors import ListedColormap                                       # noqa: E402
@@ -33,7 +34,7 @@ from matplotlib.patches import Patch, Rectangle                                 
 import bipeft                                                                      # noqa: E402
 from palette import BLUE, COLOUR, INK, KINDS, ORANGE, PALE, SOFT, STYLE, WIDTH, save, where    # noqa: E402
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "comparison" / "results"
 S2 = "lora", "adapter_lr", "bitfit", "lnfit"
 
 
@@ -279,7 +280,8 @@ def box(ax, x, y, colour, filled, sign="", sign_colour="white", heavy=False):
     """A module."""
     ax.add_patch(Rectangle((x + 0.06, y + 0.06), 0.88, 0.88, facecolor=filled, edgecolor="black" if heavy else colour,
                            lw=2.5 if heavy else 0.8))
-    ax.text(x + 0.5, y + 0.54, sign, ha="center", va="center", color=sign_colour, weight="bold", fontsize=10 if sign == "×" else 8)
+    ax.text(x + 0.5, y + 0.54, sign, ha="center", va="center", color=sign_colour, weight="bold",
+            fontsize=10 if sign == "×" else 8)
 
 
 def draw_grid(ax, r, t):
@@ -428,8 +430,8 @@ def facts(r):
         f"the mean training loss of the {min(25, r.first)} steps up to {r.first} is "
         f"{r.loss[max(0, r.first - 25):r.first].mean():.3f}",
         f"{was_open[0].sum()} ranks are open at the first trigger",
-        f"Y is 0 at {settled.count(0)} of the {len(r.fired)} triggers and at most {max(settled[:-1], default=0)} before "
-        f"the last, which fixes {settled[-1]}",
+        f"Y is 0 at {settled.count(0)} of the {len(r.fired)} triggers and at most {max(settled[:-1], default=0)} "
+        f"before the last, which fixes {settled[-1]}",
         f"the last trigger leaves {r.kept[-1].sum()} modules with {real:,} parameters, {real - r.budget:,} more than B",
         f"lowers {', '.join(lower) or 'none'}",
         f"takes back {sum(n in gone[-1] for n in back)} of the {len(gone[-1])} modules that the last trigger removed",
@@ -459,7 +461,7 @@ FIGURES = {"weights": weights, "passes": three_passes, "sensitivity": sensitivit
 def main(arguments=None):
     """Searches, draws, prints and writes the numbers.   Returns the Record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="further flags: bipeft.py's")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "figures")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "figures")
     args, rest = parser.parse_known_args(arguments)
     try:
         args.out.mkdir(parents=True, exist_ok=True)                     # before the work, not after it

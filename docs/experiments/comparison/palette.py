@@ -1,7 +1,7 @@
 """What all figures share: a colour a kind of module, the style of a page, short names of places, and how one is saved.
 
 A page is white, on a dark screen too. The four kinds of S2 differ in lightness by 10 or more (CIELAB), so that a print
-in grey or a colour-blind reader tells them apart; test_report.py checks either. Kinds have a label beside it.
+in grey or a colour-blind reader tells them apart. Kinds have a label beside it.
 """
 
 import io

@@ -1,6 +1,6 @@
 """The walk's figures at a small size: all come out, and what is drawn is the program's own search.
 
-    python -m pytest docs/experiments/test_figures.py         skipped without matplotlib
+    python -m pytest docs/experiments/walkthrough/test_figures.py         skipped without matplotlib
 """
 
 import copy
@@ -8,7 +8,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("matplotlib")
 import figures                                                                     # noqa: E402

@@ -9,18 +9,13 @@ import numpy as np
 
 def sign_flip(differences):
     """Exact two-sided p of paired differences (Fisher 1935): the share of sign vectors s with
-    |sum(s d)| >= |sum(d)|. Above 40 pairs of 2^20 random ones.
+    |sum(s d)| >= |sum(d)|.
 
     Of each half of the pairs all signed sums are made; with how many of the other half's one falls short is looked
     up among these, sorted.
     """
     d = np.array(differences, dtype=float)
     limit = abs(d.sum()) - 1e-9
-    if len(d) > 40:
-        rng = np.random.default_rng(0)
-        signs = (rng.integers(0, 2, (2**12, len(d))) * 2 - 1 for _ in range(2**8))
-        sums = np.concatenate([[d.sum()], *(s @ d for s in signs)])
-        return float((np.abs(sums) >= limit).mean())
     halves = []
     for part in (d[::2], d[1::2]):
         sums = np.zeros(1)
@@ -42,29 +37,14 @@ def holm(values):
     return adjusted
 
 
-def mean_rank(scores):
-    """Mean ranks, 1 is best, ties shared, over the cells that all have, and the number of these.
-
-    scores: {name: {cell: score}}.
-    """
-    cells = set.intersection(*(set(found) for found in scores.values()))
-    ranks = defaultdict(list)
-    for cell in cells:
-        for name, found in scores.items():
-            above = sum(other[cell] > found[cell] for other in scores.values())
-            same = sum(other[cell] == found[cell] for other in scores.values())
-            ranks[name].append(1 + above + (same - 1) / 2)
-    return {name: float(np.mean(found)) for name, found in ranks.items()}, len(cells)
-
-
 @functools.cache
-def student(freedom, level=0.95):
-    """t with P(|T| <= t) = level for Student's T. With t = sqrt(v) tan(a), v degrees of freedom, the density
+def student(freedom):
+    """t with P(|T| <= t) = 0.95 for Student's T. With t = sqrt(v) tan(a), v degrees of freedom, the density
     of a is cos(a)^(v - 1) up to a constant: its integral by the midpoint rule, inverted.
     """
     angle = np.linspace(0, np.pi / 2, 100_001)
     area = np.append(0, np.cumsum(np.cos((angle[1:] + angle[:-1]) / 2) ** (freedom - 1)))
-    return float(np.sqrt(freedom) * np.tan(np.interp(level, area / area[-1], angle)))
+    return float(np.sqrt(freedom) * np.tan(np.interp(0.95, area / area[-1], angle)))
 
 
 def half_width(values):

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import bipeft
 
 
@@ -37,7 +37,6 @@ class Settings:
     bo_guided: int = 40              # guided ones,
     bo_share: float = 0.1            # the share of the steps that each trains,
     bo_full: int = 3                 # and how many are then trained in full
-    surrogate: str = "auto"          # botorch where installed, or "own"
     workers: int = 0                 # processes on the device, 0: this one
     small: bool = False              # a tiny random backbone and synthetic rows
 
@@ -46,27 +45,16 @@ SMALL = {"steps": 12, "evaluations": 3, "search_steps": 12, "warmup": 6, "batch_
          "bo_guided": 2, "bo_share": 0.34, "bo_full": 1, "small": True, "device": "cpu"}
 
 
-# ==================================================================================================
 # 1. The backbone
-# ==================================================================================================
-
 
 class Classifier(nn.Module):
     """An encoder, the mean of its outputs, a linear head. Asks the device for no value: CUDA graphs."""
 
+    head = ("classifier",)           # learns beside the modules, outside of the budget
+
     def __init__(self, encoder, labels):
         super().__init__()
         self.encoder, self.classifier = encoder, nn.Linear(encoder.config.hidden_size, labels)
-
-    head = ("classifier",)           # learns beside the modules, outside of the budget
-
-    def fresh_head(self, seed):
-        """The head's initial weights, of the seed alone."""
-        generator = torch.Generator().manual_seed(bipeft.derive(seed, 20))
-        weight = torch.empty(self.classifier.weight.shape).normal_(0, 0.02, generator=generator)
-        with torch.no_grad():
-            self.classifier.weight.copy_(weight)
-            self.classifier.bias.zero_()
 
     def forward(self, input_ids, attention_mask, labels=None):
         """labels: [batch, 1 or more], the first is the class, -100 for a row that only fills a batch."""
@@ -74,9 +62,7 @@ class Classifier(nn.Module):
         mask = (shut * torch.finfo(shut.dtype).min).expand(-1, 1, input_ids.shape[1], -1)
         hidden = self.encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
         weight = attention_mask[..., None].to(hidden.dtype)
-        logits = self.classifier((hidden * weight).sum(1) / weight.sum(1)).float()
-        loss = None if labels is None else F.cross_entropy(logits, labels[:, 0], ignore_index=-100)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return output_of(self.classifier((hidden * weight).sum(1) / weight.sum(1)).float(), labels)
 
 
 class Reader(nn.Module):
@@ -89,16 +75,11 @@ class Reader(nn.Module):
         self.encoder, self.start = t5, t5.config.decoder_start_token_id
         self.register_buffer("answers", torch.tensor(answers), persistent=False)
 
-    def fresh_head(self, seed):
-        pass
-
     def forward(self, input_ids, attention_mask, labels=None):
         """As Classifier's; the loss is over the label's tokens alone, not over the vocabulary."""
         begun = torch.full_like(input_ids[:, :1], self.start)
         logits = self.encoder(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=begun).logits
-        logits = logits[:, 0, :].index_select(1, self.answers).float()
-        loss = None if labels is None else F.cross_entropy(logits, labels[:, 0], ignore_index=-100)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return output_of(logits[:, 0, :].index_select(1, self.answers).float(), labels)
 
 
 class NextToken(nn.Module):
@@ -110,9 +91,6 @@ class NextToken(nn.Module):
         super().__init__()
         self.encoder = llama
         self.register_buffer("answers", torch.tensor(answers), persistent=False)
-
-    def fresh_head(self, seed):
-        pass
 
     def forward(self, input_ids, attention_mask, labels=None):
         """As Classifier's; logits are of the label's tokens alone, at each prompt's last token alone.
@@ -127,20 +105,19 @@ class NextToken(nn.Module):
         last = (attention_mask.sum(1) - 1)[:, None, None].expand(-1, 1, hidden.shape[2])
         hidden = hidden.gather(1, last)[:, 0]                                               # [rows, d]
         words = self.encoder.get_output_embeddings().weight.index_select(0, self.answers)   # [labels, d]
-        logits = hidden.float() @ words.float().T
-        loss = None if labels is None else F.cross_entropy(logits, labels[:, 0], ignore_index=-100)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return output_of(hidden.float() @ words.float().T, labels)
 
 
-# ==================================================================================================
+def output_of(logits, labels):
+    """logits: [batch, classes]; with their loss, if there are labels."""
+    loss = None if labels is None else F.cross_entropy(logits, labels[:, 0], ignore_index=-100)
+    return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
 # 2. The tasks
-# ==================================================================================================
-
 
 FILES = {"qnli": ("validation",), "mnli": ("validation_matched",), "sst2": ("train", "validation"),
-         "rte": ("train", "validation"), "cola": ("train", "validation")}               # of every family
-MORE_FILES = {"boolq": ("validation",), "multirc": ("validation",), "mrpc": ("train", "validation"),
-              "cb": ("train", "validation")}                                            # of Llamas
+         "cola": ("train", "validation")}
 
 
 def prepare(model, data_dir, settings):
@@ -149,13 +126,11 @@ def prepare(model, data_dir, settings):
     """
     import pandas
     folder, arrays, family = Path(settings.folder), {}, settings.family
-    with bipeft.failing(f"{model} can't be loaded", MODEL_ADVICE):
+    with bipeft.failing(f"{model} can't be loaded", ": give a folder with a model of --family's kind"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    for task, files in (FILES | MORE_FILES if family == "llama" else FILES).items():
+    for task, files in FILES.items():
         for number, name in enumerate(files):
-            path = Path(data_dir) / task / f"{name}.parquet"
-            with bipeft.failing(f"{path} can't be read", ": --data-dir holds <task>/<split>.parquet, as the hub's"):
-                rows = pandas.read_parquet(path)
+            rows = pandas.read_parquet(Path(data_dir) / task / f"{name}.parquet")
             if task == "sst2" and number == 0:                      # 8,000 are trained on, 500 validate
                 rows = rows.sample(settings.train_rows + 4000, random_state=0)
             ids = token_ids(task, rows, tokenizer, family)
@@ -168,12 +143,11 @@ def prepare(model, data_dir, settings):
         arrays["line_break"] = np.array(tokenizer("\n").input_ids)
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / "tasks.npz", **arrays)
-    keep_backbone(model, folder / "model", family)
-    for file in sorted(folder.rglob("*.*")):
-        print(f"{file}  {file.stat().st_size / 2**20:.1f} MiB")
-
-
-MODEL_ADVICE = ": give a folder with config, weights and tokenizer, of --family's kind"
+    if family == "llama":
+        (folder / "model").unlink(missing_ok=True)
+        (folder / "model").symlink_to(Path(model).resolve())
+    else:
+        load_backbone(family, model, torch.float16).save_pretrained(folder / "model")
 
 
 def token_ids(task, rows, tokenizer, family):
@@ -188,19 +162,13 @@ def token_ids(task, rows, tokenizer, family):
     return tokenizer(*texts, truncation=True, max_length=longest).input_ids
 
 
-def keep_backbone(model, path, family):
-    """A backbone's copy in half precision, or the link to a Llama's folder."""
+def load_backbone(family, path, dtype):
+    """A family's model from a folder, without what no method here uses."""
+    if family == "t5":
+        return transformers.T5ForConditionalGeneration.from_pretrained(path, dtype=dtype)
     if family == "llama":
-        path.unlink(missing_ok=True)
-        path.symlink_to(Path(model).resolve())
-        return
-    half = torch.float16
-    with bipeft.failing(f"{model} can't be loaded", MODEL_ADVICE):
-        if family == "t5":
-            backbone = transformers.T5ForConditionalGeneration.from_pretrained(model, dtype=half)
-        else:
-            backbone = transformers.AutoModel.from_pretrained(model, add_pooling_layer=False, dtype=half)
-    backbone.save_pretrained(path)
+        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_cache=False)
+    return transformers.AutoModel.from_pretrained(path, add_pooling_layer=False, dtype=dtype)
 
 
 def pools_of(task, settings):
@@ -228,19 +196,16 @@ def splits_of(task, settings, seed):
     rows = [pool[i] for i in order]
     if task == "sst2":                                      # the validation file is the test
         return {"validation": rows[:500], "test": other[0], "train": rows[500:500 + settings.train_rows]}
-    if other:                                               # rte, cola: it is halved
+    if other:                                               # cola: it is halved
         half = list(other[0])
         random.Random(bipeft.derive(seed, 22)).shuffle(half)
         return {"train": rows, "validation": half[:len(half) // 2], "test": half[len(half) // 2:]}
     few = min(500, len(rows) // 5)
-    return {"validation": rows[:few], "test": rows[few:few + 3 * few], "train": rows[few + 3 * few:]} if len(
-        rows) > 2000 else {"validation": rows[:few], "test": rows[few:2 * few], "train": rows[2 * few:]}
+    tested = few if task == "toy" else 3 * few
+    return {"validation": rows[:few], "test": rows[few:few + tested], "train": rows[few + tested:]}
 
 
-# ==================================================================================================
 # 3. A training
-# ==================================================================================================
-
 
 class Stretch:
     """Endless batches cut into stretches of as many steps as lie between two evaluations."""
@@ -253,12 +218,6 @@ class Stretch:
 
     def __iter__(self):
         return itertools.islice(self.source, self.steps)
-
-
-def set_format(model, dtype):
-    """Another format for a model's parameters, but not for its buffers: rotary frequencies stay exact."""
-    for layer in model.modules():
-        bipeft.convert(layer, dtype)
 
 
 def small_backbone(family):
@@ -308,19 +267,13 @@ class Bench:
     def load(self):
         """The backbone, of --prepare's folder or, small, random."""
         transformers.utils.logging.disable_progress_bar()
-        family, path = self.settings.family, Path(self.settings.folder) / "model"
         if self.settings.small:
             torch.manual_seed(0)
-            return small_backbone(family)
-        if family == "llama":
-            llama = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype)
-            llama.config.use_cache = False                          # of no use in training
-            if self.graphs:
-                bipeft.fuse_norms(llama)
-            return llama
-        if family == "t5":
-            return transformers.T5ForConditionalGeneration.from_pretrained(path, dtype=self.dtype)
-        return transformers.AutoModel.from_pretrained(path, add_pooling_layer=False, dtype=self.dtype)
+            return small_backbone(self.settings.family)
+        backbone = load_backbone(self.settings.family, Path(self.settings.folder) / "model", self.dtype)
+        if self.settings.family == "llama" and self.graphs:
+            bipeft.fuse_norms(backbone)
+        return backbone
 
     def open(self, task, seed):
         """Makes a task at a seed the present one."""
@@ -335,8 +288,17 @@ class Bench:
         if labels not in self.models:
             self.models[labels] = self.around(labels).to(self.device)
         self.model = self.models[labels]
-        set_format(self.model, self.dtype)
-        self.model.fresh_head(seed)
+        self.set_format(self.dtype)
+        for name in self.model.head:                        # its first weights are of the seed alone
+            layer = self.model.get_submodule(name)
+            generator = torch.Generator().manual_seed(bipeft.derive(seed, 20))
+            weight = torch.empty(layer.weight.shape).normal_(0, 0.02, generator=generator)
+            layer.load_state_dict({"weight": weight, "bias": torch.zeros(len(weight))})
+
+    def set_format(self, dtype):
+        """Of the model's parameters, but not of its buffers: rotary frequencies stay exact."""
+        for layer in self.model.modules():
+            bipeft.convert(layer, dtype)
 
     def new_pass(self):
         """Who computes losses and gradients: on a GPU CUDA graphs, new ones for each set of modules."""
@@ -394,7 +356,7 @@ class Bench:
         whole: with every weight of the backbone, in float32, where small steps are not lost.
         """
         if whole:
-            set_format(self.model, torch.float32)
+            self.set_format(torch.float32)
         also = (*["encoder"] * whole, *self.model.head)
         peft = bipeft.apply(self.model, structure, self.seed, also_train=also)
         evaluations = self.settings.evaluations
@@ -407,10 +369,7 @@ class Bench:
         return peft, best, [round(score, 2) for score in curve if score is not None]
 
 
-# ==================================================================================================
 # 4. A search's supernet
-# ==================================================================================================
-
 
 class Supernet:
     """A space with all its modules attached, its passes counted, and Delta W's optimiser: what a search stands on."""

@@ -1,7 +1,7 @@
 """The defaults of `--task custom`, and what stands before a causal model's answer: what was tried.
 
-    python docs/experiments/defaults.py --data-dir DIR --llama DIR --t5 DIR --workers 12      on a GPU
-    python docs/experiments/defaults.py --show                                                the tables
+    python docs/experiments/comparison/defaults.py --data-dir DIR --llama DIR --t5 DIR --workers 12      on a GPU
+    python docs/experiments/comparison/defaults.py --show                                                the tables
 
 A person's own data: rows of GLUE with words for labels, cut to 200, 1,000 and 2,490, in .jsonl with source and target.
 Each is run by the command line in full, search and re-training, at every rate, batch size and number of epochs; every
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 import bipeft
 
@@ -105,7 +105,7 @@ def run(number, told, arguments, args, folder):
     if torch.cuda.is_available():
         device = f"cuda:{number % torch.cuda.device_count()}"
     started = time.monotonic()
-    done = subprocess.run([sys.executable, str(ROOT / "bipeft.py"), *arguments, *args.more, "--dtype", args.dtype,
+    done = subprocess.run([sys.executable, str(ROOT / "bipeft.py"), *arguments, "--dtype", args.dtype,
                            "--device", device, "--out", str(out)], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     line = {**told, "seconds": round(time.monotonic() - started, 1)}
@@ -162,10 +162,8 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1],
                         help="of the separators, and in batches of 16 (0 1)")
     parser.add_argument("--workers", type=int, default=12, help="runs side by side (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after that")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "defaults.jsonl")
     parser.add_argument("--show", action="store_true", help="print the tables of --out")
-    parser.add_argument("more", nargs="*", help="further flags of bipeft.py, after --")
     args = parser.parse_args()
     lines = [json.loads(text) for text in args.out.read_text().splitlines()] if args.out.exists() else []
     if args.show:
@@ -186,8 +184,7 @@ def main():
 
         def work(job):
             number, (told, arguments) = job
-            if time.monotonic() - started < 60 * args.minutes:
-                keep(run(number, told, arguments, args, folder))
+            keep(run(number, told, arguments, args, folder))
 
         def measure_losses(_):
             if args.llama and not any(line["part"] == "loss" for line in lines):

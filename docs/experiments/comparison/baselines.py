@@ -1,14 +1,16 @@
 """The methods of compare.py, simple ones first: each takes a bench and a budget, and gives its structures by name.
 
     method                           function             paper
-    head alone                       head_alone           linear probing
-    full                             full                 full fine-tuning
-    all of S2                        whole_space          BIPEFT, 4.1
-    LoRA, within B and of rank 8     lora, lora_8         Hu et al. 2022
-    serial adapter                   serial               Houlsby et al. 2019
-    BitFit, within B and all         bitfit, all_biases   Ben Zaken et al. 2022
+    head alone                       FINDERS              linear probing
+    full                             FINDERS              full fine-tuning
+    all of S2, at rank 8             everywhere           BIPEFT, 4.1: what the search picks from
+    LoRA                             lora                 Hu et al. 2022: y + B A x
+    LoRA, r = 8, on q and v          everywhere           as it is mostly used
+    serial adapter                   spread               Houlsby et al. 2019, at Pfeiffer's places: after feed-forward
+    BitFit                           spread               Ben Zaken et al. 2022: y + b
+    all biases                       everywhere           the same at all of S2's places
     biases on even norms             even_norms           none: a control that needs no search
-    LNFit                            lnfit                a kind of S2, S3Delta's space (Hu et al. 2022b)
+    LNFit                            spread               a kind of S2, S3Delta's space (Hu et al. 2022b)
     random                           chance               APET (Su et al. 2023)
     random, best of 3                best_of_chance       none: a control
     BIPEFT, of S2, S1 and all        bipeft_search        BIPEFT, Algorithm 1
@@ -17,7 +19,7 @@
     PrunePEFT, in 1 and 4 rounds     prunepeft            Lawton et al. 2023
     AdaLoRA                          train_adalora        Zhang et al. 2023
     S3Delta-M, soft and hard         s3delta              Hu et al. 2022b
-    AutoPEFT                         autopeft, bayes.py   Zhou et al. 2024
+    AutoPEFT                         autopeft             Zhou et al. 2024
     entangled, b → d, d → b          differential         BIPEFT, Table 2
     without selection, s-bar at T    without_selection    BIPEFT, Table 2; s-bar: none, a control
     VARIANTS, "Z = 10" and others    bipeft_search        BIPEFT, Tables 6-10, and readings that are ours
@@ -26,6 +28,7 @@ METHODS names them all, and `find` gives a method's structure; AdaLoRA's trainin
 paper leaves something open stands in the docstring. The rules that hold for all are in compare.py.
 """
 
+import contextlib
 import copy
 import itertools
 import math
@@ -37,33 +40,16 @@ from dataclasses import dataclass
 
 import torch
 
-from bench import Supernet, bipeft, first_fit
+from harness import Supernet, bipeft, first_fit
 
 # Of trainings within a search, from an earlier run: the best of random structures, and that of BIPEFT's in S1.
 INNER_RATE, S1_RATE = 6e-3, 2.5e-3
 
 
-# ==================================================================================================
 # 1. Fixed and random structures
-# ==================================================================================================
-
-
-def head_alone(bench, budget):
-    """Linear probing: the head on the frozen encoder. No modules."""
-    return {"head alone": bench.structure([], budget)}
-
-
-def full(bench, budget):
-    """Full fine-tuning: every weight of the encoder, and the head."""
-    return {"full": bench.structure([], budget)}
-
-
-def whole_space(bench, budget):
-    """All of S2 at rank 8 (4.1): what the search picks from, outside of the budget."""
-    return {"all of S2": everywhere(bench, lambda kind, name: kind in bipeft.SPACES["s2"], 8, budget)}
-
 
 def everywhere(bench, wanted, rank, budget):
+    """A rank at all places that are wanted, outside of the budget."""
     chosen = [(name, kind, rank) for name, kind in bench.keys if wanted(kind, name)]
     return bench.structure(chosen, budget)
 
@@ -81,28 +67,16 @@ def lora(bench, budget):
     return {"LoRA": evenly_spaced(bench, budget, list(layers.values()))}
 
 
-def lora_8(bench, budget):
-    """LoRA as it is mostly used: rank 8 on q and v of every self-attention, outside of the budget."""
-    return {"LoRA, r = 8": everywhere(bench, is_query_or_value, 8, budget)}
-
-
 def is_query_or_value(kind, name):
     return kind == "lora" and name.split(".")[-1] in ("query", "value", "q", "v", "q_proj", "v_proj")
 
 
-def serial(bench, budget):
-    """Houlsby et al. 2019, after feed-forward blocks (Pfeiffer's places):  y + U gelu(D y + b) + c."""
-    return {"serial adapter": spread(bench, budget, lambda kind, _: kind == "serial")}
+def is_in_s2(kind, name):
+    return kind in bipeft.SPACES["s2"]
 
 
-def bitfit(bench, budget):
-    """Ben Zaken et al. 2022:  y + b, at all of S2's places or, for the budget, at evenly spaced ones."""
-    return {"BitFit": spread(bench, budget, lambda kind, _: kind == "bitfit")}
-
-
-def all_biases(bench, budget):
-    """BitFit at all of S2's places, outside of the budget."""
-    return {"all biases": everywhere(bench, lambda kind, _: kind == "bitfit", 1, budget)}
+def is_kind(wanted):
+    return lambda kind, name: kind == wanted
 
 
 def even_norms(bench, budget):
@@ -110,11 +84,6 @@ def even_norms(bench, budget):
     norms = [[(name, kind)] for name, kind in bench.keys
              if kind == "bitfit" and (name, "lnfit") in bench.where]
     return {"biases on even norms": evenly_spaced(bench, budget, norms)}
-
-
-def lnfit(bench, budget):
-    """A delta on layer norms' weights, at all of them or, for the budget, at evenly spaced ones."""
-    return {"LNFit": spread(bench, budget, lambda kind, _: kind == "lnfit")}
 
 
 def evenly_spaced(bench, budget, groups):
@@ -176,10 +145,7 @@ def best_of_chance(bench, budget, count=3):
     return {"random, best of 3": max(scored, key=lambda found: found[:2])[2]}
 
 
-# ==================================================================================================
 # 2. BIPEFT, and what its run gives beside
-# ==================================================================================================
-
 
 def bipeft_search(bench, budget, kinds="s2", cls=bipeft.Search, name="BIPEFT", **settings):
     """Algorithm 1 (the paper), and of the same run, at no more cost: *one look*, s-bar (Eq. 4) when the warm-up
@@ -225,10 +191,7 @@ def matched(bench, structure, budget):
     return bench.structure(chosen, budget)
 
 
-# ==================================================================================================
 # 3. Pruning: PrunePEFT, AdaLoRA
-# ==================================================================================================
-
 
 def prunepeft(bench, budget, rounds=1):
     """PrunePEFT (Lawton et al. 2023), as far as it is known: train all of S2 at rank 8, then prune by the first-
@@ -365,10 +328,7 @@ def with_adalora(model, triplets, steps, seed):
     return wrapped, allocator, steps - config.tfinal
 
 
-# ==================================================================================================
 # 4. Gates by gradient: S3Delta-M
-# ==================================================================================================
-
 
 def s3delta(bench, budget, hard=False, name="S3Delta-M", lr=None):
     """S3Delta-M (Hu et al. 2022b), S2 at rank 1:  p = sigmoid(alpha - zeta), sum p q = B;
@@ -475,26 +435,22 @@ def through_the_step(direct, plus, minus, lr, eps):
     return direct - lr * (plus - minus) / (2 * eps)
 
 
-# ==================================================================================================
 # 5. Bayesian optimisation: AutoPEFT
-# ==================================================================================================
-
 
 def autopeft(bench, budget):
     """AutoPEFT (Zhou et al. 2024), S1 under one budget: a size of {0, 1, 4, 8} each for serial adapter, parallel
     adapter and prefix, shared by all layers, and a switch a layer; of 0.9 B .. B. Random evaluations, then
-    batches of 4 by the expected improvement of a Gaussian process (bayes.py), each training a tenth of the
+    batches of 4 by the expected improvement of a Gaussian process (propose), each training a tenth of the
     steps at INNER_RATE in the entangled space; the best 3 are trained in full at S1_RATE, and the best on validation
     wins.
 
     So few layers have few configurations: every admissible one is scored, where the paper walks to neighbours.
     """
-    import bayes
     s = bench.settings
     steps = max(1, round(s.bo_share * s.steps))
     with Supernet(bench, "s1", lr=INNER_RATE, search=False) as net:
         configurations = Configurations(net)
-        admitted = configurations.admitted(budget, bench.seed)
+        admitted = configurations.admitted(budget)
         fresh = net.weights()
 
         def evaluate(config):
@@ -507,8 +463,7 @@ def autopeft(bench, budget):
         peft, best, _ = bench.train(structure, S1_RATE)
         peft.detach()
         scored.append(best)
-    told = {"surrogate": bayes.name_of(s.surrogate), "evaluations": len(cheap), "admitted": len(admitted)}
-    return {"AutoPEFT": (structures[scored.index(max(scored))], told)}
+    return {"AutoPEFT": structures[scored.index(max(scored))]}
 
 
 class Configurations:
@@ -530,17 +485,13 @@ class Configurations:
     def cost(self, config):
         return sum(q[k] for q, on, k in zip(self.net.sizes, *self.arrange(config)) if on)
 
-    def every(self, seed):
-        """All of them or, of many layers, random ones."""
-        kinds, layers = len(self.kinds), len(self.ordered)
-        return itertools.product(*[range(4)] * kinds, *[(0, 1)] * layers) if layers <= 8 else (
-            random_configurations(seed, kinds, layers))
-
-    def admitted(self, budget, seed):
+    def admitted(self, budget):
         """Those of 0.9 B .. B or, if none comes to 0.9 B, of 0.9 to 1 times the largest."""
-        priced = {c: size for c in self.every(seed) if 0 < (size := self.cost(c)) <= budget}
-        low = 0.9 * (budget if max(priced.values()) >= 0.9 * budget else max(priced.values()))
-        return [c for c, size in priced.items() if size >= low]
+        every = itertools.product(*[range(4)] * len(self.kinds), *[(0, 1)] * len(self.ordered))
+        priced = {config: size for config in every if 0 < (size := self.cost(config)) <= budget}
+        highest = max(priced.values())
+        low = 0.9 * (budget if highest >= 0.9 * budget else highest)
+        return [config for config, size in priced.items() if size >= low]
 
 
 def short_training(net, kept, choice, fresh, steps):
@@ -558,31 +509,41 @@ def short_training(net, kept, choice, fresh, steps):
 
 def optimise(evaluate, admitted, settings, seed):
     """Bayesian optimisation: {configuration: score} of random ones, and of batches of 4 by expected improvement."""
-    import bayes
     s, rng, scores = settings, random.Random(bipeft.derive(seed, 27)), {}
     for config in rng.sample(admitted, min(s.bo_random, len(admitted))):
         scores[config] = evaluate(config)
     wanted = min(s.bo_random + s.bo_guided, len(admitted))
     while len(scores) < wanted:
         left = [c for c in admitted if c not in scores]
-        for config in bayes.propose(list(scores), list(scores.values()), left, min(4, wanted - len(scores)),
-                                    s.surrogate, bipeft.derive(seed, 28, len(scores))):
+        torch.manual_seed(bipeft.derive(seed, 28, len(scores)))
+        for config in propose(list(scores), list(scores.values()), left, min(4, wanted - len(scores))):
             scores[config] = evaluate(config)
     return scores
 
 
-def random_configurations(seed, kinds, layers, count=20000):
-    """Configurations of many layers: the density of switches first, then the switches."""
-    rng = random.Random(bipeft.derive(seed, 29))
-    for _ in range(count):
-        density = rng.random()
-        yield (*(rng.randrange(4) for _ in range(kinds)), *(int(rng.random() < density) for _ in range(layers)))
+def propose(tried, scores, candidates, count):
+    """`count` of the candidates, tuples of integers, by expected improvement.   scores: of tried, higher is better.
+
+    Zhou et al. fit a fully Bayesian SAAS Gaussian process by NUTS; here its hyper-parameters are those of the maximum
+    a posteriori under the same sparse prior. Scores go through a Gaussian copula: their ranks' normal quantiles.
+    """
+    from botorch.acquisition.logei import qLogExpectedImprovement
+    from botorch.fit import fit_gpytorch_mll
+    from botorch.models.map_saas import AdditiveMapSaasSingleTaskGP
+    from botorch.optim import optimize_acqf_discrete
+    from gpytorch.mlls import ExactMarginalLogLikelihood
+    x, new, scores = (torch.tensor(values).double() for values in (tried, candidates, scores))
+    largest = torch.cat([x, new]).amax(0).clamp(min=1)
+    below, equal = (scores[:, None] > scores).sum(1), (scores[:, None] == scores).sum(1)
+    y = torch.special.ndtri((below.double() + equal / 2) / len(scores))
+    model = AdditiveMapSaasSingleTaskGP(x / largest, y[:, None])
+    fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
+    acquisition = qLogExpectedImprovement(model, best_f=y.max())
+    found, _ = optimize_acqf_discrete(acquisition, q=count, choices=new / largest, unique=True)
+    return [candidates[int((new / largest - row).abs().sum(1).argmin())] for row in found]
 
 
-# ==================================================================================================
 # 6. BIPEFT's ablations and variants
-# ==================================================================================================
-
 
 # The ablations of Table 2, first order, T steps in all, the temperature from 5 to 1 in every stage, two steps
 # of architecture weights to one of Delta W. Each is cut to the budget: modules by P(keep) descending at the
@@ -755,10 +716,7 @@ class OtherTemperature(bipeft.Search):
             self.theta, self.phi = theta, phi
 
 
-# ==================================================================================================
 # 7. All of them, by name
-# ==================================================================================================
-
 
 # Ladders of learning rates: the second to the fourth are tried, and more as long as the best is at an edge.
 RATES = (4e-4, 1e-3, 2.5e-3, 6e-3, 1.5e-2, 4e-2)                                     # of modules
@@ -778,13 +736,19 @@ class Method:
     rates: tuple = RATES
     rate_of: str = None
     whole: bool = False                        # trains the backbone
-    searched: tuple = ()                       # the search's own name, where the finder gives several
 
 
 FINDERS = {
-    "head": head_alone, "full": full, "whole": whole_space, "lora": lora, "serial": serial, "bitfit": bitfit,
-    "lnfit": lnfit, "lora-8": lora_8, "all-biases": all_biases, "even-norms": even_norms,
-    "chance": chance, "bipeft": bipeft_search, "s3delta": s3delta, "prunepeft": prunepeft,
+    "head": lambda bench, budget: {"head alone": bench.structure([], budget)},
+    "full": lambda bench, budget: {"full": bench.structure([], budget)},
+    "whole": lambda bench, budget: {"all of S2": everywhere(bench, is_in_s2, 8, budget)},
+    "lora": lora,
+    "lora-8": lambda bench, budget: {"LoRA, r = 8": everywhere(bench, is_query_or_value, 8, budget)},
+    "serial": lambda bench, budget: {"serial adapter": spread(bench, budget, is_kind("serial"))},
+    "bitfit": lambda bench, budget: {"BitFit": spread(bench, budget, is_kind("bitfit"))},
+    "all-biases": lambda bench, budget: {"all biases": everywhere(bench, is_kind("bitfit"), 1, budget)},
+    "lnfit": lambda bench, budget: {"LNFit": spread(bench, budget, is_kind("lnfit"))},
+    "even-norms": even_norms, "chance": chance, "bipeft": bipeft_search, "s3delta": s3delta, "prunepeft": prunepeft,
     "autopeft": autopeft, "best-random": best_of_chance, "without": without_selection,
     "s3delta-hard": lambda bench, budget: s3delta(bench, budget, hard=True),
     "s3delta-lr": lambda bench, budget: s3delta(bench, budget, name="S3Delta-M, lr 3e-3", lr=3e-3),
@@ -833,7 +797,6 @@ VARIANTS = {           # Tables 6-10, and readings that are ours; in each one th
 SENSITIVITY = {name: Method(f"variant:{name}", rate_of=None if "scale" in name else "BIPEFT") for name in VARIANTS}
 SCALES = {"variant:LoRA scale 16": 16.0, "s3delta-16": 16.0}              # of LoRA, 1 elsewhere
 METHODS = {**CORE, **MORE, **ABLATIONS, **SENSITIVITY}
-FTE = {"autopeft": 9, "prunepeft": 1}        # of a search, as expected for --minutes; 3 for all others
 
 
 def ladder(name, family):
@@ -855,17 +818,13 @@ def find(bench, finder, budget):
     return {name: value if isinstance(value, tuple) else (value, {}) for name, value in found.items()}
 
 
-class scaled_lora:
+@contextlib.contextmanager
+def scaled_lora(scale):
     """LoRA as y + scale · B A x, in search and re-training."""
-
-    def __init__(self, scale):
-        self.scale = scale
-
-    def __enter__(self):
-        self.plain = bipeft.LoRA.forward
-        if self.scale is not None:
-            plain, scale = self.plain, self.scale
-            bipeft.LoRA.forward = lambda module, x, y: y + scale * (plain(module, x, y) - y)
-
-    def __exit__(self, *_):
-        bipeft.LoRA.forward = self.plain
+    plain = bipeft.LoRA.forward
+    if scale is not None:
+        bipeft.LoRA.forward = lambda module, x, y: y + scale * (plain(module, x, y) - y)
+    try:
+        yield
+    finally:
+        bipeft.LoRA.forward = plain

@@ -1,10 +1,10 @@
 """What compare.py's lines say: tables as markdown on stdout, and figures for light and dark pages.
 
-    python docs/experiments/report.py [--lines docs/experiments/results/compare.jsonl]
+    python docs/experiments/comparison/report.py [--lines docs/experiments/comparison/results/compare.jsonl]
                                       [--figures docs/figures]
 
 Needs the project's packages; the figures (report_figures.py) matplotlib. The comparison's rules are in compare.py,
-its methods in methods.py, formulas in stats.py. Reported are trainings on seeds that no rate was chosen on,
+its methods in baselines.py, formulas in stats.py. Reported are trainings on seeds that no rate was chosen on,
 each at its method's chosen rate. A cell is a task and a seed; a pair is BIPEFT and another method in one cell, its
 difference BIPEFT's score less the other's: plus means that BIPEFT is better, in every table and figure. Intervals are
 t intervals of the mean over pairs. A part whose lines are not there says so in a line. The figures begin with the name
@@ -21,10 +21,10 @@ from types import SimpleNamespace
 import numpy as np
 
 import compare
-from bench import bipeft
-from methods import ABLATIONS, METHODS, SENSITIVITY
+from harness import bipeft
+from baselines import ABLATIONS, METHODS, SENSITIVITY
 from report_figures import KINDS, RIVALS, draw, in_order, size
-from stats import contrasts, jaccard, jaccard_by_chance, mean_rank, shown, signed
+from stats import contrasts, jaccard, jaccard_by_chance, shown, signed
 
 HERE = Path(__file__).resolve().parent
 TIMED = 900                                               # the seed of compare.py --table cost
@@ -32,10 +32,7 @@ LATER = set(range(5, 10))                                 # seeds that were adde
 FAILED = 6                                                # points below the median over seeds: a training that failed
 
 
-# ==================================================================================================
 # 1. What there is: the lines, sorted out
-# ==================================================================================================
-
 
 class Data:
     """The lines of a results file, what is reported of them, and the rate of each method.
@@ -55,7 +52,7 @@ class Data:
         tuned = list(dict.fromkeys(x["task"] for x in self.tuning))
         family = first.get("settings", {}).get("family", "bert")
         args = SimpleNamespace(tune_tasks=tuned, tune_seeds=seeds, family=family)
-        plan = compare.Plan([], lines, None, args)
+        plan = compare.Plan([], lines, args)
         budgets = {x["budget"] for x in trained} if seeds else set()
         self.rates = {(name, budget): plan.rate(name, budget)[0] for name in METHODS for budget in budgets}
         found = [x for x in lines if x["stage"] == "find" and x.get("method") in METHODS]
@@ -173,10 +170,7 @@ def span(mean, half):
     return f"{signed(mean - half)} to {signed(mean + half)}" if half == half else "–"
 
 
-# ==================================================================================================
 # 2. Tables
-# ==================================================================================================
-
 
 def rates(data):
     """Mean validation score at each rate tried, the chosen one bold, at each budget."""
@@ -213,26 +207,6 @@ def by_rate(data):
                           f"{c.above} of {len(c.pairs)}", f"{c.p:.2g}"])
     return (table(["method", *(f"{lr:g}" for lr in at)], rows) + "\n\n"
             + table(["rate of both", "BIPEFT −", "mean", "over seeds", "above", "p"], pairs))
-
-
-def elsewhere(data):
-    """Mean test scores of trainings at a rate that was not chosen, and of the same cells at the chosen one: those that
-    are not in by_rate.
-    """
-    shown_there, rows = {(name, lr) for lr, scores in data.at_rates().items() for name in scores}, []
-    of = defaultdict(dict)
-    for x in data.scored:
-        if x["source"] is None and not (x["budget"] == data.budget and (x["method"], x["lr"]) in shown_there):
-            of[x["budget"], x["method"], x["lr"]][x["task"], x["seed"]] = x["test"]
-    for (budget, name, lr), cells in sorted(of.items()):
-        own = data.scores([name], budget)[name]
-        both = [(score, own[cell]) for cell, score in cells.items() if cell in own]
-        if lr != data.rates.get((name, budget), lr) and both:
-            here, there = np.mean(both, 0)
-            rows.append([size(data, budget), name, f"{lr:g}", len(both), f"{here:.1f}", f"{there:.1f}"])
-    head = [of_size(data, "budget"), "method", "rate", "trainings", "mean", "the same at its chosen rate"]
-    return f"Other trainings at rates that were not chosen:\n\n{table(head, rows)}" if rows else (
-        "There are no other trainings at rates that were not chosen.")
 
 
 def score_table(data, names, budget=None, extra=()):
@@ -273,20 +247,6 @@ def contrast_table(found, tasks, head="BIPEFT −"):
         rows.append([name, *(signed(np.mean(d)) if d else "–" for d in by_task), signed(c.mean), *spans,
                      f"{c.above} of {len(c.pairs)}", f"{c.p:.2g}", f"{c.holm:.2g}"])
     return table([head, *tasks, "mean", "95 %", "over seeds", "above", "p", "Holm"], rows)
-
-
-def ranks(data, budget):
-    """Mean ranks of those within the budget that have all of BIPEFT's cells."""
-    scores = data.scores([name for name in RIVALS if not METHODS[name].free], budget)
-    needed = set(scores.get("BIPEFT", {}))
-    within = {name: found for name, found in scores.items() if needed <= set(found)}
-    if "BIPEFT" not in within or len(within) < 2:
-        return "Mean ranks: no data yet"
-    found, cells = mean_rank(within)
-    order = "; ".join(f"{name} {rank:.2f}" for name, rank in sorted(found.items(), key=lambda item: item[1]))
-    less = [name for name in scores if name not in within]
-    missing = f" (cells missing: {'; '.join(less)})" if less else ""
-    return textwrap.fill(f"Mean rank over {cells} cells: {order}{missing}", 110)
 
 
 def cost(data):
@@ -383,7 +343,7 @@ def kept(data):
 
 
 def table_1(data, budget):
-    """Scores at a budget, pairs, mean ranks; pairs of the seeds that were added later."""
+    """Scores at a budget, pairs; pairs of the seeds that were added later."""
     seeds = {x["seed"] for x in data.of("BIPEFT", budget)}
     failed = data.failed(RIVALS, budget)
     told = "; ".join(f"{name} on {task}, seed {seed} ({score:.1f})" for name, cells in failed.items()
@@ -401,7 +361,7 @@ def table_1(data, budget):
             f"### Pairs at {budget:,} parameters",
             "Plus: BIPEFT is better. 95 %: t interval of the mean over pairs; over seeds: of seeds' means.\n"
             "p: exact sign-flip test over pairs. Holm: over the methods within the budget.",
-            contrast_table(data.contrasts(RIVALS, budget), data.tasks), ranks(data, budget), *whole, *later]
+            contrast_table(data.contrasts(RIVALS, budget), data.tasks), *whole, *later]
 
 
 def family(data, heading, names, extra):
@@ -418,7 +378,7 @@ def report(data):
     parts = ["## Rates, chosen on seeds that are not reported", rates(data)]
     if data.at_rates():
         parts += ["## Test scores by rate", "Bold: the chosen rate, which alone the other tables are of.",
-                  by_rate(data), elsewhere(data)]
+                  by_rate(data)]
     budgets = {x["budget"] for x in data.reported if x["method"] == "BIPEFT"}
     for budget in sorted(budgets, key=data.order) or [0]:
         parts += table_1(data, budget)
@@ -439,19 +399,17 @@ def report(data):
 def main(arguments=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = compare.Parser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--lines", type=compare.file_of_lines, default=HERE / "results" / "compare.jsonl")
-    parser.add_argument("--figures", type=Path, default=HERE.parent / "figures", help="the figures' folder")
+    parser.add_argument("--lines", type=Path, default=HERE / "results" / "compare.jsonl")
+    parser.add_argument("--figures", type=Path, default=HERE.parents[1] / "figures", help="the figures' folder")
     args = parser.parse_args(arguments)
     if not args.lines.exists() and not args.lines.with_name(f"{args.lines.name}.gz").exists():
         parser.error(f"{args.lines} does not exist: run compare.py first, or name its --out with --lines")
     try:
         data = Data(compare.read(args.lines))
-        print(report(data), "## Figures", "", sep="\n\n", end="")
-        print("\n".join(draw(data, args.figures, args.lines.name.partition(".")[0].replace("_", "-"))))
     except bipeft.UsageError as mistake:
         parser.error(str(mistake))
-    except OSError as error:
-        parser.error(f"--figures {args.figures} can't be written ({bipeft.one_line(error)}): name another folder")
+    print(report(data), "## Figures", "", sep="\n\n", end="")
+    print("\n".join(draw(data, args.figures, args.lines.name.partition(".")[0].replace("_", "-"))))
 
 
 if __name__ == "__main__":

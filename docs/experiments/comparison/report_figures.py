@@ -8,8 +8,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from bench import bipeft
-from methods import ABLATIONS, CORE, METHODS, MORE, SENSITIVITY
+from baselines import ABLATIONS, CORE, METHODS, MORE, SENSITIVITY
 from palette import BLUE, COLOUR, INK, KINDS, SOFT, STYLE, WIDTH, save, where
 from stats import contrasts, signed
 
@@ -54,7 +53,8 @@ def differences(found, tasks, plt, label, tick):
             means = [np.mean([d for (of, _), d in c.pairs.items() if of == task] or np.nan) for c in points.values()]
             ax.plot(np.array(at) + 0.12 * (i + 1), means, ls="", marker=MARKERS[i % 5], ms=4, color=TASKS[i % 5],
                     label=task)
-        ax.errorbar(at, [c.mean for c in points.values()], [c.half if few else c.half_of_seeds for c in points.values()],
+        halves = [c.half if few else c.half_of_seeds for c in points.values()]
+        ax.errorbar(at, [c.mean for c in points.values()], halves,
                     color=INK, marker="D", ms=5, lw=1.4, label=f"mean, 95 % over {'pairs' if few else 'seeds'}")
         ax.axhline(0, color=SOFT, lw=1)
         ax.set_xticks(range(len(every)), [tick(x) for x in every])

@@ -1,0 +1,253 @@
+"""The report's statistics by hand, and the report of lines made up here.
+
+    python -m pytest docs/experiments/comparison/test_report.py
+"""
+
+import importlib.util
+import itertools
+import re
+
+import numpy as np
+import pytest
+
+import compare
+import report_figures as figures
+import report
+import stats
+from baselines import METHODS, RATES
+
+TASKS = "qnli", "mnli", "sst2"
+PLACES = ["embeddings.LayerNorm.bitfit", "embeddings.LayerNorm.lnfit"] + [
+    f"encoder.layer.{i}.attention.self.query.{kind}" for i in range(2) for kind in ("lora", "bitfit")]
+
+
+def line(method, task, seed, lr, test, budget=10_000, source=None, **more):
+    """A training's."""
+    return {"stage": "train", "method": method, "task": task, "budget": budget, "seed": seed,
+            "source": source, "lr": lr, "tuning": test is None, "test": test, "validation": 70.0,
+            "passes": 600, "parameters": 22_565_376 if method == "full" else budget - 9, "modules": 12, "seconds": 10.0,
+            "workers": 13, **more}
+
+
+def find(method, task, seed, budget=10_000, structure="0:1 3:1", **more):
+    """A search's."""
+    return {"stage": "find", "finder": METHODS[method].finder, "method": method, "task": task,
+            "budget": budget, "seed": seed, "structure": structure, "passes": 1200, "parameters": budget - 9,
+            "seconds": 20.0, "workers": 13, **more}
+
+
+def test_sign_flip_and_holm_by_hand():
+    # Of the 8 sign vectors only +++ and --- reach |1 + 2 + 3|.
+    assert stats.sign_flip([1, 2, 3]) == 2 / 8
+    # Sums of (1, 1, -1): +-3 twice, +-1 six times, and all reach |1|.
+    assert stats.sign_flip([1, 1, -1]) == 1
+    # 3 · 0.01, then 2 · 0.03, then 0.04 is not below the one before.
+    adjusted = stats.holm({"a": 0.04, "b": 0.01, "c": 0.03})
+    assert adjusted == pytest.approx({"b": 0.03, "c": 0.06, "a": 0.06})
+
+
+def test_sign_flip_of_many_pairs():
+    # Of n equal differences the sum of n signs reaches n in 2 of 2^n, n - 2 in 2 + 2n; 0 is reached by all.
+    assert stats.sign_flip([1.0] * 30) == 2 / 2**30 and stats.sign_flip([0.5] * 29 + [-0.5]) == 62 / 2**30
+    assert stats.sign_flip([1.0] * 11 + [-1.0] * 10) == 1 == stats.sign_flip([1.0, -1.0] * 4)
+    rng = np.random.default_rng(0)
+    for _ in range(20):                                                 # ties are ties, too, where tenths round
+        tenths = rng.integers(-9, 10, 12)
+        assert stats.sign_flip(tenths / 10) == stats.sign_flip(tenths)
+    few = rng.normal(0.3, 1, 11)
+    every = [np.dot(signs, few) for signs in itertools.product((1, -1), repeat=11)]
+    assert stats.sign_flip(few) == np.mean(np.abs(every) >= abs(few.sum()) - 1e-9)
+
+
+def test_students_quantiles_are_those_of_a_table():
+    # Two-sided 95 %: tables give 12.706, 4.303, 2.776, 2.145, 1.984. One degree is Cauchy's: tan(0.475 pi).
+    for freedom, t in {1: 12.706, 2: 4.303, 4: 2.776, 14: 2.145, 100: 1.984}.items():
+        assert stats.student(freedom) == pytest.approx(t, abs=5e-4)
+
+
+def test_half_width_by_hand():
+    # Of 1, 2, 3: sd 1, n 3, so 4.303 / sqrt(3).
+    assert stats.half_width([1, 2, 3]) == pytest.approx(2.484, abs=1e-3)
+    assert stats.half_width([4, 4, 4]) == 0 and stats.half_width([1]) != stats.half_width([1])      # NaN
+
+
+def test_contrasts_by_hand():
+    x, y, z, w = ("qnli", 0), ("mnli", 0), ("qnli", 1), ("mnli", 1)
+    base = {x: 5.0, y: 7.0, z: 9.0}
+    found = stats.contrasts(base, {"a": {x: 4.0, y: 5.0, z: 6.0, w: 0.0}, "b": {x: 6.0, y: 6.0}, "c": {x: 1.0}})
+    # a: 1, 2, 3; b: -1, 1, whose 4 sign vectors all reach |0|; c has one pair: none.
+    assert list(found) == ["a", "b"] and found["a"].pairs == {x: 1, y: 2, z: 3}
+    # The seeds' means are 1.5 and 3, of standard deviation 1.06, over the root of 2: 0.75, times 12.706.
+    assert found["a"].half_of_seeds == pytest.approx(12.706 * 0.75, rel=1e-4)
+    assert np.isnan(found["b"].half_of_seeds)                                               # one seed
+    assert (found["a"].mean, found["a"].p, found["a"].holm, found["a"].above) == (2, 0.25, 0.5, 3)
+    assert (found["b"].mean, found["b"].p, found["b"].holm, found["b"].above) == (0, 1, 1, 1)
+    # A seed with two of a task is one seed: means 2 and 4, as far from 3 as 12.706 · 1.414 / 1.414.
+    two = {("qnli", 0, "mnli"): 1.0, ("qnli", 0, "sst2"): 3.0, ("qnli", 1, "mnli"): 4.0}
+    found = stats.contrasts(two, {"a": dict.fromkeys(two, 0.0)})["a"]
+    assert found.half_of_seeds == pytest.approx(12.706, rel=1e-4)
+
+
+def test_jaccard_by_hand():
+    assert stats.jaccard({1, 2, 3}, {2, 3, 4, 5}) == 2 / 5 and stats.jaccard(set(), set()) == 1
+    # 4 of 20 and 5 of 20: one shared is expected, 1 / (4 + 5 - 1).
+    assert stats.jaccard_by_chance({1, 2, 3, 4}, {1, 2, 3, 4, 5}, 20) == 1 / 8
+
+
+def test_reported_are_the_trainings_at_the_chosen_rate():
+    tuned = [line("LoRA", "qnli", 100, lr, None, validation=v) for lr, v in zip(RATES[1:], (70, 75, 71))]
+    scores = (0, RATES[1], 60.0), (0, RATES[2], 62.0), (900, RATES[2], 99.0)
+    lines = tuned + [line("LoRA", "qnli", *score) for score in scores]
+    data = report.Data(lines)
+    assert data.scores(["LoRA"]) == {"LoRA": {("qnli", 0): 62.0}} and len(data.scored) == 2
+    assert "**0.0025: 75.0**" in report.rates(data) and "highest" not in report.rates(data)
+    tuned[2]["validation"] = 80                                          # at the edge: a further one is needed
+    assert "| – |" in report.rates(report.Data(tuned))
+    more = [line("LoRA", "qnli", 100, lr, None, validation=v) for lr, v in zip(RATES[4:], (81, 82))]
+    assert "| 0.04 | highest |" in report.rates(report.Data(tuned + more))               # the ladder's end
+
+
+def test_tables_by_hand():
+    lines = [{"stage": "places", "places": PLACES}]
+    for seed, ours, theirs, moved in ((0, 80.0, 79.0, 78.0), (1, 84.0, 81.0, 82.0)):
+        lines += [line("BIPEFT", "qnli", seed, 1e-3, ours), line("LoRA", "qnli", seed, 1e-3, theirs),
+                  line("BIPEFT", "qnli", seed, 1e-3, moved, source="sst2"), find("BIPEFT", "qnli", seed)]
+    lines += [line("BIPEFT", "sst2", 0, 1e-3, 90.0)]
+    lines += [line("random", *cell, 1e-3, 70.0) for cell in (("qnli", 0), ("qnli", 1), ("sst2", 0))]
+    data = report.Data(lines)
+    # sd of 80 and 84 is 2.83; 1,200 passes of a search over 600.
+    assert "| BIPEFT | 82.0 ± 2.8 | 90.0 | 86.0 | 9,991 | 12.0 | 2.00 | 3 |" in report.score_table(data, ["BIPEFT"])
+    # LoRA has no training on sst2, and so no mean.
+    told = report.score_table(data, ["BIPEFT", "LoRA", "random"])
+    assert "| BIPEFT | 82.0 ± 2.8 | 90.0 | 86.0 |" in told and "| LoRA | 80.0 ± 1.4 | – | – |" in told
+    # 1 and 3: mean 2, 12.706 · 1.414 / 1.414 to each side; 2 of 4 sign vectors.
+    told = report.contrast_table(data.contrasts(["LoRA"]), data.tasks)
+    assert "| LoRA | +2.00 | +2.00 | −10.71 to +14.71 | −10.71 to +14.71 | 2 of 2 | 0.5 | 0.5 |" in told
+    # 80 - 78 and 84 - 82: what was found on qnli itself is better.
+    assert "| sst2 | +2.00 | +2.00 | +2.00 to +2.00 | +2.00 to +2.00 | 2 of 2 | 0.5 | 0.5 |" in report.transfer(data)
+
+
+def test_moves_of_a_seed_are_one_seed():
+    # Seed 0: 1 and 3 above the task's own, seed 1: 5 and 7. Over the seeds' means 2 and 6: 4, 12.706 · 2.828 / 1.414.
+    own = {("qnli", 0): 70.0, ("mnli", 0): 60.0, ("qnli", 1): 72.0, ("mnli", 1): 64.0}
+    moved = {("qnli", "mnli", 0): 71.0, ("mnli", "qnli", 0): 63.0, ("qnli", "mnli", 1): 77.0, ("mnli", "qnli", 1): 71.0}
+    lines = [line("BIPEFT", *cell, 1e-3, test) for cell, test in own.items()]
+    lines += [line("BIPEFT", task, seed, 1e-3, test, source=source) for (task, source, seed), test in moved.items()]
+    (row,) = [row for row in report.transfer(report.Data(lines)).splitlines() if row.startswith("| any other")]
+    assert row.startswith("| any other | −3.00 | −5.00 | −4.00 |") and "| −29.41 to +21.41 | 0 of 4 |" in row
+
+
+def test_scores_by_rate_by_hand():
+    lines = [line(name, "qnli", seed, lr, score + seed) for seed in (0, 1) for name, lr, score in (
+        ("BIPEFT", 1e-3, 70.0), ("BIPEFT", 2e-3, 72.0), ("BIPEFT", 6e-3, 75.0),
+        ("LoRA", 1e-3, 68.0), ("LoRA", 6e-3, 76.0), ("LoRA", 2.5e-3, 71.0), ("random", 1e-3, 60.0))]
+    lines += [line("BIPEFT", "sst2", 0, 1e-3, 99.0)]                        # a cell that not all have
+    lines += [line("LoRA", "qnli", 100, lr, None, validation=v) for lr, v in zip(RATES[1:], (70, 71, 75, 72))]
+    told = report.by_rate(report.Data(lines))
+    # random was re-trained at one rate, LoRA at 2.5e-3 without BIPEFT, and BIPEFT at 2e-3 without any other.
+    assert "| method | 0.001 | 0.006 |" in told and "random" not in told
+    assert "| BIPEFT | 70.5 | 75.5 |" in told and "| LoRA | 68.5 | **76.5** |" in told     # bold: it was chosen
+    # Differences of 2 in both seeds: no width, 2 of 4 sign vectors.
+    assert "| 0.001 | LoRA | +2.00 | +2.00 to +2.00 | 2 of 2 | 0.5 |" in told
+    assert "| 0.006 | LoRA | −1.00 | −1.00 to −1.00 | 0 of 2 | 0.5 |" in told
+
+
+def test_failed_trainings_are_named_and_left_out_of_pairs_of_their_own():
+    # LoRA's 60 is 10 below its median of 70 on qnli, 64.1 is 5.9 below: not failed. BIPEFT has 72 three times.
+    lines = [line("BIPEFT", "qnli", seed, 1e-3, 72.0) for seed in range(3)]
+    lines += [line("LoRA", "qnli", *cell) for cell in ((0, 1e-3, 70.0), (1, 1e-3, 71.0), (2, 1e-3, 60.0))]
+    lines += [line("random", "qnli", *cell) for cell in ((0, 1e-3, 70.0), (1, 1e-3, 70.0), (2, 1e-3, 64.1))]
+    data = report.Data(lines)
+    assert data.failed(METHODS) == {"LoRA": {("qnli", 2): 60.0}}
+    before, _, whole = "\n".join(report.table_1(data, 10_000)).partition("### Pairs without failed trainings")
+    assert "are: LoRA on qnli, seed 2 (60.0)." in whole
+    assert "| LoRA | +5.00 | +5.00 |" in before and "| LoRA | +1.50 | +1.50 |" in whole      # 2, 1, 12; 2 and 1
+    assert "| random | +3.97 |" in before and "| random | +3.97 |" in whole
+
+
+@pytest.mark.parametrize("draw, points", [
+    (figures.draw_budgets, ((1e-3, 3000), (1e-3, 10_000))),
+    (figures.draw_rates, ((1e-3, 10_000), (2e-3, 10_000), (6e-3, 10_000)))])
+def test_differences_are_of_the_cells_that_both_have(draw, points):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    lines = [line(name, "qnli", seed, lr, score + 10 * seed + i * (name == "LoRA"), budget)
+             for name, score in (("BIPEFT", 70), ("LoRA", 60)) for i, (lr, budget) in enumerate(points)
+             for seed in range(3 if name == "LoRA" else 2)]                                   # seed 2: LoRA's alone
+    lines += [line("BIPEFT", "qnli", seed, 1e-3, 70.0, 10_000, source="sst2") for seed in range(9)]
+    fig = draw(report.Data(lines), plt)
+    drawn = {ax.get_title(): list(ax.containers[0][0].get_ydata()) for ax in fig.axes}
+    assert drawn == {"BIPEFT − LoRA": [10 - i for i in range(len(points))]}
+    plt.close(fig)
+
+
+def test_cost_is_of_what_ran_alone():
+    timed = [find("BIPEFT", "qnli", 900, workers=1, seconds=30.0), find("BIPEFT", "qnli", 900, seconds=99.0),
+             line("BIPEFT", "qnli", 900, 1e-3, 70.0, workers=1, seconds=20.0, memory=650),
+             line("LoRA", "qnli", 900, 1e-3, 70.0, workers=1, seconds=12.0)]
+    timed.insert(0, find("BIPEFT", "qnli", 900, workers=1, seconds=60.0))                  # was run again since
+    told = report.cost(report.Data(timed))
+    assert "| BIPEFT | search | 30.00 | 1.50 | 2.50 | 1,200 | – |" in told
+    assert "| BIPEFT | training | 20.00 | 1.00 | 1.67 | 600 | 650 |" in told
+
+
+def test_the_report_of_no_lines_and_of_a_small_comparison(tmp_path, capsys):
+    out = tmp_path / "lines.jsonl"
+    out.write_text("")
+    report.main(["--lines", str(out), "--figures", str(tmp_path)])
+    assert "no data yet" in capsys.readouterr().out
+    compare.main(["--small", "--out", str(out), "--table", "main", "--methods", "BIPEFT", "LoRA", "full"])
+    capsys.readouterr()
+    report.main(["--lines", str(out), "--figures", str(tmp_path)])
+    told = capsys.readouterr().out
+    assert "## Table 1: test scores at 600 parameters" in told and "nan" not in told
+    assert "| LoRA | " in told.partition("### Pairs")[2]
+
+
+def test_what_is_not_under_the_budget_is_a_family_of_its_own():
+    lines = [line(name, "qnli", seed, 1e-3, score + seed * add) for name, score, add in (
+        ("BIPEFT", 80.0, 1.0), ("LoRA", 79.0, 0.9), ("random", 78.0, 0.8), ("full", 70.0, 0.7)) for seed in range(6)]
+    found = report.Data(lines).contrasts(["LoRA", "random", "full"])
+    # Each has p = 2/64. Two are corrected for each other, the third for nothing.
+    assert {name: c.holm for name, c in found.items()} == {"LoRA": 4 / 64, "random": 4 / 64, "full": 2 / 64}
+
+
+TABLES = {"compare_tables.md": "compare.jsonl", "compare_t5_tables.md": "compare-t5.jsonl",
+          "compare_cola_tables.md": "compare-cola.jsonl", "compare_smollm2_tables.md": "compare_smollm2.jsonl"}
+
+
+@pytest.mark.parametrize("page, lines", TABLES.items())
+def test_the_pages_of_all_tables_are_what_the_report_prints(page, lines, tmp_path, capsys):
+    report.main(["--lines", str(report.HERE / "results" / lines), "--figures", str(tmp_path)])
+    told = capsys.readouterr().out.partition("\n\n## Figures")[0]
+    head, _, rest = (report.HERE / page).read_text().partition("\n## ")
+    assert "report.py" in head and f"## {rest}".strip() == told.strip()
+    if importlib.util.find_spec("matplotlib") and page == "compare_tables.md":
+        assert {path.name for path in tmp_path.iterdir()} == {f"compare-{name}.png" for name in figures.FIGURES}
+
+
+def rows_of(text):
+    """The tables' rows of a page, as lists of cells."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+def unknown_numbers(text):
+    """What a page says that stands in no row of TABLES: deviations, intervals, and numbers beside a method's name."""
+    known = [row for page in TABLES for row in rows_of((report.HERE / page).read_text())]
+    of = {name: set(re.findall(NUMBER, str([row for row in known if name in row[:2]]))) for name in METHODS}
+    cells = {cell for row in known for cell in row}
+    spans = {(mean, span) for row in known for mean, span in itertools.product(row, row) if " to " in span}
+    unknown = [found for found in re.findall(r"\d+\.\d ± \d+\.\d", text) if found not in cells]
+    for mean, low, high in re.findall(r"([+−][\d.]+)\s\[([+−][\d.]+),\s([+−][\d.]+)\]", text):
+        unknown += [f"{mean} [{low}, {high}]"] if (mean, f"{low} to {high}") not in spans else []
+    for name, *rest in rows_of(text):
+        if name in of:
+            unknown += [f"{name}: {number}" for number in re.findall(NUMBER, str(rest)) if number not in of[name]]
+    return unknown
+
+
+NUMBER = r"[+−]?\d+\.\d+"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_what_the_pages_say_stands_in_the_tables(page):
+    assert unknown_numbers((report.HERE.parents[2] / page).read_text()) == []
