@@ -371,3 +371,11 @@ def test_every_decision_cited_in_the_file_names_the_place():
                 assert named, (line, number)
                 seen.append(number)
     assert len(seen) > 30 and {1, 2, 3, 4, 5, 6, 7, 8, 10, 11} <= set(seen)
+
+
+def test_the_file_keeps_its_measures():
+    # no function over 45 lines, no line over 110 columns
+    source = Path(bipeft.__file__).read_text()
+    assert [line for line in source.splitlines() if len(line) > 110] == []
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    assert [f.name for f in functions if f.end_lineno - f.lineno + 1 > 45] == [] and len(functions) > 100
