@@ -101,6 +101,7 @@ class Record:
         self.found = {f"{m['name']}.{m['kind']}": m["rank"] or "x" for m in structure.modules}
         flips = [t for t in range(self.first - 1) if len(self.passes[t]) == 3
                  and (self.passes[t][0]["gate"] != self.passes[t][2]["gate"]).any()]
+        self.flips = flips
         self.told = 1 + min(flips or range(self.first - 1), key=lambda t: abs(t - self.first / 2))   # a step, 1 .. T
         self.changed = [n for n in range(self.N) if self.names[n] in self.found and not (       # by the repair
             self.kept[-1, n] and self.found[self.names[n]] in ("x", self.ranks[self.choice[-1, n]]))]
@@ -196,11 +197,10 @@ def three_passes(r):
 
 
 def sensitivities(r):
-    """s̄ of six modules: three that go early, one that the repair takes back, two that stay."""
+    """s̄ of six modules: four that go, two that stay."""
     order = sorted(range(r.N), key=lambda n: (r.gone[n], r.smoothed[-1, n]))
     leave, stay = ([n for n in order if (r.gone[n] > r.T) == kept] for kept in (False, True))
-    back = [n for n in leave if n in r.changed] or leave[-1:]
-    chosen = dict.fromkeys([*stay[-1:], *stay[len(stay) // 2:][:1], back[0], leave[2 * len(leave) // 3],
+    chosen = dict.fromkeys([*stay[-1:], *stay[len(stay) // 2:][:1], leave[-1], leave[2 * len(leave) // 3],
                             leave[len(leave) // 3], leave[0]])
     figure, axes = two_spans(r, [1], 4)
     steps, ax = np.arange(1, r.T + 1), axes[0][1]
@@ -212,13 +212,10 @@ def sensitivities(r):
             one.set_yscale("symlog", linthresh=1e-7, linscale=0.5)
         if r.gone[n] <= r.T:
             ax.plot(gone, r.smoothed[gone - 1, n], "X", color=colour, ms=7, mec="white", clip_on=False, zorder=4)
-            if n in r.changed:
-                ax.plot(r.T + 1.3, r.smoothed[-1, n], "D", color=colour, ms=5, clip_on=False, zorder=4)
     axes[0][0].set_ylabel("s̄, linear within ±1e-7, else logarithmic")
     figure.legend(handles=[plt.Line2D([], [], color=SOFT, label="s̄ of a kept module"),
                            plt.Line2D([], [], color=SOFT, ls="", marker="X", label="removed here"),
-                           plt.Line2D([], [], color=SOFT, ls=":", label="the s̄ it had then"),
-                           plt.Line2D([], [], color=SOFT, ls="", marker="D", label="taken back by the repair")],
+                           plt.Line2D([], [], color=SOFT, ls=":", label="the s̄ it had then")],
                   loc="outside upper center", ncols=4)
     figure.canvas.draw()
     top = np.inf
@@ -291,7 +288,8 @@ def draw_grid(ax, r, t):
         colour, columns = COLOUR[kind], list(dict.fromkeys(column for _, column, one in r.cells if one == kind))
         for n in [n for n in range(r.N) if r.kinds[n] == kind]:
             kept = r.names[n] in r.found if last else r.kept[t, n]
-            going, fixed = not kept and r.gone[n] == t < r.T + 1, last or r.fixed[t - 1, n]
+            going = not kept and (r.kept[-1, n] if last else r.gone[n] == t)
+            fixed = last or r.fixed[t - 1, n]
             rank = r.found.get(r.names[n]) if last else r.ranks[r.choice[t - 1, n]] if fixed else "?"
             box(ax, x + columns.index(r.cells[n][1]), rows.index(r.cells[n][0]), colour if kept else "#cccccc",
                 (colour, 1 if fixed else 0.25) if kept else "white",
@@ -318,7 +316,8 @@ def animation(r, path):
                  + f": {count} modules, {many(size)} parameters expected")
         if t > r.T:
             size = r.structure.parameters
-            title = f"after the repair (black frames: what it changed): {len(r.found)} modules, {many(size)} parameters"
+            added = ", black frame: what it changed" * bool(r.changed)
+            title = f"after the repair (×: what it drops{added}): {len(r.found)} modules, {many(size)} parameters"
         grid.set_title(title, loc="left")
         bar.barh(0, size, color=SOFT)
         bar.axvline(r.budget, color=INK, lw=2)
@@ -356,7 +355,7 @@ def real_search(lines, structure, metrics):
     size.plot(steps, [x["expected"] for x in lines], color=BLUE, lw=1.2, drawstyle="steps-post", label="E")
     size.axhline(structure["budget"], color=INK, ls="--", lw=1, label=f"B = {structure['budget']:,}")
     size.plot(fired[-1]["step"], metrics["parameters"], "D", color=ORANGE, mec=INK, ms=5, label="found", clip_on=False)
-    size.set(xlabel="step", ylabel="parameters", ylim=0, xlim=(0, steps[-1] + 3))
+    size.set(xlabel="step", ylabel="parameters", xlim=(0, steps[-1] + 3), yscale="log")
     size.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     for ax in (size, beta):
         ax.axvspan(0, fired[0]["step"] - 0.5, color=PALE, lw=0, zorder=0, label="before the first trigger")
@@ -405,9 +404,7 @@ def facts(r):
     told, t = r.passes[r.told - 1], r.certain
     gone = [list(np.flatnonzero(r.gone == t)) for t in r.fired]
     ends = {n: r.found.get(r.names[n]) for n in range(r.N)}
-    lower = [f"{short(r, n)} from rank {r.ranks[r.choice[-1, n]]} to {ends[n] or 'none'}" for n in range(r.N)
-             if r.kept[-1, n] and r.ranked[n] and ends[n] != r.ranks[r.choice[-1, n]]]
-    back = [n for n in range(r.N) if not r.kept[-1, n] and ends[n]]
+    dropped = [n for n in range(r.N) if r.kept[-1, n] and not ends[n]]
     real = r.sizes[np.arange(r.N), r.choice[-1]][r.kept[-1]].sum()
     was_open = [~r.fixed[t - 2] & r.kept[t] for t in r.fired]               # once the trigger's modules have gone
     settled = [int((was & r.fixed[t - 1]).sum()) for was, t in zip(was_open, r.fired)]      # Y
@@ -417,6 +414,7 @@ def facts(r):
         f"In step {r.told} of this run {told[0]['gate'].sum()} of {r.N} gates are open",
         f"{told[0]['felt'].sum()} modules get a gradient for ΔW, {told[1]['felt'].sum()} for Θ and "
         f"{told[-1]['felt'].sum()} for Φ",
+        f"In {len(r.flips)} of the {r.first - 1} steps before the first trigger Θ's step changes a gate",
         f"the new Θ has shut {(told[0]['gate'] & ~told[-1]['gate']).sum()} and opened "
         f"{(~told[0]['gate'] & told[-1]['gate']).sum()} gates",
         f"the {len(r.fired)} triggers come within the steps {r.first} to {r.fired[-1]}",
@@ -433,8 +431,7 @@ def facts(r):
         f"Y is 0 at {settled.count(0)} of the {len(r.fired)} triggers and at most {max(settled[:-1], default=0)} "
         f"before the last, which fixes {settled[-1]}",
         f"the last trigger leaves {r.kept[-1].sum()} modules with {real:,} parameters, {real - r.budget:,} more than B",
-        f"lowers {', '.join(lower) or 'none'}",
-        f"takes back {sum(n in gone[-1] for n in back)} of the {len(gone[-1])} modules that the last trigger removed",
+        f"the repair drops {len(dropped)} modules, {named(dropped)}, and changes or adds {len(r.changed)} others",
         f"{len(r.found)} modules with {r.structure.parameters:,} parameters"]
 
 
