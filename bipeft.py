@@ -11,8 +11,8 @@
 Given a frozen backbone, a task and a budget of B parameters, one short differentiable search decides
 which of N candidate modules are kept and at which of K ranks; the structure is then trained anew.
 Section 1 is Eq. (1)-(10), 2 and 3 are the search spaces, 4 is Algorithm 1; 5-8 are a program around
-them, of which 1-4 need nothing. [D7] is decision 7 of docs/decisions.md, taken where the paper is
-open. Ratios are parts per ten thousand, the paper's %%.
+them, of which 1-4 need nothing; what stands before them serves both. [D7] is decision 7 of
+docs/decisions.md, taken where the paper is open. Ratios are parts per ten thousand, the paper's %%.
 
     paper        in the code                        shape    meaning
     N, K         len(space), len(space.ranks)                candidate modules; candidate ranks
@@ -20,7 +20,7 @@ open. Ratios are parts per ten thousand, the paper's %%.
     Θ            theta                              [N, 2]   binary architecture weights: remove, keep
     Φ            phi                                [N, K]   rank architecture weights
     ΔW           space.tensors                               weights of the PEFT modules, then of also_train
-    P            space.size                                  numbers in ΔW
+    P            space.size                                  numbers of the modules in ΔW
     W_0          model                                       the pretrained backbone, frozen
     G(D)         train_gradients, val_gradients     [P]      gradients of ΔW on D_tra and on D_val
     f            train_magnitude, val_magnitude     [N]      Eq. 2
@@ -1056,7 +1056,7 @@ class Structure:
     """What a search found, b and k* of Algorithm 1's A: enough to rebuild it without the search."""
 
     backbone: str            # the model's name, for people
-    geometry: dict           # its type and number of parameters, for people
+    geometry: dict           # its type and number of parameters, for people and ratios
     space: str
     ranks: list
     budget: int              # B
@@ -1177,7 +1177,7 @@ class Search:
         self.space = space
         self.settings = settings
         self.steps = steps                                                            # T
-        self.warmup = warmup
+        self.first_trigger = max(warmup, settings.window) + 1      # the first step at which one may come [D7]
         self.run_pass = run_pass
         self.budget = budget_of(settings.budget, space)                               # B
         self.weights = space.tensors                                                  # ΔW
@@ -1250,9 +1250,9 @@ class Search:
         expected = expected_parameters(self.keep_probabilities(), self.expected_sizes())    # E_t, for the log
         self.steps_done += 1
 
-        # "If β_t ≥ τ": not in the warm-up [D7], nor before there are H + 1 indicators.
+        # "If β_t ≥ τ": not in the warm-up [D7], nor before there are H + 1 indicators, even if τ is 0.
         reduction = None                                        # R_z
-        if beta >= settings.tau and self.steps_done > max(self.warmup, settings.window):
+        if beta >= settings.tau and self.steps_done >= self.first_trigger:
             reduction = float(self.select())
         return self.log_line([train_loss, theta_loss, phi_loss], beta, expected, reduction)
 
@@ -1338,7 +1338,7 @@ class Search:
         return keep_probability(self.theta.detach(), self.kept)
 
     def log_line(self, losses, beta, expected, reduction):
-        """A step's line of the log, in Python's numbers.   Raises UsageError if one is not finite."""
+        """A step's line of the log, in Python's numbers.   UsageError if a loss or s̄ is not finite."""
         require_finite(float(sum(losses) + self.smoothed.sum()), f"the loss at search step {self.steps_done}")
         return {"step": self.steps_done, "loss_train": float(losses[0]), "loss_theta": float(losses[1]),
                 "beta": float(beta), "expected": float(expected), "reduction": reduction,
@@ -1942,6 +1942,9 @@ def without(end, ids):
     return ids
 
 
+OTHERWISE = "targets come back from the tokenizer as another text"
+
+
 def check_texts(tokenizer, splits, tokens, settings, causal, ends):
     """Lines on what of the texts is lost on a model: how often, and an example.
 
@@ -1971,8 +1974,7 @@ def check_texts(tokenizer, splits, tokens, settings, causal, ends):
         if len(target) > limit and not causal:
             lost.setdefault(f"targets are cut at --max-length {limit}", []).append(e.target)
         if text != e.target.strip():
-            changed = f"{e.target} as {text}"
-            lost.setdefault("targets come back from the tokenizer as another text", []).append(changed)
+            lost.setdefault(OTHERWISE, []).append(f"{e.target} as {text}")
     for what, texts in (("inputs", [source for source, _ in tokens["train"]]),
                         ("targets", [target for _, target in tokens["train"]])):
         if all(text == texts[0] for text in texts):
@@ -1980,7 +1982,8 @@ def check_texts(tokenizer, splits, tokens, settings, causal, ends):
             raise UsageError(f"to the model all {what} of train are alike, {alike!r:.60}: there is "
                              "nothing to learn; look at the data and at --max-length")
     if not any(text == target.strip() for text, target in said.items()):
-        raise UsageError(f"the model can say none of the targets, first {changed!r:.60}: take another model")
+        raise UsageError(f"the model can say none of the targets, first {lost[OTHERWISE][0]!r:.60}: take "
+                         "another model")
     total = f"{len(examples):,}"
     return [f"{len(texts):,} of {total} {what}, first {texts[0]!r:.90}" for what, texts in lost.items()]
 
@@ -2134,12 +2137,12 @@ def answer(model, tokenizer, texts):
 
 def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed=0,
           run_pass=forward_backward, state=None, after_step=None):
-    """Trains the attached modules anew [D12]; leaves them as after their best epoch, whose score it returns.
+    """Trains the attached modules [D12]; leaves them as after their best epoch, whose score it returns.
 
     batches: an iterable with a length.   evaluate: gives an epoch's score, or the score and a loss, of which
     the lower decides between equal scores [D53].   lr: falls to 0.   run_pass: who computes losses and
     gradients, as `forward_backward`.   state: where to go on from.   after_step: is given such a state after
-    every step, and a line: step, loss, an epoch's score.
+    every step, and a line: step, steps, loss, an epoch's score.
     """
     require_attached(model, peft)
     weights = peft.tensors
@@ -2189,7 +2192,7 @@ def judged(result):
 # 7. Machinery, none of it the method's: the same results twice, files, speed on a GPU
 # ==================================================================================================
 
-# Who reads the method passes this section over. Files: the trained weights alone, and a structure. Speed: on
+# Who reads the method passes this section over. Files: the trained weights, and a structure. Speed: on
 # a GPU a pass of many small modules is bound by the launching of kernels, which a CUDA graph does at once.
 
 
@@ -2201,11 +2204,12 @@ def deterministic():
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.utils.deterministic.fill_uninitialized_memory = False        # slow, and nothing reads it
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before)
 
 
 def write_atomically(path, content):
@@ -2243,8 +2247,8 @@ def failing(what, advice=""):
 
 
 def save_weights(peft, path):
-    """Writes the trained weights of attached modules alone, atomically, as safetensors, and beside them what
-    tells the backbone from others.
+    """Writes the trained weights, of the modules and of also_train, atomically, as safetensors, and beside
+    them what tells the backbone from others.
     """
     tensors = {name: p.detach().cpu().clone() for name, p in peft.named_weights().items()}
     backbone = json.dumps(backbone_sample(peft.model, peft.places, peft.head.parameters.values()))
@@ -2754,7 +2758,7 @@ def run_search(work, record, run_pass):
     print(f"search: {len(space)} modules of {', '.join(kinds_of(settings.space))}, "
           f"{space.param_counts[:, -1].sum():,} parameters at rank {settings.ranks[-1]}\n"
           f"budget {search.budget:,} ({1e4 * search.budget / work.size:.2f} of 10,000), at most {steps} "
-          f"steps, triggers from step {max(warmup, settings.window) + 1} on", flush=True)
+          f"steps, triggers from step {search.first_trigger} on", flush=True)
     state = record.begin("search", log=[])
     if state is not None:
         search.load_state_dict(state)

@@ -2173,7 +2173,7 @@ def test_section_6_what_a_model_can_not_read_or_say_is_told():
         "1 of 101 targets come back from the tokenizer as another text, first 'yes { as yes'"]
     for words, given in (
             ("targets 'yes {' and 'yes' are one to the model, 'yes'", {"targets": ("yes {", "no", "yes")}),
-            ("can say none of the targets, first '{ yes as yes'", {"targets": ("{ no", "{ no", "{ yes")}),
+            ("can say none of the targets, first '{ no as no'", {"targets": ("{ no", "{ no", "{ yes")}),
             ("all targets of train are alike, 'yes </s>'", {"targets": ("yes", "yes", "yes")}),
             ("all inputs of train are alike, 'say </s>'.*--max-length", {"targets": targets, "max_length": 2}),
             ("an input is empty", {"targets": targets, "sources": ("say", "", "say 1"), "causal": True})):
@@ -2635,7 +2635,7 @@ def test_section_8_every_setting_reaches_the_search_and_the_training(world, tmp_
             f"--out {tmp_path}").format(root=world).split()
     assert bipeft.main(line) == 0
     search, trained = given["__init__"]["self"], given["train"]
-    assert (search.steps, search.warmup, search.space.ranks) == (9, 3, (2, 3))               # 12 rows, 3 batches
+    assert (search.steps, search.first_trigger, search.space.ranks) == (9, 4, (2, 3))               # 12 rows, 3 batches
     assert search.budget == int(0.1 * search.space.geometry["parameters"])
     for key, value in {"triggers": 4, "window": 2, "tau": 0.25, "gamma": 0.5, "lr": 0.05, "arch_lr": 0.02,
                        "weight_decay": 0.003, "seed": 7}.items():

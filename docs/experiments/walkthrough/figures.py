@@ -2,9 +2,9 @@
 one of SmolLM2-135M, whose files are in comparison/results/smollm2_search.
 
     python docs/experiments/walkthrough/figures.py                        docs/figures: PNGs, a GIF, walkthrough.json
-    python docs/experiments/walkthrough/figures.py --out DIR --seed 1     another seed, or flags of bipeft.py
+    python docs/experiments/walkthrough/figures.py --out DIR --seed 2     another seed, or flags of bipeft.py
 
-Needs matplotlib. Takes about a minute on one thread: the search of `python bipeft.py --task toy`, by the program's own
+Needs matplotlib. Takes about a minute on one thread: the search of `python bipeft.py --task toy --seed 1`, by the program's own
 classes, which note what is drawn after each step and in each pass (test_figures.py compares the structures), then the
 drawing. Another CPU or torch rounds otherwise, and finds another structure.
 """
@@ -471,7 +471,7 @@ def main(arguments=None):
     save(real_search(*real), args.out / "smollm2-search.png")
     save(real_structure(places, real[1]), args.out / "smollm2-structure.png")
     with bipeft.deterministic():
-        (settings,) = bipeft.parse(["--task", "toy", "--device", "cpu", *rest])
+        (settings,) = bipeft.parse(["--task", "toy", "--seed", "1", "--device", "cpu", *rest])
         r = record(settings)
     numbers = {"facts": facts(r), "recorded": real_facts(*real)}
     bipeft.write_atomically(args.out / "walkthrough.json", json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
