@@ -819,7 +819,8 @@ class Peft:
         found = places_by_kind(model, KINDS, places)
         for name, kind, _ in chosen:
             if (name, kind) not in found:
-                raise UsageError(f"the model has no place '{name}' for a module of kind '{kind}'")
+                raise UsageError(f"the model has no place '{name}' for a module of kind '{kind}': a "
+                                 "structure fits models of the same parts and depth")
             if hasattr(holder_of(found[name, kind][0]), f"bipeft_{kind}"):
                 raise UsageError(f"{name} has a module of kind '{kind}' already: take it off by its "
                                  "detach(), or all that the model has by bipeft.detach(model)")
@@ -1565,7 +1566,7 @@ def to_examples(name, row, training):
     task = TASKS[name]
     if name == "record":
         return record_examples(row, training)
-    texts = {key: text_of(name, key, row.get(key)) for key in (*task.fields, task.answer)}
+    texts = {key: text_of(name, key, row) for key in (*task.fields, task.answer)}
     if name == "custom":
         return [Example(texts["source"], texts["target"], (texts["target"].strip(),))]
     if name == "multirc":                                       # its paragraphs have HTML marks
@@ -1575,10 +1576,11 @@ def to_examples(name, row, training):
     return [Example(source, target, (target,))]
 
 
-def text_of(name, key, value):
-    """A cell as the text that stands there.   Raises UsageError for one that is missing, or is no text."""
+def text_of(name, key, row):
+    """A row's cell as the text that stands there.   Raises UsageError for one that is missing or no text."""
+    value = row.get(key)
     if value is None or value != value:                      # what is no number differs from itself
-        raise UsageError(f"a row of {name} has no {key}: fill it in, or leave the row out")
+        raise UsageError(f"a row of {name} has no {key}: fill it in, or leave the row out, {row!r:.90}")
     if isinstance(value, bool):
         return str(value).lower()
     unsound = value in (math.inf, -math.inf) or re.search(r"[\ud800-\udfff]", str(value))
@@ -1608,8 +1610,8 @@ def record_examples(row, training):
         texts = row.get(key)
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise UsageError(f"a row of record has {key} that are no list of texts: give .jsonl or .parquet")
-    query = text_of("record", "query", row.get("query"))
-    passage = text_of("record", "passage", row.get("passage"))
+    query = text_of("record", "query", row)
+    passage = text_of("record", "passage", row)
     passage = re.sub(r"([.?!\"'])\n@highlight\n", r"\1 ", passage).replace("\n@highlight\n", ". ")
     source = f"record query: {query} entities: {', '.join(row['entities'])} passage: {passage}"
     answers = tuple(dict.fromkeys(row["answers"]))
@@ -1654,7 +1656,13 @@ def drawn(rows, count, seed):
 def read_split(name, split, data_dir, needed=True):
     """The rows of a split, from DIR/<task>/<split>, for custom also DIR/<split>, or the hub.   UsageError."""
     where = f"{name} on the hub"
+    advice = ": mend the network, or give --data-dir"
+    if data_dir is None and name == "custom":
+        raise UsageError("--task custom needs --data-dir, a folder with train and validation: source, target")
     if data_dir is not None:
+        if not Path(data_dir).is_dir():
+            raise UsageError(f"--data-dir {data_dir} is no folder: give the one that holds the files")
+        advice = ": mend the file, a text in UTF-8, or give another --data-dir"
         folders = [Path(data_dir, name)]
         if name == "custom":
             folders.append(Path(data_dir))
@@ -1666,10 +1674,10 @@ def read_split(name, split, data_dir, needed=True):
                 raise UsageError(f"{strange[0]} is none of {', '.join(READERS)}: make it one or move it away")
             return None
         if len(files) != 1:
-            raise UsageError(f"there must be one of {folders[0] / split}{', '.join(READERS)}, and there are "
-                             f"{len(files)}: --data-dir names the folder around it")
+            raise UsageError(f"there must be one of {folders[-1] / split}{', '.join(READERS)}, and there are "
+                             f"{len(files)}: add one, or give another --data-dir")
         where = files[0]
-    with failing(f"{where} can't be read", ": mend the file or the network, or give another --data-dir"):
+    with failing(f"{where} can't be read", advice):
         if data_dir is None:
             rows = read_hub(name, split)
         else:
@@ -1687,8 +1695,6 @@ def read_split(name, split, data_dir, needed=True):
 
 def read_hub(name, split):
     """The rows of a split of GLUE or SuperGLUE on the hub."""
-    if name == "custom":
-        raise ValueError("--task custom needs --data-dir, a folder with train and validation: source, target")
     try_hub()
     import datasets        # only here: the rest of the file works without it
     datasets.disable_progress_bars()
@@ -1751,7 +1757,7 @@ def read_csv(path):
 
 
 # Which file of a split is read, by its name's end; a new format is a function and an entry.
-READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".csv": read_csv}
+READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".csv": read_csv, ".tsv": read_csv}
 
 
 # The metrics: predicted texts and, for each, the texts that count as right. All return per cent. Most need
@@ -1955,6 +1961,7 @@ def check_texts(tokenizer, splits, tokens, settings, causal, ends):
     examples = [e for part in splits.values() for e in part]
     whole = tokenize(tokenizer, examples, sys.maxsize, causal)
     are_labels = len({e.target for e in examples}) <= 100
+    known = {e.target.strip() for e in splits["train"]}
     lost = {}                                 # what happens: the texts to which it does
     said = {}                                 # a target as the model can say it: the target
     for e, (source, target) in zip(examples, whole):
@@ -1963,6 +1970,8 @@ def check_texts(tokenizer, splits, tokens, settings, causal, ends):
         if are_labels and other.split() != e.target.split():
             raise UsageError(f"the targets {other!r:.60} and {e.target!r:.60} are one to the model, "
                              f"{text!r:.60}: write them otherwise, or take another model")
+        if are_labels and e.target.strip() not in known:
+            lost.setdefault("targets are in no row of train", []).append(e.target)
         if not source:
             raise UsageError("an input is empty: leave the row out")
         if not e.source.strip():
@@ -2126,6 +2135,10 @@ def decoded(tokenizer, ids, ends):
 
 def answer(model, tokenizer, texts):
     """What a model and a tokenizer that `load_run` gave answer to input texts, in their order."""
+    if isinstance(texts, str):
+        raise UsageError("answer takes a list of texts: give [text] for one")
+    if not texts:
+        return []
     causal = not model.config.is_encoder_decoder
     examples = [Example(text, "", ()) for text in texts]
     tokens = tokenize(tokenizer, examples, tokenizer.model_max_length, causal)
@@ -2526,6 +2539,10 @@ def loader_of(name):
                              "hub is like it")
         try_hub()
     with failing(f"the model {name} can't be loaded", MODEL_ADVICE):
+        if Path(name, "adapter_config.json").is_file():
+            raise ValueError("it is a peft adapter, not a backbone")
+        if Path(name, "metrics.json").is_file():
+            raise ValueError("it is a run's folder, not a backbone")
         config = transformers.AutoConfig.from_pretrained(name)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError("it is quantised, which the library takes, but not the command line")
@@ -2618,12 +2635,12 @@ class Record:
         return stored
 
     def require_same_content(self, data, backbone):
-        """Raises UsageError if the run began with other data, or with a backbone of other numbers."""
+        """Raises UsageError if the run began with other data, a given structure or a backbone's numbers."""
         before = self.stored.setdefault("content", {"data": data, "backbone": backbone})
         if before["data"] != data:
-            raise UsageError(f"{self.path} holds a run that began with other data; {self.ADVICE}")
+            raise UsageError(f"{self.path} holds a run that began with other data, or with another "
+                             f"structure.json; {self.ADVICE}")
         require_same_backbone(before["backbone"], backbone, self.path)
-
 
     def begin(self, phase, **found):
         """Starts a phase and its clock, or goes on with them.   found: what the phases before came to.
@@ -2711,10 +2728,10 @@ class Work:
         self.told = check_texts(
             self.tokenizer, self.splits, self.tokens, settings, self.causal, ends)
 
-    def digest(self):
-        """16 hexadecimal digits that tell these texts and tokens from others."""
+    def digest(self, structure):
+        """16 hexadecimal digits that tell these texts and tokens, and a given Structure, from others."""
         examples = [[dataclasses.astuple(e) for e in part] for part in self.splits.values()]
-        texts = json.dumps([examples, self.tokens])
+        texts = json.dumps([examples, self.tokens, structure and dataclasses.asdict(structure)])
         return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
     def batches(self, tokens, number):
@@ -2809,24 +2826,25 @@ def run(settings, choose_pass):
     """One seed, from data to test score.   Returns the metrics.   choose_pass: a function as that above."""
     device = choose_device(settings.device)
     record = Record(settings, device)
+    given = load_structure(settings.structure) if settings.structure else None
+
+    # The data as text, and the backbone.
+    work = Work(settings, device)
+    record.require_same_content(work.digest(given), backbone_sample(work.model))
     if "test" in record.stored:
         print(f"{record.path} holds this run, finished: nothing to do (--fresh starts over)\n"
               f"{results(record.stored)}")
         return record.stored
-
-    # The data as text, and the backbone.
-    work = Work(settings, device)
     counts = ", ".join(f"{len(examples):,} {key}" for key, examples in work.splits.items())
     print(f"{settings.task}, seed {settings.seed}: {counts}; {settings.model}, {work.size:,} parameters, "
           f"{settings.dtype} on {device}", *work.told, sep="\n", flush=True)
-    record.require_same_content(work.digest(), backbone_sample(work.model))
 
     # The search, unless a structure is there: found before the run was killed, or given.
     search_seconds = record.stored.get("search_seconds", 0.0)
     if "structure" in record.stored:
         structure = Structure(**record.stored["structure"])
-    elif settings.structure is not None:
-        structure = load_structure(settings.structure)
+    elif given is not None:
+        structure = given
     else:
         structure = run_search(work, record, choose_pass(settings, work.model, device))
         search_seconds = record.elapsed()
@@ -2861,7 +2879,8 @@ def facts(work, record, structure, search_seconds):
             "per_ten_thousand": 1e4 * structure.parameters / work.size,
             "search_seconds": search_seconds, "train_seconds": train_seconds,
             "ratio": search_seconds / train_seconds, "longest_answer": work.longest,
-            "backbone_in_a_folder": Path(settings.model).is_dir(), "settings": record.identity,
+            "backbone_in_a_folder": Path(settings.model).is_dir(), "content": record.stored["content"],
+            "settings": record.identity,
             "versions": versions(work.device)}
 
 
