@@ -2290,13 +2290,18 @@ def require_same_backbone(before, now, what):
             raise UsageError(f"{what} is of a backbone of other numbers, first in {place}: give that one")
 
 
+def backbone_of(path):
+    """The `backbone_sample` that stands beside trained weights."""
+    with safetensors.safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {}).get("backbone", "{}"))
+
+
 def load_weights(peft, path):
     """Reads what `save_weights` wrote.   Raises UsageError if it is of another structure or backbone."""
     own = peft.named_weights()
     with failing(f"{path} can't be read as weights of these modules"):
-        with safetensors.safe_open(path, "pt") as file:
-            stored = {name: file.get_tensor(name) for name in file.keys()}
-            backbone = json.loads((file.metadata() or {}).get("backbone", "{}"))
+        stored = safetensors.torch.load_file(path)
+        backbone = backbone_of(path)
         found = {(name, *t.shape) for name, t in stored.items()}
         wanted = {(name, *p.shape) for name, p in own.items()}
         if found != wanted:
@@ -2627,6 +2632,8 @@ class Record:
                 stored = torch.load(path, device)
             else:
                 stored = json.loads(path.read_text())
+                backbone = backbone_of(self.path / "peft.safetensors")
+                stored["content"] = {"data": stored["data"], "backbone": backbone}
             before = stored["settings"]
         for name, now in self.identity.items():
             if before.get(name) != now:
@@ -2879,9 +2886,8 @@ def facts(work, record, structure, search_seconds):
             "per_ten_thousand": 1e4 * structure.parameters / work.size,
             "search_seconds": search_seconds, "train_seconds": train_seconds,
             "ratio": search_seconds / train_seconds, "longest_answer": work.longest,
-            "backbone_in_a_folder": Path(settings.model).is_dir(), "content": record.stored["content"],
-            "settings": record.identity,
-            "versions": versions(work.device)}
+            "backbone_in_a_folder": Path(settings.model).is_dir(), "data": record.stored["content"]["data"],
+            "settings": record.identity, "versions": versions(work.device)}
 
 
 def test_scores(work, peft):
