@@ -1580,7 +1580,7 @@ def text_of(name, key, row):
     """A row's cell as the text that stands there.   Raises UsageError for one that is missing or no text."""
     value = row.get(key)
     if value is None or value != value:                      # what is no number differs from itself
-        raise UsageError(f"a row of {name} has no {key}: fill it in, or leave the row out, {row!r:.90}")
+        raise UsageError(f"a row of {name} has no {key}: fill it in, or leave the row out; it is {row!r:.90}")
     if isinstance(value, bool):
         return str(value).lower()
     unsound = value in (math.inf, -math.inf) or re.search(r"[\ud800-\udfff]", str(value))
@@ -1948,22 +1948,19 @@ def without(end, ids):
     return ids
 
 
-OTHERWISE = "targets come back from the tokenizer as another text"
-
-
 def check_texts(tokenizer, splits, tokens, settings, causal, ends):
     """Lines on what of the texts is lost on a model: how often, and an example.
 
     splits: {part: [Example]}.   tokens: the same, of `tokenize`, as the model gets them.   ends: the tokens
     that end an answer.   Raises UsageError where labels become one, and where nothing could be learnt.
     """
-    limit = settings.max_length
     examples = [e for part in splits.values() for e in part]
     whole = tokenize(tokenizer, examples, sys.maxsize, causal)
     are_labels = len({e.target for e in examples}) <= 100
     known = {e.target.strip() for e in splits["train"]}
     lost = {}                                 # what happens: the texts to which it does
     said = {}                                 # a target as the model can say it: the target
+    otherwise = []                            # targets that come back as another text
     for e, (source, target) in zip(examples, whole):
         text = decoded(tokenizer, target, ends)
         other = said.setdefault(text, e.target)
@@ -1978,12 +1975,14 @@ def check_texts(tokenizer, splits, tokens, settings, causal, ends):
             lost.setdefault("inputs are empty", []).append(e.source)
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in source:
             lost.setdefault("inputs hold what the tokenizer has no word for", []).append(e.source)
-        if len(source) > limit:
-            lost.setdefault(f"inputs are cut at --max-length {limit}", []).append(e.source)
-        if len(target) > limit and not causal:
-            lost.setdefault(f"targets are cut at --max-length {limit}", []).append(e.target)
+        if len(source) > settings.max_length:
+            lost.setdefault(f"inputs are cut at --max-length {settings.max_length}", []).append(e.source)
+        if len(target) > settings.max_length and not causal:
+            lost.setdefault(f"targets are cut at --max-length {settings.max_length}", []).append(e.target)
         if text != e.target.strip():
-            lost.setdefault(OTHERWISE, []).append(f"{e.target} as {text}")
+            otherwise.append(f"{e.target} as {text}")
+    if otherwise:
+        lost["targets come back from the tokenizer as another text"] = otherwise
     for what, texts in (("inputs", [source for source, _ in tokens["train"]]),
                         ("targets", [target for _, target in tokens["train"]])):
         if all(text == texts[0] for text in texts):
@@ -1991,10 +1990,9 @@ def check_texts(tokenizer, splits, tokens, settings, causal, ends):
             raise UsageError(f"to the model all {what} of train are alike, {alike!r:.60}: there is "
                              "nothing to learn; look at the data and at --max-length")
     if not any(text == target.strip() for text, target in said.items()):
-        raise UsageError(f"the model can say none of the targets, first {lost[OTHERWISE][0]!r:.60}: take "
-                         "another model")
-    total = f"{len(examples):,}"
-    return [f"{len(texts):,} of {total} {what}, first {texts[0]!r:.90}" for what, texts in lost.items()]
+        raise UsageError(f"the model can say none of the targets, first {otherwise[0]!r:.60}: take another "
+                         "model")
+    return [f"{len(texts):,} of {len(whole):,} {what}, first {texts[0]!r:.90}" for what, texts in lost.items()]
 
 
 class Batches:
@@ -2642,7 +2640,7 @@ class Record:
         return stored
 
     def require_same_content(self, data, backbone):
-        """Raises UsageError if the run began with other data, a given structure or a backbone's numbers."""
+        """Raises UsageError if the run began with other data, structure.json or numbers of the backbone."""
         before = self.stored.setdefault("content", {"data": data, "backbone": backbone})
         if before["data"] != data:
             raise UsageError(f"{self.path} holds a run that began with other data, or with another "
@@ -2738,8 +2736,10 @@ class Work:
     def digest(self, structure):
         """16 hexadecimal digits that tell these texts and tokens, and a given Structure, from others."""
         examples = [[dataclasses.astuple(e) for e in part] for part in self.splits.values()]
-        texts = json.dumps([examples, self.tokens, structure and dataclasses.asdict(structure)])
-        return hashlib.sha256(texts.encode()).hexdigest()[:16]
+        content = [examples, self.tokens]
+        if structure is not None:
+            content.append(dataclasses.asdict(structure))
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def batches(self, tokens, number):
         """Batches of some tokens, in an order of their own."""
