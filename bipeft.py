@@ -1992,7 +1992,7 @@ def check_texts(tokenizer, splits, tokens, settings, causal, ends):
     if not any(text == target.strip() for text, target in said.items()):
         raise UsageError(f"the model can say none of the targets, first {otherwise[0]!r:.60}: take another "
                          "model")
-    return [f"{len(texts):,} of {len(whole):,} {what}, first {texts[0]!r:.90}" for what, texts in lost.items()]
+    return [f"{len(some):,} of {len(whole):,} {what}, first {some[0]!r:.90}" for what, some in lost.items()]
 
 
 class Batches:
