@@ -48,7 +48,7 @@ def main():
     tokens = [(torch.randint(3, 3000, (int(n),), generator=generator).tolist() + [1],
                torch.randint(3, 3000, (2,), generator=generator).tolist() + [1])
               for n in torch.randint(5, 125, (960,), generator=generator)]
-    batches = list(bipeft.Batches(tokens, 32, "cuda"))
+    batches = list(bipeft.Batches(tokens, 32, "cuda", causal=not model.config.is_encoder_decoder))
     graphs, graph_states, graph_time = search(model, args.space, batches, bipeft.CudaGraphs())
     eager, eager_states, eager_time = search(model, args.space, batches, bipeft.forward_backward)
     for step, (here, there) in list(enumerate(zip(graph_states, eager_states), 1))[::6]:
