@@ -70,7 +70,8 @@ def test_a_rate_without_finite_numbers_is_not_chosen_and_chance_does_not_choose(
     ("--prepare --model nowhere", "--prepare needs --model"),
     ("--prepare --model HERE --data-dir HERE", "can't be loaded"),
     ("--small --table none", "--table: invalid choice"), ("--small --seeds 100", "must differ"),
-    ("--small --family t5 --table main --methods AdaLoRA", "no training is asked for"),
+    ("--small --family llama --table main --methods AutoPEFT", "no training is asked for"),
+    ("--small --family t5", "--family is bert or llama, not t5"),
     ("--small --out HERE/code.py", "does not hold compare.py's lines"), ("--small --out HERE", "can't be read"),
     ("--table main --folder HERE --tasks wic", "holds no task wic")])
 def test_a_mistake_is_one_line(arguments, told, tmp_path, capsys):
@@ -87,7 +88,7 @@ def test_what_belongs_to_another_file_or_fits_nowhere_is_told(tmp_path, capsys):
     lines = run(tmp_path, "--table", "main", "--methods", "LoRA", "--lr", "1e-3", "--seeds", "0", "--budget", "1")
     assert lines[1]["error"] == "UsageError: no module of LoRA fits into a budget of 1"
     with pytest.raises(SystemExit):
-        run(tmp_path, *TWO_TRAININGS, "--family", "t5")
+        run(tmp_path, *TWO_TRAININGS, "--family", "llama")
     assert "is of other settings or another model" in capsys.readouterr().err
 
 

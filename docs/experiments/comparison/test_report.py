@@ -211,8 +211,7 @@ def test_what_is_not_under_the_budget_is_a_family_of_its_own():
     assert {name: c.holm for name, c in found.items()} == {"LoRA": 4 / 64, "random": 4 / 64, "full": 2 / 64}
 
 
-TABLES = {"compare_tables.md": "compare.jsonl", "compare_t5_tables.md": "compare-t5.jsonl",
-          "compare_cola_tables.md": "compare-cola.jsonl", "compare_smollm2_tables.md": "compare_smollm2.jsonl"}
+TABLES = {"compare_tables.md": "compare.jsonl", "compare_smollm2_tables.md": "compare_smollm2.jsonl"}
 
 
 @pytest.mark.parametrize("page, lines", TABLES.items())
