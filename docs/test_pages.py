@@ -198,7 +198,7 @@ def test_every_command_is_one_that_its_program_takes(page, monkeypatch):
 
 
 def test_the_checks_refuse_what_they_are_there_for(monkeypatch):
-    for line in ("python bipeft.py --no-such-flag", "python docs/examples/causal.py --nothing 3", "make all",
+    for line in ("python bipeft.py --no-such-flag", "python docs/examples/trainer.py --nothing 3", "make all",
                  "./run_glue.sh --nothing", "python docs/no_such.py", "python -m pytest no_such.py",
                  "pip install -r no.txt"):
         with pytest.raises((AssertionError, SystemExit, OSError, ValueError)):          # UsageError is a ValueError

@@ -52,13 +52,6 @@ def test_every_figure_is_shown_and_small():
     assert sum(path.stat().st_size for path in there) < 1.2 * 2**20
 
 
-def test_every_decision_that_is_linked_exists():
-    decisions = set(re.findall(r'<a id="d(\d+)"></a>', (DOCS / "decisions.md").read_text()))
-    linked = re.findall(r"\[D(\d+)\]\(decisions\.md#d(\d+)\)", PAGE)
-    assert len(linked) > 15 and all(number == anchor and number in decisions for number, anchor in linked)
-    assert len(linked) == PAGE.count("](decisions.md")
-
-
 def test_the_algorithm_has_every_equation_and_a_decision_for_every_line_of_our_own():
     rows = re.findall(r"^\| ([●○]?) ?\| (.+?) \| (.*?) ?\|$", PAGE, re.MULTILINE)
     rows = [row for row in rows if not row[1].startswith(("line of", "---"))]

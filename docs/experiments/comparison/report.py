@@ -1,14 +1,14 @@
-"""What compare.py's lines say: tables as markdown on stdout, and figures for light and dark pages.
+"""What compare.py's lines say: tables as markdown on stdout, and figures.
 
     python docs/experiments/comparison/report.py [--lines docs/experiments/comparison/results/compare.jsonl]
                                       [--figures docs/figures]
 
-Needs the project's packages; the figures (report_figures.py) matplotlib. The comparison's rules are in compare.py,
+Needs the project's packages and matplotlib. The comparison's rules are in compare.py,
 its methods in baselines.py, formulas in stats.py. Reported are trainings on seeds that no rate was chosen on,
 each at its method's chosen rate. A cell is a task and a seed; a pair is BIPEFT and another method in one cell, its
 difference BIPEFT's score less the other's: plus means that BIPEFT is better, in every table and figure. Intervals are
-t intervals of the mean over pairs. A part whose lines are not there says so in a line. The figures begin with the name
-of the file of lines, compare-pairs-light.png.
+t intervals of the mean over pairs. A part whose lines are not there says so in a line. The figures' names begin with
+that of the file of lines: compare-pairs.png.
 """
 
 import argparse
@@ -91,14 +91,6 @@ class Data:
             kind = self.places[place].rpartition(".")[2]
             count[kind, rank if bipeft.KINDS[kind].ranked else 0] += 1
         return {pair: count[pair] / len(found) for pair in sorted(count, key=in_order)}
-
-    def tuned(self):
-        """{name: {rate: {(task, seed): validation score}}} of what chose the rates within the main budget."""
-        found = {name: defaultdict(dict) for name in RIVALS if not METHODS[name].free}
-        for x in self.tuning:
-            if x["budget"] == self.budget and x["method"] in found:
-                found[x["method"]][x["lr"]][x["task"], x["seed"]] = x["validation"]
-        return {name: rates for name, rates in found.items() if rates}
 
     def at_rates(self):
         """{rate: {name: {(task, seed): test score}}} at the main budget, of what was re-trained at three rates or more
@@ -327,21 +319,6 @@ def shared(data, searches):
     return [jaccard(places(x), own[x["task"], x["seed"]]) for x in searches if (x["task"], x["seed"]) in own]
 
 
-def kept(data):
-    """How many modules of each kind, by rank, a method's searches keep on average."""
-    counts = {(budget, name): data.kinds(name, budget) for budget, name in itertools.product(
-        sorted({x["budget"] for x in data.searches}), RIVALS) if data.found(name, budget)}
-    seen = sorted({pair for count in counts.values() for pair in count}, key=in_order)
-    columns = {kind: [rank for of, rank in seen if of == kind] for kind, _ in seen}
-    rows = []
-    for (budget, name), count in counts.items():
-        cells = [[f"{count.get((kind, rank), 0):.1f}" for rank in of] for kind, of in columns.items()]
-        cells = ["/".join(of) if any(float(mean) for mean in of) else "–" for of in cells]
-        rows.append([size(data, budget), name, *cells])
-    heads = [f"{KINDS[kind]} {'/'.join(map(str, of))}".removesuffix(" 0") for kind, of in columns.items()]
-    return table(["budget", "method", *heads], rows if columns else [])
-
-
 def table_1(data, budget):
     """Scores at a budget, pairs; pairs of the seeds that were added later."""
     seeds = {x["seed"] for x in data.of("BIPEFT", budget)}
@@ -391,8 +368,7 @@ def report(data):
     parts += ["steps: when a search ends; made up: triggers carried out then; shared: places, by Jaccard, with "
               "BIPEFT's.",
               "## What is kept", "Jaccard: places that two structures share, over the places of either.",
-              agreement(data), "Modules by kind, and by rank where it has one: means over searches.",
-              kept(data)]
+              agreement(data)]
     return "\n\n".join(parts)
 
 
@@ -408,8 +384,8 @@ def main(arguments=None):
         data = Data(compare.read(args.lines))
     except bipeft.UsageError as mistake:
         parser.error(str(mistake))
-    print(report(data), "## Figures", "", sep="\n\n", end="")
-    print("\n".join(draw(data, args.figures, args.lines.name.partition(".")[0].replace("_", "-"))))
+    print(report(data))
+    draw(data, args.figures, args.lines.name.partition(".")[0].replace("_", "-"))
 
 
 if __name__ == "__main__":

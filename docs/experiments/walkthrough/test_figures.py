@@ -74,15 +74,6 @@ def test_what_is_drawn_is_what_the_search_held(drawn):
         assert not (passes[0]["felt"] & ~passes[0]["gate"]).any() and (passes[1]["felt"] & ~passes[1]["gate"]).any()
 
 
-def test_weights_in_use_are_the_leading_rows(drawn):
-    record, _, _ = drawn
-    n = record.kinds.index("lora")
-    for first, *_ in record.passes:
-        rows = record.ranks[first["rank"][n]] if first["gate"][n] else 0
-        assert np.array_equal(first["used"][0], first["stored"][0])
-        assert np.array_equal(first["used"][1][:rows], first["stored"][1][:rows]) and not first["used"][1][rows:].any()
-
-
 def test_what_the_repair_changed_is_marked(drawn):
     record, _, _ = drawn
     held = {name: record.ranks[k] if ranked else "x" for name, k, ranked, kept in zip(
