@@ -96,10 +96,9 @@ def work(args):
     tokens = load_tokens(task, args.data_dir, tokenizer, args.train_rows, seed)
     print(f"{task}, seed {seed}: {', '.join(f'{len(t):,} {key}' for key, t in tokens.items())}; {device}", flush=True)
 
-    def show(_, line):                                                               # of the search's steps and ours
+    def show(_, line):                                                               # a step of search or re-training
         if line["step"] % 20 == 0:
-            told = {key: line[key] for key in ("step", "loss_train", "loss", "beta", "kept", "score") if key in line}
-            print("  ".join(f"{key} {value:.5g}" for key, value in told.items()), flush=True)
+            print(f"step {line['step']}  loss {line.get('loss', line.get('loss_train')):.3f}", flush=True)
 
     space = bipeft.Space(model.to(device), args.space, seed=seed, also_train=HEAD)
     halves = [bipeft.Batches(tokens["train"][i::2], BATCH, device, bipeft.derive(seed, 12 + i)) for i in (0, 1)]

@@ -158,13 +158,12 @@ def pools_of(task, settings):
         return [[([1, *(ids if not y else [5 + i % 10, *ids[1:]])], [y]) for i, (ids, y) in enumerate(rows)]]
     stored, pools = np.load(Path(settings.folder) / "tasks.npz"), []
     after = stored["line_break"].tolist() if "line_break" in stored else []         # after a Llama's prompt
-    for number in itertools.count():
-        if f"{task}.{number}.ids" not in stored:
-            return pools
+    for number in range(len(FILES[task])):
         ids, lengths, labels = (stored[f"{task}.{number}.{key}"].tolist() for key in ("ids", "lengths", "labels"))
         ends = list(itertools.accumulate(lengths))
         longest = settings.max_length - len(after)
         pools.append([(ids[end - n:end][:longest] + after, [y]) for end, n, y in zip(ends, lengths, labels)])
+    return pools
 
 
 def splits_of(task, settings, seed):
@@ -221,13 +220,9 @@ class Bench:
         self.dtype = getattr(torch, settings.dtype)
         self.encoder = self.load().to(self.device).eval()
         self.models, self.cache, self.costs = {}, {}, {}
-        self.where = self.find_places()
-        self.keys = list(self.where)
-
-    def find_places(self):
-        """{(name, kind): the backbone's module there}"""
         found = bipeft.places_by_kind(self.around(2), bipeft.KINDS)
-        return {key: place for key, (place, role) in found.items()}
+        self.where = {key: place for key, (place, role) in found.items()}      # by name and kind
+        self.keys = list(self.where)
 
     def around(self, labels):
         """The backbone as a classifier."""
