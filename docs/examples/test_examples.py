@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import encoder
 import trainer
-from to_peft import bipeft, to_peft
+from to_peft import bipeft, read_weights, to_peft
 
 SMALL = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 IDS = torch.arange(12).reshape(2, 6) + 3
@@ -78,10 +78,7 @@ def test_peft_computes_what_bipeft_found(family, tmp_path):
     assert {m["rank"] for m in structure.modules} == {1, 4, 8}
     expected = model(input_ids=IDS, **inputs)["logits"]
     assert (expected - plain).abs().max() > 1e-3
-    bipeft.save_structure(structure, tmp_path / "structure.json")
-    bipeft.save_weights(attached, tmp_path / "peft.safetensors")
-    attached.detach()
-    to_peft(tmp_path / "structure.json", tmp_path / "peft.safetensors", tmp_path / "adapter", made(build))
+    to_peft(structure, attached.named_weights(), tmp_path / "adapter", made(build))
     served = peft.PeftModel.from_pretrained(made(build), tmp_path / "adapter").eval()
     assert torch.allclose(served(input_ids=IDS, **inputs)["logits"], expected, atol=1e-5, rtol=0)
     adapted = [name for name, m in served.named_modules() if hasattr(m, "lora_A")]
@@ -152,7 +149,7 @@ def test_the_encoder_end_to_end_and_into_peft(tmp_path):
     bipeft.load_weights(attached, tmp_path / "peft.safetensors")
     expected = model(input_ids=IDS, **ENCODED)["logits"]
     attached.detach()
-    to_peft(structure, tmp_path / "peft.safetensors", tmp_path / "adapter", model)
+    to_peft(structure, read_weights(tmp_path / "peft.safetensors"), tmp_path / "adapter", model)
     served = peft.PeftModel.from_pretrained(encoder.minilm(2, 1)[0], tmp_path / "adapter").eval()
     assert torch.allclose(served(input_ids=IDS, **ENCODED)["logits"], expected, atol=1e-5, rtol=0)
 

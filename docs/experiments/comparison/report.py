@@ -152,11 +152,6 @@ def table(head, rows):
     return "\n".join(lines) if rows else "no data yet"
 
 
-def of_size(data, what):
-    """The heading of a column of sizes."""
-    return f"{what} (of 10,000)" if data.backbone else what
-
-
 def span(mean, half):
     """An interval as text."""
     return f"{signed(mean - half)} to {signed(mean + half)}" if half == half else "–"
@@ -180,7 +175,7 @@ def rates(data):
             edge = {min(tried): "lowest", max(tried): "highest"}.get(chosen, "")
             told = "–" if chosen is None else f"{chosen:g}"
             rows.append([size(data, budget), name, ", ".join(cells), told, edge])
-    return table([of_size(data, "budget"), "method", "rate: mean validation score", "chosen", "edge"], rows)
+    return table(["budget (of 10,000)", "method", "rate: mean validation score", "chosen", "edge"], rows)
 
 
 def by_rate(data):
@@ -226,7 +221,7 @@ def score_table(data, names, budget=None, extra=()):
             rows.append([name, *map(shown, tests), together, size(data, parameters),
                          mean([x["modules"] for x in own]), "0" if METHODS[name].cheap else fte, len(own),
                          *(of(looked) for _, of in extra)])
-    head = ["method", *tasks, "mean", of_size(data, "parameters"), "modules", "FTE", "trainings"]
+    head = ["method", *tasks, "mean", "parameters (of 10,000)", "modules", "FTE", "trainings"]
     return table(head + [heading for heading, _ in extra], rows)
 
 
@@ -309,7 +304,7 @@ def agreement(data):
         shares = [shown([jaccard(a, b) for a, b in pairs], 2) for pairs in (within, across)]
         shares.append(f"{np.mean(by_chance):.2f}" if by_chance else "–")
         rows.append([size(data, budget), name, len(own), *shares])
-    head = [of_size(data, "budget"), "method", "searches", "between seeds", "between tasks", "by chance"]
+    head = ["budget (of 10,000)", "method", "searches", "between seeds", "between tasks", "by chance"]
     return table(head, rows)
 
 

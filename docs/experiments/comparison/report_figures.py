@@ -10,13 +10,13 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.colors import LinearSegmentedColormap
 
-from baselines import ABLATIONS, CORE, METHODS, MORE, SENSITIVITY
+from baselines import ABLATIONS, CORE, METHODS, MORE
 from palette import BLUE, COLOUR, INK, KINDS, SOFT, STYLE, WIDTH, save, where
 from stats import signed
 
 RIVALS = {**CORE, **MORE}
 MARKERS, TASKS = "ovs^P", ("#2d99f1", "#753c00", "#9d84d2", "#00875f", "#e97214")
-FAR = "head alone", "gamma = 1"                        # rows that would stretch a forest plot's axis
+FAR = "head alone"        # a row that would stretch a forest plot's axis
 FEWEST = 6          # pairs that a row of the forest plot has: with fewer its interval is all that is seen
 GROUPS = {"BitFit: norms": ("bitfit", "n0 n1 n2"), "BitFit: attention": ("bitfit", "q k v o"),
           "BitFit: feed-forward": ("bitfit", "wi wo gate up down"), "LNFit": ("lnfit", "n0 n1 n2"),
@@ -34,33 +34,35 @@ def in_order(pair):
     return list(KINDS).index(pair[0]), pair[1]
 
 
-def forest_rows(groups, fewest=0):
-    """(label, Contrast) each, top down, and (heading, None) before each group.
-
-    groups: {heading: {label: Contrast}}.   fewest: pairs that a row needs.
-    """
+def rows_of_pairs(data):
+    """(method, Contrast) each at the main budget, by the mean, and (heading, None) before each group."""
+    found = data.contrasts(RIVALS)
+    groups = {"within the budget": {name: c for name, c in found.items() if not METHODS[name].free},
+              "outside of the budget": {name: c for name, c in found.items() if METHODS[name].free},
+              "ablations of BIPEFT": data.contrasts(ABLATIONS)}
     rows = []
     for heading, group in groups.items():
-        group = [(name, c) for name, c in group.items() if len(c.pairs) >= fewest]
+        group = [(name, c) for name, c in group.items() if len(c.pairs) >= FEWEST]
         if group:
             rows.append((heading, None))
-            rows += group
+            rows += sorted(group, key=lambda row: row[1].mean)
     return rows
 
 
-def forest(rows, tasks, sides):
-    """A row a Contrast: mean and 95 % t interval over pairs (thick) and over seeds (thin, of three or more), a dot
-    a pair. What is FAR has an arrow at the axis' end.   sides: what lies to the left and to the right of zero.
+def draw_pairs(data):
+    """BIPEFT − method, a row each: mean and 95 % t interval over pairs (thick) and over seeds (thin, of three or more),
+    a dot a pair. What is FAR has an arrow at the axis' end. Holm's p as in the tables.
     """
+    rows = rows_of_pairs(data)
     reach = max([1.04 * max(abs(c.mean) + c.half, *map(abs, c.pairs.values()))
-                 for name, c in rows if c and name not in FAR], default=0)
+                 for name, c in rows if c and name != FAR], default=0)
     if not reach:
         return None
     fig, (ax, told) = plt.subplots(1, 2, figsize=(WIDTH, 1 + 0.31 * len(rows)), width_ratios=[3, 1.5],
                                    sharey=True, layout="constrained")
     told.axis("off")
     told.set_xlim(0, 1)
-    for i, task in enumerate(tasks):
+    for i, task in enumerate(data.tasks):
         dots = [(d, y + 0.3) for y, (_, c) in enumerate(rows) if c
                 for (of, _), d in c.pairs.items() if of == task]
         if dots:
@@ -88,29 +90,9 @@ def forest(rows, tasks, sides):
     ax.axvline(0, color=SOFT, lw=1)
     ax.set_yticks([y for y, (_, c) in enumerate(rows) if c], [label for label, c in rows if c])
     ax.set(xlim=(-reach, reach), ylim=(len(rows) - 0.4, -0.6),
-           xlabel=f"← {sides[0]} better     points of test score     {sides[1]} better →")
+           xlabel="← method better     points of test score     BIPEFT better →")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5, columnspacing=1.2)
     return fig
-
-
-def draw_pairs(data):
-    """BIPEFT − method at the main budget; Holm's as in the tables."""
-    found = data.contrasts(RIVALS)
-    groups = {"within the budget": {name: c for name, c in found.items() if not METHODS[name].free},
-              "outside of the budget": {name: c for name, c in found.items() if METHODS[name].free},
-              "ablations of BIPEFT": data.contrasts(ABLATIONS)}
-    groups = {heading: dict(sorted(group.items(), key=lambda row: row[1].mean)) for heading, group in groups.items()}
-    return forest(forest_rows(groups, FEWEST), data.tasks, ("method", "BIPEFT"))
-
-
-def draw_readings(data):
-    """BIPEFT − variant: Tables 6-9 of the paper, then decisions that are ours."""
-    found, groups = data.contrasts(SENSITIVITY), {}
-    for name, c in found.items():
-        of_paper = {"Z =": "Table 6", "gam": "Table 7", "H =": "Table 8", "tau": "Table 9"}
-        heading = of_paper.get(name[:3], "own decisions")
-        groups.setdefault(heading, {})[name] = c
-    return forest(forest_rows(groups), data.tasks, ("variant", "BIPEFT as it is"))
 
 
 def draw_places(data):
@@ -164,14 +146,13 @@ def draw_kinds(data):
         left += widths
     ax.set_yticks(range(len(bars)), [f"{size(data, budget)}: {name}" for name, budget in bars])
     ax.set(xlim=(0, 1.02 * left.max()), ylim=(len(bars) - 0.4, -0.6))
-    of = " (of 10,000)" if data.backbone else ""
-    ax.set_xlabel(f"modules kept at a budget{of}, mean over searches; a number after a kind is the rank")
+    ax.set_xlabel("modules kept at a budget (of 10,000), mean over searches; a number after a kind is the rank")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=8, columnspacing=1.2,
                handlelength=1.6)
     return fig
 
 
-FIGURES = {"pairs": draw_pairs, "readings": draw_readings, "places": draw_places, "kinds": draw_kinds}
+FIGURES = {"pairs": draw_pairs, "places": draw_places, "kinds": draw_kinds}
 
 
 def draw(data, folder, prefix):
