@@ -321,10 +321,12 @@ def test_every_name_that_the_pages_point_to_exists():
     for arrow in re.findall("→((?:[\\s,]*`[^`]+`)+)", (ROOT / "docs/performance.md").read_text()):
         named += re.findall("`(.+?)`", arrow)
     tests = (ROOT / "test_bipeft.py").read_text()
-    table = (ROOT / "README.md").read_text().partition("## Beside the paper")[2].partition("\n## ")[0]
-    for _, _, code, cell, _ in (row.split("|") for row in table.strip().splitlines()[2:]):
-        named += re.findall("`(.+?)`", code)
-        assert [name for name in re.findall("`(.+?)`", cell) if f"\ndef {name}(" not in tests] == []
+    for page, heading in (("README.md", "## Beside the paper"), ("docs/copying.md", "## Where each piece stands")):
+        table = (ROOT / page).read_text().partition(heading)[2].partition("\n## ")[0]
+        rows = [line.split("|") for line in table.splitlines() if line.startswith("|")]
+        for _, _, code, cell, _ in rows[2:]:
+            named += re.findall("`(.+?)`", code)
+            assert [name for name in re.findall("`(.+?)`", cell) if f"\ndef {name}(" not in tests] == []
     for page in PAGES:                                     # `Space.enter`, `bipeft.search`, `expected_size(..)`
         for first, rest in re.findall(r"`(\w+)((?:\.\w+)*)(?:\([^`]*\))?`", blocks_of((ROOT / page).read_text())[1]):
             if rest and first == "bipeft" and rest not in (".py", ".main"):

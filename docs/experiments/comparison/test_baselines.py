@@ -3,7 +3,6 @@
     python -m pytest docs/experiments/comparison/test_baselines.py
 """
 
-import importlib.util
 import itertools
 import re
 from pathlib import Path
@@ -199,8 +198,8 @@ def test_full_fine_tuning_of_a_16_bit_llama_learns_in_float32_and_leaves_it_as_i
     assert all(torch.equal(b, frequencies[name]) for name, b in llama.model.named_buffers())
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="needs peft")
 def test_adalora_on_a_llama_counts_the_triplets_that_it_keeps(llama):
+    pytest.importorskip("peft")
     # B 600 is 9 triplets of q and o, 32 + 32 + 1; those of k and v are 16 + 32 + 1.
     llama.open("toy", 0)
     best, curve, parameters, test = baselines.train_adalora(llama, 600, 1e-2)

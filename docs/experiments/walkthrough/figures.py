@@ -460,10 +460,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="further flags: bipeft.py's")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "figures")
     args, rest = parser.parse_known_args(arguments)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)                     # before the work, not after it
-    except OSError as error:
-        parser.error(f"--out {args.out} can't be made: {error.strerror}")
+    args.out.mkdir(parents=True, exist_ok=True)                         # before the work, not after it
     plt.rcParams.update(STYLE)
     real = recorded(RESULTS / "smollm2_search")
     lines = map(json.loads, (RESULTS / "compare_smollm2.jsonl").read_text().splitlines())

@@ -72,11 +72,3 @@ def test_what_is_drawn_is_what_the_search_held(drawn):
     # A pass 1 gives a gradient to open modules alone, a pass 2 to shut ones, too.
     for passes in record.passes[5:]:
         assert not (passes[0]["felt"] & ~passes[0]["gate"]).any() and (passes[1]["felt"] & ~passes[1]["gate"]).any()
-
-
-def test_what_the_repair_changed_is_marked(drawn):
-    record, _, _ = drawn
-    held = {name: record.ranks[k] if ranked else "x" for name, k, ranked, kept in zip(
-        record.names, record.choice[-1], record.ranked, record.kept[-1]) if kept}
-    assert {record.names[n] for n in record.changed} == {
-        name for name, rank in record.found.items() if held.get(name) != rank}
