@@ -3,12 +3,12 @@
     python docs/experiments/comparison/report.py [--lines docs/experiments/comparison/results/compare.jsonl]
                                       [--figures docs/figures]
 
-Needs the project's packages and matplotlib. The comparison's rules are in compare.py,
-its methods in baselines.py, formulas in stats.py. Reported are trainings on seeds that no rate was chosen on,
-each at its method's chosen rate. A cell is a task and a seed; a pair is BIPEFT and another method in one cell, its
-difference BIPEFT's score less the other's: plus means that BIPEFT is better, in every table and figure. Intervals are
-t intervals of the mean over pairs. A part whose lines are not there says so in a line. The figures' names begin with
-that of the file of lines: compare-pairs.png.
+Needs the project's packages, matplotlib and scipy. The comparison's rules are in compare.py, its methods in
+baselines.py, formulas in stats.py. Reported are trainings on seeds that no rate was chosen on, each at its method's
+chosen rate. A cell is a task and a seed; a pair is BIPEFT and another method in one cell, its difference BIPEFT's score
+less the other's: plus means that BIPEFT is better, in every table and figure. Intervals are t intervals of the mean
+over pairs. A part whose lines are not there says so in a line. The figures' names begin with that of the file of lines:
+compare-pairs.png.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import numpy as np
 import compare
 from harness import bipeft
 from baselines import ABLATIONS, METHODS, SENSITIVITY
-from report_figures import KINDS, RIVALS, draw, in_order, size
+from report_figures import RIVALS, draw, size
 from stats import contrasts, jaccard, jaccard_by_chance, shown, signed
 
 HERE = Path(__file__).resolve().parent
@@ -90,7 +90,7 @@ class Data:
             place, rank = map(int, item.split(":"))
             kind = self.places[place].rpartition(".")[2]
             count[kind, rank if bipeft.KINDS[kind].ranked else 0] += 1
-        return {pair: count[pair] / len(found) for pair in sorted(count, key=in_order)}
+        return {pair: count[pair] / len(found) for pair in count}
 
     def at_rates(self):
         """{rate: {name: {(task, seed): test score}}} at the main budget, of what was re-trained at three rates or more
@@ -103,13 +103,6 @@ class Data:
         rated = [name for name in METHODS if sum(name in of for of in found.values()) > 2]
         return {lr: {name: found[lr][name] for name in rated if name in found[lr]} for lr in sorted(found)
                 if "BIPEFT" in rated and len(found[lr].keys() & set(rated)) > 1 and "BIPEFT" in found[lr]}
-
-    def cells_at_rates(self):
-        """The cells that all of at_rates share; what has fewer than BIPEFT at any rate is left aside."""
-        at = self.at_rates()
-        least = min((len(scores["BIPEFT"]) for scores in at.values()), default=0)
-        every = [set(cells) for scores in at.values() for cells in scores.values()]
-        return set.intersection(*(cells for cells in every if len(cells) >= least)) if every else set()
 
     def failed(self, names, budget=None):
         """{name: {(task, seed): test score}} of trainings FAILED points or more below the median over the seeds that
@@ -179,8 +172,15 @@ def rates(data):
 
 
 def by_rate(data):
-    """Test scores of methods re-trained at the same rates, of the cells that all have; then all pairs."""
-    at, common = data.at_rates(), data.cells_at_rates()
+    """Test scores of methods re-trained at the same rates, of the cells that all have; then all pairs. What has fewer
+    cells than BIPEFT at any rate is left aside.
+    """
+    at = data.at_rates()
+    fewest = min(len(scores["BIPEFT"]) for scores in at.values())
+    whole = []
+    for scores in at.values():
+        whole += [set(cells) for cells in scores.values() if len(cells) >= fewest]
+    common = set.intersection(*whole)
     names = list(dict.fromkeys(name for scores in at.values() for name in scores))
     rows, pairs = [], []
     for name in names:

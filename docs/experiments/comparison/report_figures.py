@@ -50,8 +50,8 @@ def rows_of_pairs(data):
 
 
 def draw_pairs(data):
-    """BIPEFT − method, a row each: mean and 95 % t interval over pairs (thick) and over seeds (thin, of three or more),
-    a dot a pair. What is FAR has an arrow at the axis' end. Holm's p as in the tables.
+    """BIPEFT − method, a row each: mean and 95 % t interval over pairs (thick) and over seeds (thin, of three or more);
+    a dot is a pair. What is FAR has an arrow at the axis' end. Holm's p as in the tables.
     """
     rows = rows_of_pairs(data)
     reach = max([1.04 * max(abs(c.mean) + c.half, *map(abs, c.pairs.values()))
