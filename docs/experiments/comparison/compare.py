@@ -368,7 +368,8 @@ def carry_out_all(args, settings):
 def show(line, seconds):
     """A line for people."""
     keys = ("error",) if "error" in line else ("lr", "parameters", "validation", "test", "passes", "seconds")
-    told = "  ".join(f"{key} {line[key]}" for key in keys if line.get(key) is not None)
+    told = "  ".join(f"{key} {line[key]:.6g}" if isinstance(line[key], (int, float)) else f"{key} {line[key]}"
+                     for key in keys if line.get(key) is not None)
     print(f"{seconds:6.0f} s  {line['stage']:5}  {line.get('method') or line.get('finder'):20} {line['task']:5} "
           f"B {line['budget']}  seed {line['seed']}  {told}", flush=True)
 

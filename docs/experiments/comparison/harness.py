@@ -158,12 +158,13 @@ def pools_of(task, settings):
         return [[([1, *(ids if not y else [5 + i % 10, *ids[1:]])], [y]) for i, (ids, y) in enumerate(rows)]]
     stored, pools = np.load(Path(settings.folder) / "tasks.npz"), []
     after = stored["line_break"].tolist() if "line_break" in stored else []         # after a Llama's prompt
-    for number in range(len(FILES[task])):
+    for number in itertools.count():
+        if f"{task}.{number}.ids" not in stored:
+            return pools
         ids, lengths, labels = (stored[f"{task}.{number}.{key}"].tolist() for key in ("ids", "lengths", "labels"))
         ends = list(itertools.accumulate(lengths))
         longest = settings.max_length - len(after)
         pools.append([(ids[end - n:end][:longest] + after, [y]) for end, n, y in zip(ends, lengths, labels)])
-    return pools
 
 
 def splits_of(task, settings, seed):
