@@ -51,39 +51,35 @@ def minilm(classes, seed):
 
 
 def load_tokens(name, data_dir, tokenizer, train_rows, seed):
-    """{"train", "validation", "test": [(input ids, [class])]}. The original validation set is the test, or, where
-    there is no file of training rows, a third of it; validation comes out of train. The seed decides which rows."""
-    def shuffled(split):
-        rows = bipeft.read_split(name, split, data_dir)
-        return random.Random(seed).sample(rows, len(rows))
+    """{"train", "validation", "test": [(input ids, [class])]}.
 
-    test = shuffled("validation_matched" if name == "mnli" else "validation")
-    whole = data_dir is None or any((Path(data_dir) / name).glob("train.*"))
-    train, test = (shuffled("train"), test) if whole else (test[len(test) // 3:], test[:len(test) // 3 or 1])
-    size, tokens = min(1000, len(train) // 4 or 1), {}
-    for key, rows in {"train": train[size:][:train_rows], "validation": train[:size], "test": test}.items():
-        classes = [[int(bipeft.to_examples(name, row, False)[0].target)] for row in rows]     # it checks them, too
-        texts = [[row[field] for row in rows] for field in bipeft.TASKS[name].fields]         # one list, two for pairs
+    The original validation set is the test, validation comes out of train. The seed decides which rows.
+    """
+    rows = bipeft.read_split(name, "train", data_dir)
+    rows = random.Random(seed).sample(rows, len(rows))
+    size = min(1000, len(rows) // 4)
+    test = bipeft.read_split(name, "validation_matched" if name == "mnli" else "validation", data_dir)
+    tokens = {}
+    for key, part in {"train": rows[size:][:train_rows], "validation": rows[:size], "test": test}.items():
+        classes = [[int(bipeft.to_examples(name, row, False)[0].target)] for row in part]     # it checks them, too
+        texts = [[row[field] for row in part] for field in bipeft.TASKS[name].fields]         # one list, two for pairs
         tokens[key] = list(zip(tokenizer(*texts, truncation=True, max_length=128).input_ids, classes))
     return tokens
 
 
+def metric(name, classes, tokens):
+    """The task's metric of predicted classes, in per cent."""
+    return bipeft.METRICS[bipeft.TASKS[name].metric](list(map(str, classes)), [(str(c),) for _, (c,) in tokens])
+
+
 @torch.no_grad()
-def score(model, tokens, name, device, guess=None):
-    """The task's metric, in per cent, of the most probable classes, or of one guess for all."""
-    batches = [] if guess is not None else bipeft.Batches(tokens, 8 * BATCH, device)
-    said = [c for batch in batches for c in model.eval()(**batch)["logits"].argmax(1).tolist()] or [guess] * len(tokens)
-    answers = [(str(c),) for _, (c,) in tokens]                                      # a GPU's batches hold more rows
-    return bipeft.METRICS[bipeft.TASKS[name].metric]([str(c) for c in said[:len(tokens)]], answers)
-
-
-def picture(structure, candidates):
-    """A structure as text: a row a kind and place, a column a layer; a rank, x without one, . if left out."""
-    kept, rows = {f"{m['name']}.{m['kind']}": str(m["rank"] or "x") for m in structure.modules}, {}
-    for name in candidates:                                                          # layer by layer
-        place, kind = name.removeprefix("encoder.layer.").lstrip("0123456789.").rsplit(".", 1)
-        rows.setdefault(f"{kind:<12}{place:<26}", []).append(f"{kept.get(name, '.'):>3}")
-    return "\n".join(key + "".join(cells) for key, cells in sorted(rows.items(), key=lambda row: row[0][:12]))
+def score(model, tokens, name, device):
+    """The metric of the most probable classes."""
+    model.eval()
+    said = []
+    for batch in bipeft.Batches(tokens, 8 * BATCH, device):
+        said += model(**batch)["logits"].argmax(1).tolist()
+    return metric(name, said[:len(tokens)], tokens)                                  # a GPU's batches hold more rows
 
 
 def passes(device):
@@ -91,43 +87,46 @@ def passes(device):
     return bipeft.CudaGraphs() if device.type == "cuda" else bipeft.forward_backward
 
 
-def work(task, data_dir, space, budget, search_steps, warmup, steps, train_rows, seed, device, out, compare):
-    """Search, re-training, test.   Arguments: the flags."""
-    out, device = Path(out or f"runs/encoder-{task}-{seed}"), bipeft.choose_device(device)
+def work(args):
+    """Search, re-training, test."""
+    task, seed, device = args.task, args.seed, bipeft.choose_device(args.device)
+    out = Path(args.out or f"runs/encoder-{task}-{seed}")
     out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = minilm(len(bipeft.TASKS[task].labels), seed)
-    tokens = load_tokens(task, data_dir, tokenizer, train_rows, seed)
+    tokens = load_tokens(task, args.data_dir, tokenizer, args.train_rows, seed)
     print(f"{task}, seed {seed}: {', '.join(f'{len(t):,} {key}' for key, t in tokens.items())}; {device}", flush=True)
-    found = bipeft.Space(model.to(device), space, seed=seed, also_train=HEAD)
+
+    def show(_, line):                                                               # a step of search or re-training
+        if line["step"] % 20 == 0:
+            print(f"step {line['step']}  loss {line.get('loss', line.get('loss_train')):.3f}", flush=True)
+
+    space = bipeft.Space(model.to(device), args.space, seed=seed, also_train=HEAD)
     halves = [bipeft.Batches(tokens["train"][i::2], BATCH, device, bipeft.derive(seed, 12 + i)) for i in (0, 1)]
     structure = bipeft.search(
-        model, found, *halves, budget, search_steps, warmup, "all-MiniLM-L6-v2", lr=SEARCH_LR, seed=seed,
-        run_pass=passes(device), after_step=lambda _, line: line["step"] % 20 or print(
-            f"search {line['step']}/{search_steps}  loss {line['loss_train']:.3f}  beta {line['beta']:.2f}  "
-            f"E {line['expected']:,.0f}/{budget:,}  kept {line['kept']}  triggers {line['triggers']}/100", flush=True))
-    found.detach()
+        model, space, *halves, args.budget, args.search_steps, args.warmup, "all-MiniLM-L6-v2", lr=SEARCH_LR,
+        seed=seed, run_pass=passes(device), after_step=show)
+    space.detach()
     bipeft.save_structure(structure, out / "structure.json")
-    print(picture(structure, found.names), flush=True)
+    print(bipeft.picture(structure, model), flush=True)
 
     def retrain(title, peft):                                                        # anew, on all of train
         batches = bipeft.Batches(tokens["train"], BATCH, device, bipeft.derive(seed, 15))
         best = bipeft.train(
             model, peft, batches, lambda: score(model, tokens["validation"], task, device),
-            max(1, round(steps / len(batches))), TRAIN_LR, seed=seed, run_pass=passes(device),
-            after_step=lambda _, line: "score" not in line and line["step"] % 20 or print(
-                f"train {line['step']}/{line['steps']}  loss {line['loss']:.3f}  {line.get('score', '')}", flush=True))
+            max(1, round(args.steps / len(batches))), TRAIN_LR, seed=seed, run_pass=passes(device), after_step=show)
         return f"{title:44}{best:10.2f}{score(model, tokens['test'], task, device):8.2f}{peft.size:14,}"
 
     peft = bipeft.apply(model, structure, seed, also_train=HEAD)
     table = [retrain(f"BIPEFT, {len(structure.modules)} modules", peft)]
     bipeft.save_weights(peft, out / "peft.safetensors")
     peft.detach()
-    if compare:
+    if args.compare:
         places = [name for name, *_ in bipeft.places_of(model) if name.endswith((".query", ".value"))]
-        rank = max(1, round(budget / len(places) / (2 * model.encoder.config.hidden_size)))
+        rank = max(1, round(args.budget / len(places) / (2 * model.encoder.config.hidden_size)))
         peft = bipeft.Peft(model, [(place, "lora", rank) for place in places], seed, also_train=HEAD)
         table.append(retrain(f"LoRA of rank {rank} on query and value", peft))
-    common = score(model, tokens["test"], task, device, statistics.mode(label for _, (label,) in tokens["train"]))
+    most_frequent = statistics.mode(label for _, (label,) in tokens["train"])
+    common = metric(task, [most_frequent] * len(tokens["test"]), tokens["test"])
     print(f"{f'{task}, seed {seed}, {bipeft.TASKS[task].metric} in per cent':44}validation    test    parameters",
           f"{'most frequent class':54}{common:8.2f}", *table, f"written to {out}", sep="\n")
 
@@ -138,13 +137,15 @@ def main(arguments=None):
     parser.add_argument("--task", default="sst2", choices=("cola", "mnli", "mrpc", "qnli", "rte", "sst2"))
     parser.add_argument("--data-dir", help="folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub")
     parser.add_argument("--compare", action="store_true", help="train a LoRA of about the same size as well")
-    for flag, d in {"budget": 10_000, "search-steps": 600, "warmup": 300, "steps": 600, "train-rows": 8000,
-                    "seed": 0, "space": "s2", "device": "auto", "out": None}.items():
-        parser.add_argument(f"--{flag}", type=int if type(d) is int else str, default=d, help="(%(default)s)")
+    for flag, default in {"budget": 10_000, "search-steps": 600, "warmup": 300, "steps": 600, "train-rows": 8000,
+                          "seed": 0}.items():
+        parser.add_argument(f"--{flag}", type=int, default=default, help="(%(default)s)")
+    for flag, default in {"space": "s2", "device": "auto", "out": None}.items():
+        parser.add_argument(f"--{flag}", default=default, help="(%(default)s)")
     transformers.logging.disable_progress_bar()
     try:
         with bipeft.deterministic():
-            work(**vars(parser.parse_args(arguments)))
+            work(parser.parse_args(arguments))
     except (bipeft.UsageError, argparse.ArgumentError, OSError) as error:
         print(f"encoder.py: {bipeft.one_line(error)}", file=sys.stderr)
         return 2

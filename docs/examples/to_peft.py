@@ -24,15 +24,11 @@ import bipeft
 def to_peft(structure, weights, folder, model):
     """Writes adapter_config.json and adapter_model.safetensors.   Raises UsageError for what peft can't hold.
 
-    structure, weights: as found and trained, or the files of a run.   folder: to write, made if it is missing.
+    structure, weights: as found and trained, weights by name.   folder: to write, made if it is missing.
     model: what is to wear the adapter, for the full names of its modules; its numbers are not read.
     """
     import peft            # here alone, so that whoever has none is told in one line
 
-    if not isinstance(structure, bipeft.Structure):
-        structure = bipeft.load_structure(structure)
-    if not isinstance(weights, dict):
-        weights = read_weights(weights)
     others = sorted({m["kind"] for m in structure.modules} - {"lora"})
     if others:
         raise bipeft.UsageError(f"peft has no {', '.join(others)} of this form: search with --space lora")
@@ -105,7 +101,8 @@ def main(arguments=None):
         run = Path(settings.run)
         out = Path(settings.out or run / "peft")
         structure = bipeft.load_structure(run / "structure.json")
-        config = to_peft(structure, run / "peft.safetensors", out, skeleton(settings.model or structure.backbone))
+        model = skeleton(settings.model or structure.backbone)
+        config = to_peft(structure, read_weights(run / "peft.safetensors"), out, model)
         ranks = list(config.rank_pattern.values())
         print(f"{len(ranks)} modules, {structure.parameters:,} parameters, of rank "
               f"{', '.join(f'{r} ({ranks.count(r)})' for r in sorted(set(ranks)))}: written to {out}")

@@ -53,8 +53,8 @@ def main(arguments=None):
     untouched = score(model, tokenizer, splits["test"])
 
     # The structure: found here, or by a run of bipeft.py, or by anybody else.
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.structure is None:
-        args.out.mkdir(parents=True, exist_ok=True)
         structure = found(model, tokens, args)
         bipeft.save_structure(structure, args.out / "structure.json")
     else:
@@ -74,7 +74,6 @@ def main(arguments=None):
     trained = score(model, tokenizer, splits["test"])
     path = args.out / "peft.safetensors"
     if trainer.is_world_process_zero():
-        args.out.mkdir(parents=True, exist_ok=True)
         bipeft.save_weights(peft, path)
     trainer.accelerator.wait_for_everyone()
 

@@ -1,31 +1,8 @@
 """The methods of compare.py, simple ones first: each takes a bench and a budget, and gives its structures by name.
 
-    method                           function             paper
-    head alone                       FINDERS              linear probing
-    full                             FINDERS              full fine-tuning
-    all of S2, at rank 8             everywhere           BIPEFT, 4.1: what the search picks from
-    LoRA                             lora                 Hu et al. 2022: y + B A x
-    LoRA, r = 8, on q and v          everywhere           as it is mostly used
-    serial adapter                   spread               Houlsby et al. 2019, at Pfeiffer's places: after feed-forward
-    BitFit                           spread               Ben Zaken et al. 2022: y + b
-    all biases                       everywhere           the same at all of S2's places
-    biases on even norms             even_norms           none: a control that needs no search
-    LNFit                            spread               a kind of S2, S3Delta's space (Hu et al. 2022b)
-    random                           chance               APET (Su et al. 2023)
-    random, best of 3                best_of_chance       none: a control
-    BIPEFT, of S2, S1 and all        bipeft_search        BIPEFT, Algorithm 1
-    one look                         bipeft_search        none: a control, BIPEFT's Eq. 4 alone
-    matched random                   matched              none: a control
-    PrunePEFT, in 1 and 4 rounds     prunepeft            Lawton et al. 2023
-    AdaLoRA                          train_adalora        Zhang et al. 2023
-    S3Delta-M, soft and hard         s3delta              Hu et al. 2022b
-    AutoPEFT                         autopeft             Zhou et al. 2024
-    entangled, b → d, d → b          differential         BIPEFT, Table 2
-    without selection, s-bar at T    without_selection    BIPEFT, Table 2; s-bar: none, a control
-    VARIANTS, "Z = 10" and others    bipeft_search        BIPEFT, Tables 6-10, and readings that are ours
-
-METHODS names them all, and `find` gives a method's structure; AdaLoRA's training is its search. What was taken where a
-paper leaves something open stands in the docstring. The rules that hold for all are in compare.py.
+METHODS, at the end, names them all, FINDERS has the function of each, and `find` gives a method's structure; AdaLoRA's
+training is its search. Whose a method is, and what was taken where its paper leaves something open, stands in its
+docstring. The rules that hold for all are in compare.py.
 """
 
 import contextlib
@@ -739,12 +716,15 @@ class Method:
 
 
 FINDERS = {
+    # Linear probing, full fine-tuning, and what BIPEFT picks from.
     "head": lambda bench, budget: {"head alone": bench.structure([], budget)},
     "full": lambda bench, budget: {"full": bench.structure([], budget)},
     "whole": lambda bench, budget: {"all of S2": everywhere(bench, is_in_s2, 8, budget)},
+    # LoRA within the budget, and as it is mostly used; adapters by Houlsby et al. 2019, at Pfeiffer's places.
     "lora": lora,
     "lora-8": lambda bench, budget: {"LoRA, r = 8": everywhere(bench, is_query_or_value, 8, budget)},
     "serial": lambda bench, budget: {"serial adapter": spread(bench, budget, is_kind("serial"))},
+    # Ben Zaken et al. 2022, y + b, within the budget and everywhere; a kind of S2, S3Delta's space.
     "bitfit": lambda bench, budget: {"BitFit": spread(bench, budget, is_kind("bitfit"))},
     "all-biases": lambda bench, budget: {"all biases": everywhere(bench, is_kind("bitfit"), 1, budget)},
     "lnfit": lambda bench, budget: {"LNFit": spread(bench, budget, is_kind("lnfit"))},

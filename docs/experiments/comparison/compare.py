@@ -20,7 +20,7 @@ fresh weights for the same steps, batches, optimiser (AdamW, linear decay) and s
 head and weights. The re-training rate is a method's own, at each budget: of a ladder the one with the best mean
 validation score over tasks on --tune-seeds, which are never reported and whose test sets are not read. The epoch
 is the best on validation, the test is read once. A BERT's head is outside of B, and learns at the method's
-rate; a T5 and a Llama have none: they answer with the token of a label's digit, chosen among these alone.
+rate; a Llama has none: it answers with the token of a label's digit, chosen among these alone.
 Searches see two halves of the training set, and learn Delta W at one rate, --search-lr; AutoPEFT and the best of
 three train on all of it, at rates of their own. B is of parameters: what a search costs is told, not equal. FTE:
 passes of a search (forward and backward) over those of one re-training; a search's validations are not counted.
@@ -229,8 +229,9 @@ def wanted_of(args):
         if name in names and not importlib.util.find_spec(package):
             print(f"{name} is left out: {package} is not installed")
             names.remove(name)
-    left_out = {"bert": (), "t5": ("head alone", "AdaLoRA", "AutoPEFT"), "llama": ("head alone", "AutoPEFT")}
-    installed = set(names) - set(left_out[args.family])             # they have no head, and many layers
+    installed = set(names)
+    if args.family == "llama":                                      # it has no head, and many layers
+        installed -= {"head alone", "AutoPEFT"}
 
     def of(names, seeds, budget=args.budget, tasks=args.tasks, **more):
         for seed, name, task in itertools.product(seeds, [n for n in names if n in installed], tasks):
@@ -403,6 +404,8 @@ class Parser(argparse.ArgumentParser):
 
 def mistake_in(args, settings):
     """What is wrong with the arguments, in a line, or None."""
+    if settings.family not in ("bert", "llama"):
+        return f"--family is bert or llama, not {settings.family}"
     if set(args.seeds) & set(args.tune_seeds):
         return "--seeds and --tune-seeds must differ: rates are chosen on seeds that are not reported"
     if args.prepare:

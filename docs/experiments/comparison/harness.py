@@ -22,7 +22,7 @@ class Settings:
     """What is the same for every method."""
 
     folder: str = "runs/compare"     # what --prepare made
-    family: str = "bert"             # an encoder with a head; "t5" and "llama" answer with a token
+    family: str = "bert"             # an encoder with a head; "llama" answers with a token
     train_rows: int = 8000           # of sst2
     steps: int = 600                 # of re-training
     evaluations: int = 6             # on validation, evenly spaced
@@ -63,23 +63,6 @@ class Classifier(nn.Module):
         hidden = self.encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
         weight = attention_mask[..., None].to(hidden.dtype)
         return output_of(self.classifier((hidden * weight).sum(1) / weight.sum(1)).float(), labels)
-
-
-class Reader(nn.Module):
-    """A T5 that answers with one token, of those that the labels' digits begin with. No head."""
-
-    head = ()
-
-    def __init__(self, t5, answers):
-        super().__init__()
-        self.encoder, self.start = t5, t5.config.decoder_start_token_id
-        self.register_buffer("answers", torch.tensor(answers), persistent=False)
-
-    def forward(self, input_ids, attention_mask, labels=None):
-        """As Classifier's; the loss is over the label's tokens alone, not over the vocabulary."""
-        begun = torch.full_like(input_ids[:, :1], self.start)
-        logits = self.encoder(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=begun).logits
-        return output_of(logits[:, 0, :].index_select(1, self.answers).float(), labels)
 
 
 class NextToken(nn.Module):
@@ -137,9 +120,8 @@ def prepare(model, data_dir, settings):
             arrays |= {f"{task}.{number}.ids": np.concatenate([np.array(row, np.uint16) for row in ids]),
                        f"{task}.{number}.lengths": np.array([len(row) for row in ids], np.uint16),
                        f"{task}.{number}.labels": rows["label"].to_numpy(np.int8)}
-    if family != "bert":                                            # the first token of each label's digit
+    if family == "llama":                                           # the first token of each label's digit
         arrays["answers"] = np.array([tokenizer(digit).input_ids[0] for digit in "012"])
-    if family == "llama":
         arrays["line_break"] = np.array(tokenizer("\n").input_ids)
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / "tasks.npz", **arrays)
@@ -151,21 +133,18 @@ def prepare(model, data_dir, settings):
 
 
 def token_ids(task, rows, tokenizer, family):
-    """The tokens of a data frame's rows: an encoder's of the fields, the others' of bipeft's prompts, cut at
-    128 or, a Llama's, at the length that the paper gives the task, less the line break.
+    """The tokens of a data frame's rows: an encoder's of the fields, cut at 128, a Llama's of bipeft's prompts, cut
+    at the length that the paper gives the task, less the line break.
     """
     if family == "bert":
         texts = [rows[field].tolist() for field in bipeft.TASKS[task].fields]
-    else:
-        texts = [[bipeft.to_examples(task, row, False)[0].source for row in rows.to_dict("records")]]
-    longest = bipeft.TASKS[task].max_length - 1 if family == "llama" else 128
-    return tokenizer(*texts, truncation=True, max_length=longest).input_ids
+        return tokenizer(*texts, truncation=True, max_length=128).input_ids
+    prompts = [bipeft.to_examples(task, row, False)[0].source for row in rows.to_dict("records")]
+    return tokenizer(prompts, truncation=True, max_length=bipeft.TASKS[task].max_length - 1).input_ids
 
 
 def load_backbone(family, path, dtype):
     """A family's model from a folder, without what no method here uses."""
-    if family == "t5":
-        return transformers.T5ForConditionalGeneration.from_pretrained(path, dtype=dtype)
     if family == "llama":
         return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_cache=False)
     return transformers.AutoModel.from_pretrained(path, add_pooling_layer=False, dtype=dtype)
@@ -222,10 +201,6 @@ class Stretch:
 
 def small_backbone(family):
     """A tiny one of random weights."""
-    if family == "t5":
-        return transformers.T5ForConditionalGeneration(transformers.T5Config(
-            vocab_size=100, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2,
-            decoder_start_token_id=0))
     if family == "llama":
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(
             vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
@@ -246,13 +221,9 @@ class Bench:
         self.dtype = getattr(torch, settings.dtype)
         self.encoder = self.load().to(self.device).eval()
         self.models, self.cache, self.costs = {}, {}, {}
-        self.where = self.find_places()
-        self.keys = list(self.where)
-
-    def find_places(self):
-        """{(name, kind): the backbone's module there}"""
         found = bipeft.places_by_kind(self.around(2), bipeft.KINDS)
-        return {key: place for key, (place, role) in found.items()}
+        self.where = {key: place for key, (place, role) in found.items()}      # by name and kind
+        self.keys = list(self.where)
 
     def around(self, labels):
         """The backbone as a classifier."""
@@ -261,8 +232,7 @@ class Bench:
         answers = [3, 4, 5]
         if not self.settings.small:
             answers = np.load(Path(self.settings.folder) / "tasks.npz")["answers"].tolist()
-        around = {"t5": Reader, "llama": NextToken}[self.settings.family]
-        return around(self.encoder, answers[:labels])
+        return NextToken(self.encoder, answers[:labels])
 
     def load(self):
         """The backbone, of --prepare's folder or, small, random."""

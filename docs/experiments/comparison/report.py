@@ -1,14 +1,14 @@
-"""What compare.py's lines say: tables as markdown on stdout, and figures for light and dark pages.
+"""What compare.py's lines say: tables as markdown on stdout, and figures.
 
     python docs/experiments/comparison/report.py [--lines docs/experiments/comparison/results/compare.jsonl]
                                       [--figures docs/figures]
 
-Needs the project's packages; the figures (report_figures.py) matplotlib. The comparison's rules are in compare.py,
-its methods in baselines.py, formulas in stats.py. Reported are trainings on seeds that no rate was chosen on,
-each at its method's chosen rate. A cell is a task and a seed; a pair is BIPEFT and another method in one cell, its
-difference BIPEFT's score less the other's: plus means that BIPEFT is better, in every table and figure. Intervals are
-t intervals of the mean over pairs. A part whose lines are not there says so in a line. The figures begin with the name
-of the file of lines, compare-pairs-light.png.
+Needs the project's packages, matplotlib and scipy. The comparison's rules are in compare.py, its methods in
+baselines.py, formulas in stats.py. Reported are trainings on seeds that no rate was chosen on, each at its method's
+chosen rate. A cell is a task and a seed; a pair is BIPEFT and another method in one cell, its difference BIPEFT's score
+less the other's: plus means that BIPEFT is better, in every table and figure. Intervals are t intervals of the mean
+over pairs. A part whose lines are not there says so in a line. The figures' names begin with that of the file of lines:
+compare-pairs.png.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import numpy as np
 import compare
 from harness import bipeft
 from baselines import ABLATIONS, METHODS, SENSITIVITY
-from report_figures import KINDS, RIVALS, draw, in_order, size
+from report_figures import RIVALS, draw, size
 from stats import contrasts, jaccard, jaccard_by_chance, shown, signed
 
 HERE = Path(__file__).resolve().parent
@@ -90,15 +90,7 @@ class Data:
             place, rank = map(int, item.split(":"))
             kind = self.places[place].rpartition(".")[2]
             count[kind, rank if bipeft.KINDS[kind].ranked else 0] += 1
-        return {pair: count[pair] / len(found) for pair in sorted(count, key=in_order)}
-
-    def tuned(self):
-        """{name: {rate: {(task, seed): validation score}}} of what chose the rates within the main budget."""
-        found = {name: defaultdict(dict) for name in RIVALS if not METHODS[name].free}
-        for x in self.tuning:
-            if x["budget"] == self.budget and x["method"] in found:
-                found[x["method"]][x["lr"]][x["task"], x["seed"]] = x["validation"]
-        return {name: rates for name, rates in found.items() if rates}
+        return {pair: count[pair] / len(found) for pair in count}
 
     def at_rates(self):
         """{rate: {name: {(task, seed): test score}}} at the main budget, of what was re-trained at three rates or more
@@ -111,13 +103,6 @@ class Data:
         rated = [name for name in METHODS if sum(name in of for of in found.values()) > 2]
         return {lr: {name: found[lr][name] for name in rated if name in found[lr]} for lr in sorted(found)
                 if "BIPEFT" in rated and len(found[lr].keys() & set(rated)) > 1 and "BIPEFT" in found[lr]}
-
-    def cells_at_rates(self):
-        """The cells that all of at_rates share; what has fewer than BIPEFT at any rate is left aside."""
-        at = self.at_rates()
-        least = min((len(scores["BIPEFT"]) for scores in at.values()), default=0)
-        every = [set(cells) for scores in at.values() for cells in scores.values()]
-        return set.intersection(*(cells for cells in every if len(cells) >= least)) if every else set()
 
     def failed(self, names, budget=None):
         """{name: {(task, seed): test score}} of trainings FAILED points or more below the median over the seeds that
@@ -160,11 +145,6 @@ def table(head, rows):
     return "\n".join(lines) if rows else "no data yet"
 
 
-def of_size(data, what):
-    """The heading of a column of sizes."""
-    return f"{what} (of 10,000)" if data.backbone else what
-
-
 def span(mean, half):
     """An interval as text."""
     return f"{signed(mean - half)} to {signed(mean + half)}" if half == half else "–"
@@ -188,12 +168,19 @@ def rates(data):
             edge = {min(tried): "lowest", max(tried): "highest"}.get(chosen, "")
             told = "–" if chosen is None else f"{chosen:g}"
             rows.append([size(data, budget), name, ", ".join(cells), told, edge])
-    return table([of_size(data, "budget"), "method", "rate: mean validation score", "chosen", "edge"], rows)
+    return table(["budget (of 10,000)", "method", "rate: mean validation score", "chosen", "edge"], rows)
 
 
 def by_rate(data):
-    """Test scores of methods re-trained at the same rates, of the cells that all have; then all pairs."""
-    at, common = data.at_rates(), data.cells_at_rates()
+    """Test scores of methods re-trained at the same rates, of the cells that all have; then all pairs. What has fewer
+    cells than BIPEFT at any rate is left aside.
+    """
+    at = data.at_rates()
+    fewest = min(len(scores["BIPEFT"]) for scores in at.values())
+    whole = []
+    for scores in at.values():
+        whole += [set(cells) for cells in scores.values() if len(cells) >= fewest]
+    common = set.intersection(*whole)
     names = list(dict.fromkeys(name for scores in at.values() for name in scores))
     rows, pairs = [], []
     for name in names:
@@ -234,7 +221,7 @@ def score_table(data, names, budget=None, extra=()):
             rows.append([name, *map(shown, tests), together, size(data, parameters),
                          mean([x["modules"] for x in own]), "0" if METHODS[name].cheap else fte, len(own),
                          *(of(looked) for _, of in extra)])
-    head = ["method", *tasks, "mean", of_size(data, "parameters"), "modules", "FTE", "trainings"]
+    head = ["method", *tasks, "mean", "parameters (of 10,000)", "modules", "FTE", "trainings"]
     return table(head + [heading for heading, _ in extra], rows)
 
 
@@ -320,7 +307,7 @@ def agreement(data):
         shares = [shown([jaccard(a, b) for a, b in pairs], 2) for pairs in (within, across)]
         shares.append(f"{np.mean(by_chance):.2f}" if by_chance else "–")
         rows.append([size(data, budget), name, len(own), *shares])
-    head = [of_size(data, "budget"), "method", "searches", "between seeds", "between tasks", "by chance"]
+    head = ["budget (of 10,000)", "method", "searches", "between seeds", "between tasks", "by chance"]
     return table(head, rows)
 
 
@@ -328,21 +315,6 @@ def shared(data, searches):
     """Jaccard of the places that each search and BIPEFT's of the same task and seed keep."""
     own = {(x["task"], x["seed"]): places(x) for x in data.found("BIPEFT")}
     return [jaccard(places(x), own[x["task"], x["seed"]]) for x in searches if (x["task"], x["seed"]) in own]
-
-
-def kept(data):
-    """How many modules of each kind, by rank, a method's searches keep on average."""
-    counts = {(budget, name): data.kinds(name, budget) for budget, name in itertools.product(
-        sorted({x["budget"] for x in data.searches}), RIVALS) if data.found(name, budget)}
-    seen = sorted({pair for count in counts.values() for pair in count}, key=in_order)
-    columns = {kind: [rank for of, rank in seen if of == kind] for kind, _ in seen}
-    rows = []
-    for (budget, name), count in counts.items():
-        cells = [[f"{count.get((kind, rank), 0):.1f}" for rank in of] for kind, of in columns.items()]
-        cells = ["/".join(of) if any(float(mean) for mean in of) else "–" for of in cells]
-        rows.append([size(data, budget), name, *cells])
-    heads = [f"{KINDS[kind]} {'/'.join(map(str, of))}".removesuffix(" 0") for kind, of in columns.items()]
-    return table(["budget", "method", *heads], rows if columns else [])
 
 
 def table_1(data, budget):
@@ -394,8 +366,7 @@ def report(data):
     parts += ["steps: when a search ends; made up: triggers carried out then; shared: places, by Jaccard, with "
               "BIPEFT's.",
               "## What is kept", "Jaccard: places that two structures share, over the places of either.",
-              agreement(data), "Modules by kind, and by rank where it has one: means over searches.",
-              kept(data)]
+              agreement(data)]
     return "\n\n".join(parts)
 
 
@@ -411,8 +382,8 @@ def main(arguments=None):
         data = Data(compare.read(args.lines))
     except bipeft.UsageError as mistake:
         parser.error(str(mistake))
-    print(report(data), "## Figures", "", sep="\n\n", end="")
-    print("\n".join(draw(data, args.figures, args.lines.name.partition(".")[0].replace("_", "-"))))
+    print(report(data))
+    draw(data, args.figures, args.lines.name.partition(".")[0].replace("_", "-"))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
 """The figures of report.py, each one picture on white. Needs matplotlib.
 
-A figure is a function of the data (report.Data) and pyplot. It returns None where the lines that it needs are not
-there. Colours and the names of places are palette.py's.
+A figure is a function of the data (report.Data). It returns None where the lines that it needs are not there. Colours
+and the names of places are palette.py's.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 
 import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.colors import LinearSegmentedColormap
 
-from baselines import ABLATIONS, CORE, METHODS, MORE, SENSITIVITY
+from baselines import ABLATIONS, CORE, METHODS, MORE
 from palette import BLUE, COLOUR, INK, KINDS, SOFT, STYLE, WIDTH, save, where
-from stats import contrasts, signed
+from stats import signed
 
 RIVALS = {**CORE, **MORE}
-FOUR = "random", "matched random", "LoRA", "one look"       # what BIPEFT is set against over budgets and over rates
 MARKERS, TASKS = "ovs^P", ("#2d99f1", "#753c00", "#9d84d2", "#00875f", "#e97214")
-FAR = "head alone", "gamma = 1"                        # rows that would stretch a forest plot's axis
+FAR = "head alone"        # a row that would stretch a forest plot's axis
 FEWEST = 6          # pairs that a row of the forest plot has: with fewer its interval is all that is seen
 GROUPS = {"BitFit: norms": ("bitfit", "n0 n1 n2"), "BitFit: attention": ("bitfit", "q k v o"),
           "BitFit: feed-forward": ("bitfit", "wi wo gate up down"), "LNFit": ("lnfit", "n0 n1 n2"),
@@ -33,91 +34,35 @@ def in_order(pair):
     return list(KINDS).index(pair[0]), pair[1]
 
 
-def differences(found, tasks, plt, label, tick):
-    """A panel a method: BIPEFT's score less its, the mean and its 95 % t interval over seeds, or, where there are but
-    two, over pairs; small, the mean of each task.
-
-    found: {method: {x: Contrast}}.   label: of the x axis.   tick: the text below an x.
-    """
-    found = {name: points for name, points in found.items() if points}
-    if not found:
-        return None
-    cells = [{*c.pairs} for points in found.values() for c in points.values()]
-    tasks = [task for task in tasks if task in {task for task, _ in set.union(*cells)}]
-    few = any(len({seed for _, seed in of}) < 3 for of in cells)
-    fig, axes = plt.subplots(1, len(found), figsize=(WIDTH, 2.9), squeeze=False, sharey=True, layout="constrained")
-    every = sorted({x for points in found.values() for x in points})
-    for ax, (name, points) in zip(axes[0], found.items()):
-        at = [every.index(x) for x in points]
-        for i, task in enumerate(tasks):
-            means = [np.mean([d for (of, _), d in c.pairs.items() if of == task] or np.nan) for c in points.values()]
-            ax.plot(np.array(at) + 0.12 * (i + 1), means, ls="", marker=MARKERS[i % 5], ms=4, color=TASKS[i % 5],
-                    label=task)
-        halves = [c.half if few else c.half_of_seeds for c in points.values()]
-        ax.errorbar(at, [c.mean for c in points.values()], halves,
-                    color=INK, marker="D", ms=5, lw=1.4, label=f"mean, 95 % over {'pairs' if few else 'seeds'}")
-        ax.axhline(0, color=SOFT, lw=1)
-        ax.set_xticks(range(len(every)), [tick(x) for x in every])
-        ax.set(title=f"BIPEFT − {name}", xlabel=label, xlim=(-0.5, len(every) - 0.2))
-    axes[0][0].set_ylabel("points; above 0 BIPEFT is better")
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    return fig
-
-
-def draw_budgets(data, plt):
-    """Figure 3: BIPEFT less each of four methods at each budget."""
-    found = {name: {} for name in FOUR}
-    for budget in sorted({x["budget"] for x in data.reported}):
-        for name, c in data.contrasts(FOUR, budget).items():
-            found[name][budget] = c
-    found = {name: points for name, points in found.items() if len(points) > 1}
-    return differences(found, data.tasks, plt, "budget, 1,000", lambda b: f"{b / 1000:g}")
-
-
-def draw_rates(data, plt):
-    """BIPEFT less each of four methods, both re-trained at the same rate, in the cells that all have. Without trainings
-    of --table rates it is the validation on the seeds that chose the rates.
-    """
-    found, common, what = {name: {} for name in FOUR}, data.cells_at_rates(), "rate of both, 1e-3"
-    at = {lr: {name: {cell: scores[name][cell] for cell in common & scores[name].keys()} for name in scores}
-          for lr, scores in data.at_rates().items()}
-    if not at:
-        what, at = "rate, 1e-3 (validation)", defaultdict(dict)
-        for name, points in data.tuned().items():
-            for lr, cells in points.items():
-                at[lr][name] = cells
-    for lr, scores in sorted(at.items()):
-        for name, c in contrasts(scores.get("BIPEFT", {}), {name: scores[name] for name in FOUR
-                                                            if name in scores}).items():
-            found[name][lr] = c
-    return differences(found, data.tasks, plt, what, lambda lr: f"{1000 * lr:g}")
-
-
-def forest_rows(groups, fewest=0):
-    """(label, Contrast) each, top down, and (heading, None) before each group.
-
-    groups: {heading: {label: Contrast}}.   fewest: pairs that a row needs.
-    """
+def rows_of_pairs(data):
+    """(method, Contrast) each at the main budget, by the mean, and (heading, None) before each group."""
+    found = data.contrasts(RIVALS)
+    groups = {"within the budget": {name: c for name, c in found.items() if not METHODS[name].free},
+              "outside of the budget": {name: c for name, c in found.items() if METHODS[name].free},
+              "ablations of BIPEFT": data.contrasts(ABLATIONS)}
     rows = []
     for heading, group in groups.items():
-        group = {name: c for name, c in group.items() if len(c.pairs) >= fewest}
-        rows += [(heading, None), *group.items()] * bool(group)
+        group = [(name, c) for name, c in group.items() if len(c.pairs) >= FEWEST]
+        if group:
+            rows.append((heading, None))
+            rows += sorted(group, key=lambda row: row[1].mean)
     return rows
 
 
-def forest(rows, tasks, plt, sides):
-    """A row a Contrast: mean and 95 % t interval over pairs (thick) and over seeds (thin, of three or more), a dot
-    a pair. What is FAR has an arrow at the axis' end.   sides: what lies to the left and to the right of zero.
+def draw_pairs(data):
+    """BIPEFT − method, a row each: mean and 95 % t interval over pairs (thick) and over seeds (thin, of three or more);
+    a dot is a pair. What is FAR has an arrow at the axis' end. Holm's p as in the tables.
     """
+    rows = rows_of_pairs(data)
     reach = max([1.04 * max(abs(c.mean) + c.half, *map(abs, c.pairs.values()))
-                 for name, c in rows if c and name not in FAR], default=0)
+                 for name, c in rows if c and name != FAR], default=0)
     if not reach:
         return None
     fig, (ax, told) = plt.subplots(1, 2, figsize=(WIDTH, 1 + 0.31 * len(rows)), width_ratios=[3, 1.5],
                                    sharey=True, layout="constrained")
     told.axis("off")
     told.set_xlim(0, 1)
-    for i, task in enumerate(tasks):
+    for i, task in enumerate(data.tasks):
         dots = [(d, y + 0.3) for y, (_, c) in enumerate(rows) if c
                 for (of, _), d in c.pairs.items() if of == task]
         if dots:
@@ -145,32 +90,12 @@ def forest(rows, tasks, plt, sides):
     ax.axvline(0, color=SOFT, lw=1)
     ax.set_yticks([y for y, (_, c) in enumerate(rows) if c], [label for label, c in rows if c])
     ax.set(xlim=(-reach, reach), ylim=(len(rows) - 0.4, -0.6),
-           xlabel=f"← {sides[0]} better     points of test score     {sides[1]} better →")
+           xlabel="← method better     points of test score     BIPEFT better →")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5, columnspacing=1.2)
     return fig
 
 
-def draw_pairs(data, plt):
-    """BIPEFT − method at the main budget; Holm's as in the tables."""
-    found = data.contrasts(RIVALS)
-    groups = {"within the budget": {name: c for name, c in found.items() if not METHODS[name].free},
-              "outside of the budget": {name: c for name, c in found.items() if METHODS[name].free},
-              "ablations of BIPEFT": data.contrasts(ABLATIONS)}
-    groups = {heading: dict(sorted(group.items(), key=lambda row: row[1].mean)) for heading, group in groups.items()}
-    return forest(forest_rows(groups, FEWEST), data.tasks, plt, ("method", "BIPEFT"))
-
-
-def draw_readings(data, plt):
-    """BIPEFT − variant: Tables 6-9 of the paper, then decisions that are ours."""
-    found, groups = data.contrasts(SENSITIVITY), {}
-    for name, c in found.items():
-        of_paper = {"Z =": "Table 6", "gam": "Table 7", "H =": "Table 8", "tau": "Table 9"}
-        heading = of_paper.get(name[:3], "own decisions")
-        groups.setdefault(heading, {})[name] = c
-    return forest(forest_rows(groups), data.tasks, plt, ("variant", "BIPEFT as it is"))
-
-
-def draw_places(data, plt):
+def draw_places(data):
     """What BIPEFT keeps at the main budget: six rows of kinds by layers, modules per search, shaded by the share of the
     places there.
     """
@@ -188,7 +113,7 @@ def draw_places(data, plt):
     fig, ax = plt.subplots(figsize=(WIDTH, 2.2), layout="constrained")
     grid = np.array([[kept[row, x] / there[row, x] if there[row, x] else np.nan for x in layers] for row in GROUPS])
     ax.imshow(grid, vmin=0, vmax=1, aspect="auto",
-              cmap=plt.matplotlib.colors.LinearSegmentedColormap.from_list("", ["white", BLUE]))
+              cmap=LinearSegmentedColormap.from_list("", ["white", BLUE]))
     for (y, x), share in np.ndenumerate(grid):
         count = kept[list(GROUPS)[y], layers[x]]
         if share == share:
@@ -202,7 +127,7 @@ def draw_places(data, plt):
     return fig
 
 
-def draw_kinds(data, plt):
+def draw_kinds(data):
     """Modules of each kind and rank, stacked: means over searches, of all that search at the main budget, and
     of BIPEFT and one look at the others.
     """
@@ -221,32 +146,21 @@ def draw_kinds(data, plt):
         left += widths
     ax.set_yticks(range(len(bars)), [f"{size(data, budget)}: {name}" for name, budget in bars])
     ax.set(xlim=(0, 1.02 * left.max()), ylim=(len(bars) - 0.4, -0.6))
-    of = " (of 10,000)" if data.backbone else ""
-    ax.set_xlabel(f"modules kept at a budget{of}, mean over searches; a number after a kind is the rank")
+    ax.set_xlabel("modules kept at a budget (of 10,000), mean over searches; a number after a kind is the rank")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=8, columnspacing=1.2,
                handlelength=1.6)
     return fig
 
 
-FIGURES = {"budgets": draw_budgets, "rates": draw_rates, "pairs": draw_pairs, "readings": draw_readings,
-           "places": draw_places, "kinds": draw_kinds}
+FIGURES = {"pairs": draw_pairs, "places": draw_places, "kinds": draw_kinds}
 
 
 def draw(data, folder, prefix):
-    """Every figure, as folder/PREFIX-NAME.png.   Returns what there is to tell."""
-    try:
-        import matplotlib
-        matplotlib.use("agg")
-        from matplotlib import pyplot as plt
-    except ImportError:
-        return ["no figures: matplotlib is not installed"]
+    """Every figure for which there are lines, as folder/PREFIX-NAME.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    told = []
     for name, make in FIGURES.items():
         with plt.rc_context(STYLE):
-            fig, path = make(data, plt), folder / f"{prefix}-{name}.png"
+            fig = make(data)
             if fig is not None:
-                save(fig, path)
+                save(fig, folder / f"{prefix}-{name}.png")
                 plt.close(fig)
-            told.append(str(path) if fig is not None else f"{name}: no data yet")
-    return told

@@ -1,10 +1,10 @@
 """The statistics of report.py: pure functions of numbers, with the formula and its source."""
 
-import functools
 from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t
 
 
 def sign_flip(differences):
@@ -37,20 +37,12 @@ def holm(values):
     return adjusted
 
 
-@functools.cache
-def student(freedom):
-    """t with P(|T| <= t) = 0.95 for Student's T. With t = sqrt(v) tan(a), v degrees of freedom, the density
-    of a is cos(a)^(v - 1) up to a constant: its integral by the midpoint rule, inverted.
-    """
-    angle = np.linspace(0, np.pi / 2, 100_001)
-    area = np.append(0, np.cumsum(np.cos((angle[1:] + angle[:-1]) / 2) ** (freedom - 1)))
-    return float(np.sqrt(freedom) * np.tan(np.interp(0.95, area / area[-1], angle)))
-
-
 def half_width(values):
     """Half of the 95 % t interval of a mean:  t(n - 1) sd / sqrt(n), sd with n - 1; NaN of a single value."""
     n = len(values)
-    return student(n - 1) * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else float("nan")
+    if n < 2:
+        return float("nan")
+    return float(t.ppf(0.975, n - 1) * np.std(values, ddof=1)) / n**0.5
 
 
 @dataclass

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import collections
 import gzip
 import json
 import multiprocessing
@@ -70,7 +69,8 @@ def test_a_rate_without_finite_numbers_is_not_chosen_and_chance_does_not_choose(
     ("--prepare --model nowhere", "--prepare needs --model"),
     ("--prepare --model HERE --data-dir HERE", "can't be loaded"),
     ("--small --table none", "--table: invalid choice"), ("--small --seeds 100", "must differ"),
-    ("--small --family t5 --table main --methods AdaLoRA", "no training is asked for"),
+    ("--small --family llama --table main --methods AutoPEFT", "no training is asked for"),
+    ("--small --family t5", "--family is bert or llama, not t5"),
     ("--small --out HERE/code.py", "does not hold compare.py's lines"), ("--small --out HERE", "can't be read"),
     ("--table main --folder HERE --tasks wic", "holds no task wic")])
 def test_a_mistake_is_one_line(arguments, told, tmp_path, capsys):
@@ -87,7 +87,7 @@ def test_what_belongs_to_another_file_or_fits_nowhere_is_told(tmp_path, capsys):
     lines = run(tmp_path, "--table", "main", "--methods", "LoRA", "--lr", "1e-3", "--seeds", "0", "--budget", "1")
     assert lines[1]["error"] == "UsageError: no module of LoRA fits into a budget of 1"
     with pytest.raises(SystemExit):
-        run(tmp_path, *TWO_TRAININGS, "--family", "t5")
+        run(tmp_path, *TWO_TRAININGS, "--family", "llama")
     assert "is of other settings or another model" in capsys.readouterr().err
 
 
@@ -100,14 +100,6 @@ def test_a_run_goes_on_where_it_was_and_reads_no_test_on_seeds_for_rates(tmp_pat
     assert sum(not x["tuning"] for x in trained) == 2 * 4
     assert all((x["test"] is None) == x["tuning"] == (x["seed"] >= 100) for x in trained)
     assert all(x["parameters"] <= 600 for x in trained if x["method"] != "full")
-    for method in {x["method"] for x in trained}:
-        rates = collections.defaultdict(list)
-        for x in trained:
-            if x["method"] == method and x["tuning"]:
-                rates[x["lr"]].append(x["validation"])
-        (lr,) = {x["lr"] for x in trained if x["method"] == method and not x["tuning"]}
-        assert len(rates) >= 3 and {len(scores) for scores in rates.values()} == {2}
-        assert sum(rates[lr]) == max(map(sum, rates.values()))
     assert run(tmp_path, *asked) == lines
 
 

@@ -4,9 +4,9 @@ one of SmolLM2-135M, whose files are in comparison/results/smollm2_search.
     python docs/experiments/walkthrough/figures.py                        docs/figures: PNGs, a GIF, walkthrough.json
     python docs/experiments/walkthrough/figures.py --out DIR --seed 2     another seed, or flags of bipeft.py
 
-Needs matplotlib. Takes about a minute on one thread: the search of `python bipeft.py --task toy --seed 1`, by the program's own
-classes, which note what is drawn after each step and in each pass (test_figures.py compares the structures), then the
-drawing. Another CPU or torch rounds otherwise, and finds another structure.
+Needs matplotlib. Takes about a minute on one thread: the search of `python bipeft.py --task toy --seed 1`, by the
+program's own classes, which note what is drawn after each step and in each pass (test_figures.py compares the
+structures), then the drawing. Another CPU or torch rounds otherwise, and finds another structure.
 """
 
 import argparse
@@ -460,10 +460,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="further flags: bipeft.py's")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "figures")
     args, rest = parser.parse_known_args(arguments)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)                     # before the work, not after it
-    except OSError as error:
-        parser.error(f"--out {args.out} can't be made: {error.strerror}")
+    args.out.mkdir(parents=True, exist_ok=True)                         # before the work, not after it
     plt.rcParams.update(STYLE)
     real = recorded(RESULTS / "smollm2_search")
     lines = map(json.loads, (RESULTS / "compare_smollm2.jsonl").read_text().splitlines())
