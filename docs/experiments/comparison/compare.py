@@ -49,7 +49,7 @@ from baselines import (ABLATIONS, ACROSS, CORE, LLAMA_CORE, METHODS, MORE, SCALE
                      ladder, scaled_lora, train_adalora)
 
 HERE = Path(__file__).resolve().parent
-TABLES = ("main", "ablations", "budgets", "transfer", "sensitivity", "rates", "cost")
+TABLES = ("main", "ablations", "budgets", "transfer", "sensitivity", "cost")
 
 
 # 1. A job: a search or a training
@@ -255,9 +255,6 @@ def wanted_of(args):
         elif table == "transfer":
             for seed, source in itertools.product(args.seeds, args.tasks):
                 yield from of(["BIPEFT"], [seed], tasks=[t for t in args.tasks if t != source], **{"source": source})
-        elif table == "rates":
-            for seed, lr in itertools.product(args.seeds, args.rates):
-                yield from of(args.methods or [n for n, m in CORE.items() if not m.free], [seed], lr=lr)
         elif table == "cost":
             names = [n for n, m in {**CORE, **MORE}.items() if not m.cheap] + ["entangled", "without selection"]
             names = ["random", "LoRA", "AdaLoRA", *names]                       # the first warms the device up
@@ -429,7 +426,7 @@ def mistake_in(args, settings):
 LLAMA_ARGS = {"folder": "runs/compare-smollm2", "out": HERE / "results" / "compare_smollm2.jsonl",
               "dtype": "bfloat16", "budget": 18_697, "budgets": [5_000, 59_000, 74_790], "warmup": 150,
               "max_length": 256, "tasks": ["cola", "qnli", "mnli", "sst2"], "tune_tasks": ["cola", "qnli"],
-              "tune_seeds": [100], "rates": [1e-3, 3e-3, 1e-2]}
+              "tune_seeds": [100]}
 SMALL_ARGS = {**SMALL, "table": list(TABLES), "tasks": ["toy"], "budget": 600, "budgets": [300], "seeds": [0, 1],
               "out": Path("runs") / "compare-small" / "compare.jsonl"}
 
@@ -451,8 +448,6 @@ def parser_of():
     add("--lr", type=float, help="one re-training rate for all, instead of choosing")
     add("--budget", type=int, default=10_000)
     add("--budgets", nargs="+", type=int, default=[3_000, 25_000, 45_000], help="of --table budgets")
-    add("--rates", nargs="+", type=float, default=[1e-3, 2.5e-3, 6e-3, 1.5e-2],
-        help="of --table rates: each for all")
     add("--workers", type=int, default=0)
     add("--minutes", type=float, default=1e9, help="then stop: the same command goes on")
     for field in dataclasses.fields(Settings):

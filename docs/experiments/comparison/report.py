@@ -1,7 +1,7 @@
 """What compare.py's lines say: tables as markdown on stdout, and figures.
 
     python docs/experiments/comparison/report.py [--lines docs/experiments/comparison/results/compare.jsonl]
-                                      [--figures docs/figures]
+        [--beside docs/experiments/comparison/results/compare_smollm2.jsonl] [--figures docs/figures]
 
 Needs the project's packages, matplotlib and scipy. The comparison's rules are in compare.py, its methods in
 baselines.py, formulas in stats.py. Reported are trainings on seeds that no rate was chosen on, each at its method's
@@ -23,7 +23,7 @@ import numpy as np
 import compare
 from harness import bipeft
 from baselines import ABLATIONS, METHODS, SENSITIVITY
-from report_figures import RIVALS, draw, size
+from report_figures import FIGURES, RIVALS, draw, draw_ratios, size
 from stats import contrasts, jaccard, jaccard_by_chance, shown, signed
 
 HERE = Path(__file__).resolve().parent
@@ -46,8 +46,7 @@ class Data:
         self.tuning = once(x for x in trained if x["tuning"])
         self.tasks = list(dict.fromkeys(x["task"] for x in trained))
         first = next((x for x in lines if x["stage"] == "places"), {})
-        whole = next((x["parameters"] for x in trained if x["method"] == "full"), None)
-        self.places, self.backbone = first.get("places", []), first.get("backbone_parameters", whole)
+        self.places, self.backbone = first.get("places", []), first.get("backbone_parameters")
         seeds = sorted({x["seed"] for x in self.tuning})
         tuned = list(dict.fromkeys(x["task"] for x in self.tuning))
         family = first.get("settings", {}).get("family", "bert")
@@ -91,18 +90,6 @@ class Data:
             kind = self.places[place].rpartition(".")[2]
             count[kind, rank if bipeft.KINDS[kind].ranked else 0] += 1
         return {pair: count[pair] / len(found) for pair in count}
-
-    def at_rates(self):
-        """{rate: {name: {(task, seed): test score}}} at the main budget, of what was re-trained at three rates or more
-        (--table rates), where BIPEFT and another have scores.
-        """
-        found = defaultdict(lambda: defaultdict(dict))
-        for x in self.scored:
-            if x["budget"] == self.budget and x["source"] is None:
-                found[x["lr"]][x["method"]][x["task"], x["seed"]] = x["test"]
-        rated = [name for name in METHODS if sum(name in of for of in found.values()) > 2]
-        return {lr: {name: found[lr][name] for name in rated if name in found[lr]} for lr in sorted(found)
-                if "BIPEFT" in rated and len(found[lr].keys() & set(rated)) > 1 and "BIPEFT" in found[lr]}
 
     def failed(self, names, budget=None):
         """{name: {(task, seed): test score}} of trainings FAILED points or more below the median over the seeds that
@@ -169,31 +156,6 @@ def rates(data):
             told = "–" if chosen is None else f"{chosen:g}"
             rows.append([size(data, budget), name, ", ".join(cells), told, edge])
     return table(["budget (of 10,000)", "method", "rate: mean validation score", "chosen", "edge"], rows)
-
-
-def by_rate(data):
-    """Test scores of methods re-trained at the same rates, of the cells that all have; then all pairs. What has fewer
-    cells than BIPEFT at any rate is left aside.
-    """
-    at = data.at_rates()
-    fewest = min(len(scores["BIPEFT"]) for scores in at.values())
-    whole = []
-    for scores in at.values():
-        whole += [set(cells) for cells in scores.values() if len(cells) >= fewest]
-    common = set.intersection(*whole)
-    names = list(dict.fromkeys(name for scores in at.values() for name in scores))
-    rows, pairs = [], []
-    for name in names:
-        held = {lr: [s for cell, s in at[lr].get(name, {}).items() if cell in common] for lr in at}
-        own = data.rates.get((name, data.budget))
-        cells = [f"{np.mean(tests):.1f}" if len(tests) == len(common) else "–" for tests in held.values()]
-        rows.append([name, *(f"**{cell}**" if lr == own else cell for lr, cell in zip(held, cells))])
-    for lr, scores in at.items():
-        for name, c in contrasts(scores["BIPEFT"], {n: s for n, s in scores.items() if n != "BIPEFT"}).items():
-            pairs.append([f"{lr:g}", name, signed(c.mean), span(c.mean, c.half_of_seeds),
-                          f"{c.above} of {len(c.pairs)}", f"{c.p:.2g}"])
-    return (table(["method", *(f"{lr:g}" for lr in at)], rows) + "\n\n"
-            + table(["rate of both", "BIPEFT −", "mean", "over seeds", "above", "p"], pairs))
 
 
 def score_table(data, names, budget=None, extra=()):
@@ -351,9 +313,6 @@ def report(data):
     """All tables, as one text."""
     uncut = [("uncut", lambda of: shown([x.get("uncut") for x in of], 0))]
     parts = ["## Rates, chosen on seeds that are not reported", rates(data)]
-    if data.at_rates():
-        parts += ["## Test scores by rate", "Bold: the chosen rate, which alone the other tables are of.",
-                  by_rate(data)]
     budgets = {x["budget"] for x in data.reported if x["method"] == "BIPEFT"}
     for budget in sorted(budgets, key=data.order) or [0]:
         parts += table_1(data, budget)
@@ -375,6 +334,7 @@ def main(arguments=None):
     parser = compare.Parser(description=__doc__, formatter_class=raw)
     parser.add_argument("--lines", type=Path, default=HERE / "results" / "compare.jsonl")
     parser.add_argument("--figures", type=Path, default=HERE.parents[1] / "figures", help="the figures' folder")
+    parser.add_argument("--beside", type=Path, help="another file of lines: a figure of both over their budgets")
     args = parser.parse_args(arguments)
     if not args.lines.exists() and not args.lines.with_name(f"{args.lines.name}.gz").exists():
         parser.error(f"{args.lines} does not exist: run compare.py first, or name its --out with --lines")
@@ -383,7 +343,10 @@ def main(arguments=None):
     except bipeft.UsageError as mistake:
         parser.error(str(mistake))
     print(report(data))
-    draw(data, args.figures, args.lines.name.partition(".")[0].replace("_", "-"))
+    draw(args.figures, args.lines.name.partition(".")[0].replace("_", "-"), FIGURES, data)
+    if args.beside:
+        both = {"MiniLM": data, "SmolLM2": Data(compare.read(args.beside))}
+        draw(args.figures, "compare", {"ratios": draw_ratios}, both)
 
 
 if __name__ == "__main__":

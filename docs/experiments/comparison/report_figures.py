@@ -16,7 +16,6 @@ from stats import signed
 
 RIVALS = {**CORE, **MORE}
 MARKERS, TASKS = "ovs^P", ("#2d99f1", "#753c00", "#9d84d2", "#00875f", "#e97214")
-FAR = "head alone"        # a row that would stretch a forest plot's axis
 FEWEST = 6          # pairs that a row of the forest plot has: with fewer its interval is all that is seen
 GROUPS = {"BitFit: norms": ("bitfit", "n0 n1 n2"), "BitFit: attention": ("bitfit", "q k v o"),
           "BitFit: feed-forward": ("bitfit", "wi wo gate up down"), "LNFit": ("lnfit", "n0 n1 n2"),
@@ -36,7 +35,7 @@ def in_order(pair):
 
 def rows_of_pairs(data):
     """(method, Contrast) each at the main budget, by the mean, and (heading, None) before each group."""
-    found = data.contrasts(RIVALS)
+    found = data.contrasts([name for name in RIVALS if name != "head alone"])       # which would stretch the axis
     groups = {"within the budget": {name: c for name, c in found.items() if not METHODS[name].free},
               "outside of the budget": {name: c for name, c in found.items() if METHODS[name].free},
               "ablations of BIPEFT": data.contrasts(ABLATIONS)}
@@ -51,13 +50,12 @@ def rows_of_pairs(data):
 
 def draw_pairs(data):
     """BIPEFT − method, a row each: mean and 95 % t interval over pairs (thick) and over seeds (thin, of three or more);
-    a dot is a pair. What is FAR has an arrow at the axis' end. Holm's p as in the tables.
+    a dot is a pair. Holm's p as in the tables.
     """
     rows = rows_of_pairs(data)
-    reach = max([1.04 * max(abs(c.mean) + c.half, *map(abs, c.pairs.values()))
-                 for name, c in rows if c and name != FAR], default=0)
-    if not reach:
+    if not rows:
         return None
+    reach = max(1.04 * max(abs(c.mean) + c.half, *map(abs, c.pairs.values())) for _, c in rows if c)
     fig, (ax, told) = plt.subplots(1, 2, figsize=(WIDTH, 1 + 0.31 * len(rows)), width_ratios=[3, 1.5],
                                    sharey=True, layout="constrained")
     told.axis("off")
@@ -75,13 +73,11 @@ def draw_pairs(data):
             ax.text(-0.02, y + 0.1, label, transform=ax.get_yaxis_transform(), ha="right", va="center",
                     color=SOFT, style="italic")
             continue
-        out = abs(c.mean) + c.half > reach
-        at = np.sign(c.mean) * reach * 0.98 if out else c.mean
-        ax.errorbar(at, y, xerr=0 if out else c.half, marker="><"[c.mean < 0] if out else "D", ms=6, zorder=4,
-                    elinewidth=1.5, color=INK, mfc=INK if c.holm < 0.05 else "white")
+        ax.errorbar(c.mean, y, xerr=c.half, marker="D", ms=6, zorder=4, elinewidth=1.5, color=INK,
+                    mfc=INK if c.holm < 0.05 else "white")
         half = c.half_of_seeds if len({seed for _, seed in c.pairs}) > 2 else float("nan")
-        if not out and half == half:
-            ax.errorbar(at, y, xerr=half, elinewidth=0.6, capsize=2, color=INK)
+        if half == half:
+            ax.errorbar(c.mean, y, xerr=half, elinewidth=0.6, capsize=2, color=INK)
         span = f" [{signed(c.mean - half)}, {signed(c.mean + half)}]" if half == half else ""
         told.text(0, y, signed(c.mean) + span, va="center")
         told.text(1, y, f"{c.above} of {len(c.pairs)}", va="center", ha="right")
@@ -152,15 +148,38 @@ def draw_kinds(data):
     return fig
 
 
+def draw_ratios(every):
+    """BIPEFT less each of four methods against the budget's share of the backbone, without failed trainings: means and
+    95 % t intervals over pairs.   every: {backbone: data}.
+    """
+    methods = "LoRA", "random", "matched random", "one look"
+    fig, axes = plt.subplots(1, len(methods), figsize=(WIDTH, 2.7), sharey=True, layout="constrained")
+    for (backbone, data), marker, colour in zip(every.items(), "os", (INK, BLUE)):
+        budgets = sorted({x["budget"] for x in data.reported})
+        found = [data.contrasts(methods, of, without=data.failed(["BIPEFT", *methods], of)) for of in budgets]
+        for ax, method in zip(axes, methods):
+            points = [(1e4 * of / data.backbone, c[method]) for of, c in zip(budgets, found) if method in c]
+            ax.errorbar([share for share, _ in points], [c.mean for _, c in points], [c.half for _, c in points],
+                        marker=marker, ms=4, color=colour, lw=1.2, label=backbone)
+    for ax, method in zip(axes, methods):
+        ax.axhline(0, color=SOFT, lw=1)
+        ax.set(title=f"BIPEFT − {method}", xscale="log", xlabel="budget, of 10,000")
+        ax.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+        ax.minorticks_off()
+    axes[0].set_ylabel("points; above 0 BIPEFT is better")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return fig
+
+
 FIGURES = {"pairs": draw_pairs, "places": draw_places, "kinds": draw_kinds}
 
 
-def draw(data, folder, prefix):
-    """Every figure for which there are lines, as folder/PREFIX-NAME.png."""
+def draw(folder, prefix, figures, *of):
+    """Every one of some figures for which there are lines, as folder/PREFIX-NAME.png.   of: what they are drawn of."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, make in FIGURES.items():
+    for name, make in figures.items():
         with plt.rc_context(STYLE):
-            fig = make(data)
+            fig = make(*of)
             if fig is not None:
                 save(fig, folder / f"{prefix}-{name}.png")
                 plt.close(fig)

@@ -139,16 +139,13 @@ def test_a_run_stops_in_time(tmp_path, capsys):
     assert "not done: 2 trainings" in capsys.readouterr().out
 
 
-def test_methods_are_run_in_the_order_they_are_named_in_and_rates_for_all():
+def test_methods_are_run_in_the_order_they_are_named_in():
     args = argparse.Namespace(table=["main"], methods=["LoRA, r = 8", "BIPEFT", "LNFit"], seeds=[0, 1],
-                              tasks=["qnli", "cola"], budget=600, family="llama", rates=[1e-3, 2e-3])
+                              tasks=["qnli", "cola"], budget=600, family="llama")
     order = [(wish["seed"], wish["method"], wish["task"]) for wish in compare.wanted_of(args)]
     assert order == [(seed, name, task) for seed in (0, 1) for name in args.methods for task in args.tasks]
     args.methods = None
     assert "head alone" not in {wish["method"] for wish in compare.wanted_of(args)}            # it has none
-    args.table = ["rates"]
-    assert {(wish["method"], wish["lr"]) for wish in compare.wanted_of(args)} == {
-        (name, lr) for name in ("BIPEFT", "one look", "random", "matched random", "LoRA") for lr in args.rates}
 
 
 def test_a_llamas_tasks_are_prepared_with_a_line_break_before_the_answer(tmp_path):

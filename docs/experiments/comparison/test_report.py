@@ -9,7 +9,6 @@ import re
 import numpy as np
 import pytest
 
-pytest.importorskip("matplotlib")
 import compare
 import report_figures as figures
 import report
