@@ -15,7 +15,8 @@ from palette import BLUE, COLOUR, INK, KINDS, SOFT, STYLE, WIDTH, save, where
 from stats import signed
 
 RIVALS = {**CORE, **MORE}
-MARKERS, TASKS = "ovs^P", ("#2d99f1", "#753c00", "#9d84d2", "#00875f", "#e97214")
+TASKS = {"cola": ("o", "#2d99f1"), "qnli": ("v", "#753c00"), "mnli": ("s", "#9d84d2"), "sst2": ("^", "#00875f"),
+         "toy": ("P", "#e97214")}                      # a marker and a colour each
 FEWEST = 6          # pairs that a row of the forest plot has: with fewer its interval is all that is seen
 GROUPS = {"BitFit: norms": ("bitfit", "n0 n1 n2"), "BitFit: attention": ("bitfit", "q k v o"),
           "BitFit: feed-forward": ("bitfit", "wi wo gate up down"), "LNFit": ("lnfit", "n0 n1 n2"),
@@ -26,11 +27,6 @@ def size(data, parameters):
     """A number of parameters and, where the backbone's is known, how many of 10,000 these are."""
     share = f" ({1e4 * parameters / data.backbone:.2f})" if data.backbone else ""
     return f"{parameters:,.0f}{share}"
-
-
-def in_order(pair):
-    """A key to sort (kind, rank) by."""
-    return list(KINDS).index(pair[0]), pair[1]
 
 
 def rows_of_pairs(data):
@@ -60,12 +56,12 @@ def draw_pairs(data):
                                    sharey=True, layout="constrained")
     told.axis("off")
     told.set_xlim(0, 1)
-    for i, task in enumerate(data.tasks):
+    for task in data.tasks:
         dots = [(d, y + 0.3) for y, (_, c) in enumerate(rows) if c
                 for (of, _), d in c.pairs.items() if of == task]
         if dots:
-            ax.plot(*zip(*dots), ls="", marker=MARKERS[i % 5], ms=3.6, mew=0, color=TASKS[i % 5],
-                    label=f"a pair on {task}")
+            marker, colour = TASKS[task]
+            ax.plot(*zip(*dots), ls="", marker=marker, ms=3.6, mew=0, color=colour, label=f"a pair on {task}")
     for fill, label in ((INK, "mean, Holm's p < 0.05"), ("white", "mean, not so")):
         ax.plot([], [], ls="", marker="D", color=INK, mfc=fill, label=label)
     for y, (label, c) in enumerate(rows):
@@ -86,7 +82,7 @@ def draw_pairs(data):
     ax.axvline(0, color=SOFT, lw=1)
     ax.set_yticks([y for y, (_, c) in enumerate(rows) if c], [label for label, c in rows if c])
     ax.set(xlim=(-reach, reach), ylim=(len(rows) - 0.4, -0.6),
-           xlabel="← method better     points of test score     BIPEFT better →")
+           xlabel="← method better     points of test score (thick: 95 % over pairs)     BIPEFT better →")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5, columnspacing=1.2)
     return fig
 
@@ -117,15 +113,15 @@ def draw_places(data):
             ax.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if share > 0.5 else INK)
     ax.set_xticks(range(len(layers)), layers)
     ax.set_yticks(range(len(GROUPS)), GROUPS)
-    ax.set_xlabel("layer; a number: modules kept there per search; the darker, the more of those that could be")
+    ax.set_xlabel("layer; a number: modules kept there per search (·: none); shade: the share kept of the places there")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(True)
     return fig
 
 
 def draw_kinds(data):
-    """Modules of each kind and rank, stacked: means over searches, of all that search at the main budget, and
-    of BIPEFT and one look at the others.
+    """Modules of each kind, stacked: means over searches, of all that search at the main budget, and of BIPEFT and one
+    look at the others.
     """
     bars = {(name, budget): data.kinds(name, budget)
             for budget in sorted({x["budget"] for x in data.searches}, key=data.order)
@@ -135,16 +131,15 @@ def draw_kinds(data):
         return None
     fig, ax = plt.subplots(figsize=(WIDTH, 1.3 + 0.33 * len(bars)), layout="constrained")
     left = np.zeros(len(bars))
-    for kind, rank in sorted({pair for bar in bars.values() for pair in bar}, key=in_order):
-        widths = np.array([bar.get((kind, rank), 0) for bar in bars.values()])
-        ax.barh(range(len(bars)), widths, left=left, color=COLOUR[kind], edgecolor="white", lw=0,
-                hatch={1: "....", 4: "////"}.get(rank), label=f"{KINDS[kind]} {rank or ''}".strip())
+    for kind in KINDS:
+        widths = np.array([sum(count for (of, _), count in bar.items() if of == kind) for bar in bars.values()])
+        if widths.any():
+            ax.barh(range(len(bars)), widths, left=left, color=COLOUR[kind], label=KINDS[kind])
         left += widths
     ax.set_yticks(range(len(bars)), [f"{size(data, budget)}: {name}" for name, budget in bars])
     ax.set(xlim=(0, 1.02 * left.max()), ylim=(len(bars) - 0.4, -0.6))
-    ax.set_xlabel("modules kept at a budget (of 10,000), mean over searches; a number after a kind is the rank")
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=8, columnspacing=1.2,
-               handlelength=1.6)
+    ax.set_xlabel("modules kept at a budget (of 10,000), mean over searches")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=8)
     return fig
 
 

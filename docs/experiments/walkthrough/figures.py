@@ -348,19 +348,21 @@ def real_search(lines, structure, metrics):
     steps, tau = [x["step"] for x in lines], metrics["settings"]["tau"]
     fired = [x for x in lines if x["reduction"] is not None]
     beta.plot(steps, [x["beta"] for x in lines], color=BLUE, lw=0.9)
-    beta.axhline(tau, color=INK, ls="--", lw=1, label=f"τ = {tau}")
+    beta.axhline(tau, color=INK, ls=":", lw=1.2, label=f"τ = {tau}")
     beta.plot([x["step"] for x in fired], [x["beta"] for x in fired], "o", color=ORANGE, mec=INK, mew=0.4, ms=3.5,
               label=f"a trigger, {len(fired)} in all")
-    beta.set(ylabel="β", ylim=(0.5, 1.02))
-    size.plot(steps, [x["expected"] for x in lines], color=BLUE, lw=1.2, drawstyle="steps-post", label="E")
+    beta.set(ylabel="β, from 0.5 on", ylim=(0.5, 1.02))
+    size.plot(steps, [x["expected"] for x in lines], color=BLUE, lw=1.2, drawstyle="steps-post",
+              label="E, before a step's trigger")
     size.axhline(structure["budget"], color=INK, ls="--", lw=1, label=f"B = {structure['budget']:,}")
-    size.plot(fired[-1]["step"], metrics["parameters"], "D", color=ORANGE, mec=INK, ms=5, label="found", clip_on=False)
+    size.plot(fired[-1]["step"], metrics["parameters"], "D", color=ORANGE, mec=INK, ms=5, clip_on=False,
+              label="found: after the last trigger and the repair")
     size.set(xlabel="step", ylabel="parameters", xlim=(0, steps[-1] + 3), yscale="log")
     size.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     for ax in (size, beta):
         ax.axvspan(0, fired[0]["step"] - 0.5, color=PALE, lw=0, zorder=0, label="before the first trigger")
     handles, labels = (a + b[:3] for a, b in zip(beta.get_legend_handles_labels(), size.get_legend_handles_labels()))
-    figure.legend(handles, labels, loc="outside upper center", ncols=6)
+    figure.legend(handles, labels, loc="outside upper center", ncols=3)
     return figure
 
 
@@ -387,7 +389,7 @@ def real_structure(places, structure):
     ax.set(xlim=(-0.1, len(layers) + 0.1), ylim=(y, 0), xticks=np.arange(len(layers)) + 0.5, yticks=list(ticks))
     ax.set_xticklabels(layers)
     ax.set_yticklabels(ticks.values())
-    ax.set_xlabel("layer; filled: kept (a number: the rank), empty: left out")
+    ax.set_xlabel("layer; filled: kept; empty: left out; n1, n2: a layer's norms")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     return figure
@@ -439,12 +441,16 @@ def real_facts(lines, structure, metrics):
     """Of the recorded search."""
     fired, tau = [x["step"] for x in lines if x["reduction"] is not None], metrics["settings"]["tau"]
     late = [x["beta"] for x in lines if fired[0] <= x["step"] <= fired[-1]]
+    certain = fired[len(fired) - -(-len(fired) // 10)]                      # the first trigger with p = 1 [D4]
+    before, at = lines[certain - 2], lines[certain - 1]
     kinds = [m["kind"] for m in structure["modules"]]
     return [
         f"B = {structure['budget']:,} and Z = {metrics['settings']['triggers']}",
         f"the {len(fired)} triggers come within the steps {fired[0]} to {fired[-1]}",
         f"in {sum(beta < tau for beta in late)} of these {len(late)} steps β is below τ",
         f"E is {lines[fired[0] - 1]['expected']:,.0f} at the first trigger",
+        f"from {before['expected']:,.0f} to {at['expected']:,.0f}",
+        f"the last {len(fired) - fired.index(certain)} triggers take {before['kept']} modules down to {lines[-1]['kept']}",
         f"Of {lines[0]['kept']} modules {len(kinds)} stay",
         f"{metrics['test']:.1f} % of the test, where the most frequent answer has {metrics['test_most_frequent']:.1f}",
         ", ".join(f"{kinds.count(kind)} {KINDS[kind]}" for kind in KINDS if kind in kinds)
