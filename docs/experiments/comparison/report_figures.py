@@ -12,7 +12,7 @@ from matplotlib.colors import LinearSegmentedColormap
 
 from baselines import ABLATIONS, CORE, METHODS, MORE
 from palette import BLUE, COLOUR, INK, KINDS, SOFT, STYLE, WIDTH, save, where
-from stats import signed
+from stats import interval
 
 RIVALS = {**CORE, **MORE}
 TASKS = {"cola": ("o", "#2d99f1"), "qnli": ("v", "#753c00"), "mnli": ("s", "#9d84d2"), "sst2": ("^", "#00875f"),
@@ -45,8 +45,8 @@ def rows_of_pairs(data):
 
 
 def draw_pairs(data):
-    """BIPEFT − method, a row each: mean and 95 % t interval over pairs (thick) and over seeds (thin, of three or more);
-    a dot is a pair. Holm's p as in the tables.
+    """BIPEFT − method, a row each: mean and 95 % t interval over pairs (thick) and over seeds (thin); a dot is a pair.
+    Holm's p as in the tables.
     """
     rows = rows_of_pairs(data)
     if not rows:
@@ -71,11 +71,9 @@ def draw_pairs(data):
             continue
         ax.errorbar(c.mean, y, xerr=c.half, marker="D", ms=6, zorder=4, elinewidth=1.5, color=INK,
                     mfc=INK if c.holm < 0.05 else "white")
-        half = c.half_of_seeds if len({seed for _, seed in c.pairs}) > 2 else float("nan")
-        if half == half:
-            ax.errorbar(c.mean, y, xerr=half, elinewidth=0.6, capsize=2, color=INK)
-        span = f" [{signed(c.mean - half)}, {signed(c.mean + half)}]" if half == half else ""
-        told.text(0, y, signed(c.mean) + span, va="center")
+        if c.half_of_seeds == c.half_of_seeds:
+            ax.errorbar(c.mean_of_seeds, y, xerr=c.half_of_seeds, elinewidth=0.6, capsize=2, color=INK)
+        told.text(0, y, interval(c), va="center")
         told.text(1, y, f"{c.above} of {len(c.pairs)}", va="center", ha="right")
     told.text(0, -0.9, "mean, 95 % over seeds", color=SOFT)
     told.text(1, -0.9, "above", color=SOFT, ha="right")
@@ -145,7 +143,7 @@ def draw_kinds(data):
 
 def draw_ratios(every):
     """BIPEFT less each of four methods against the budget's share of the backbone, without failed trainings: means and
-    95 % t intervals over pairs.   every: {backbone: data}.
+    95 % t intervals over seeds, cut at the panels' edges.   every: {backbone: data}.
     """
     methods = "LoRA", "random", "matched random", "one look"
     fig, axes = plt.subplots(1, len(methods), figsize=(WIDTH, 2.7), sharey=True, layout="constrained")
@@ -154,11 +152,11 @@ def draw_ratios(every):
         found = [data.contrasts(methods, of, without=data.failed(["BIPEFT", *methods], of)) for of in budgets]
         for ax, method in zip(axes, methods):
             points = [(1e4 * of / data.backbone, c[method]) for of, c in zip(budgets, found) if method in c]
-            ax.errorbar([share for share, _ in points], [c.mean for _, c in points], [c.half for _, c in points],
-                        marker=marker, ms=4, color=colour, lw=1.2, label=backbone)
+            ax.errorbar([share for share, _ in points], [c.mean_of_seeds for _, c in points],
+                        [c.half_of_seeds for _, c in points], marker=marker, ms=4, color=colour, label=backbone)
     for ax, method in zip(axes, methods):
         ax.axhline(0, color=SOFT, lw=1)
-        ax.set(title=f"BIPEFT − {method}", xscale="log", xlabel="budget, of 10,000")
+        ax.set(title=f"BIPEFT − {method}", xscale="log", xlabel="budget, of 10,000", ylim=(-9, 9))
         ax.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
         ax.minorticks_off()
     axes[0].set_ylabel("points; above 0 BIPEFT is better")

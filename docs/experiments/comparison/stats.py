@@ -52,7 +52,8 @@ class Contrast:
     pairs: dict
     mean: float
     half: float             # of the t interval of the mean over pairs
-    half_of_seeds: float    # of the t interval over the means of each seed: pairs of a seed share data and structure
+    mean_of_seeds: float    # of the means of each seed, since pairs of a seed share data and structure,
+    half_of_seeds: float    # and half of its t interval
     p: float                # of the exact sign-flip test
     holm: float = 1.0       # the same after Holm
 
@@ -76,7 +77,8 @@ def contrasts(base, others):
             for (_, seed, *_), value in pairs.items():
                 by_seed[seed].append(value)
             means = [np.mean(values) for values in by_seed.values()]
-            found[name] = Contrast(pairs, float(np.mean(d)), half_width(d), half_width(means), sign_flip(d))
+            found[name] = Contrast(pairs, float(np.mean(d)), half_width(d), float(np.mean(means)), half_width(means),
+                                   sign_flip(d))
     for name, p in holm({name: c.p for name, c in found.items()}).items():
         found[name].holm = p
     return found
@@ -103,3 +105,9 @@ def shown(values, digits=1):
 def signed(value, digits=2):
     """+1.00, and a minus sign as in print."""
     return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")               # no −0.0
+
+
+def interval(contrast):
+    """The mean over seeds and, of two seeds or more, its interval: −3.38 [−5.69, −1.06]."""
+    mean, half = contrast.mean_of_seeds, contrast.half_of_seeds
+    return signed(mean) + (f" [{signed(mean - half)}, {signed(mean + half)}]" if half == half else "")
