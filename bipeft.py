@@ -1169,7 +1169,7 @@ class Search:
     nothing to search, and for modules that are not on the model.
     """
 
-    STATE = ("kept", "fixed", "open_ranks", "choice", "smoothed", "indicators", "history", "potential",
+    STATE = ("kept", "fixed", "open_ranks", "choice", "smoothed", "indicators", "rank_history", "potential",
              "steps_done", "triggers_done")
 
     def __init__(self, model, space, settings, steps, warmup=0, run_pass=forward_backward):
@@ -1206,7 +1206,7 @@ class Search:
         # History: s̄; the last H + 1 indicators I; softmax(Φ) and v since the last trigger; t and z.
         self.smoothed = torch.zeros(n, device=device)
         self.indicators = []
-        self.history = [self.rank_weights()]
+        self.rank_history = [self.rank_weights()]
         self.potential = self.potential_ranks()
         self.steps_done = 0
         self.triggers_done = 0
@@ -1237,7 +1237,7 @@ class Search:
             gate, ranks = self.sample(noise)
             phi_loss = self.run_pass(self.model, space, gate.detach(), ranks, phi_batch, [self.phi])
             descend(self.phi_optimizer, self.phi, ~self.fixed)
-        self.history.append(self.rank_weights())
+        self.rank_history.append(self.rank_weights())
 
         # "Accumulate the sensitivity score of each PEFT module": Eq. 1-4. A removed one keeps its last s̄.
         gradient_cosine = alignment(train_gradients, val_gradients, space.lengths)
@@ -1272,7 +1272,7 @@ class Search:
         self.fixed = self.fixed | removed
 
         # "Evaluate dimension stability λ", over the steps since the last trigger (Eq. 9).
-        instability = rank_instability(torch.stack(self.history))
+        instability = rank_instability(torch.stack(self.rank_history))
 
         # "Estimate the number of modules Y_z for dimension selection" (Eq. 10); at last all are due [D5].
         remaining = self.settings.triggers - self.triggers_done                       # Z - z
@@ -1289,7 +1289,7 @@ class Search:
 
         # "Freeze part of Θ and Φ according to b_z, d_z": `descend` passes over their rows [D18].
         self.open_ranks = bool((~self.fixed).any())
-        self.history = self.history[-1:]
+        self.rank_history = self.rank_history[-1:]
         self.triggers_done += 1
         return reduction
 

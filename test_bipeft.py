@@ -342,7 +342,8 @@ def test_eq_5_stability_by_hand():
 @over(SEEDS)
 def test_eq_5_against_a_loop(seed):
     rng = random.Random(seed)
-    n, h, t = rng.randint(1, 6), rng.randint(1, 5), rng.randint(1, 9)
+    n, h = rng.randint(2, 6), rng.randint(1, 5)
+    t = h + rng.randint(0, 4)                                            # t = h: not yet H pairs
     rows = [[rng.random() < 0.5 for _ in range(n)] for _ in range(t)]
     beta = 0.0
     if t >= h + 1:
@@ -1349,12 +1350,12 @@ def test_section_4_a_trigger_worked_by_hand():
     now = torch.tensor([[3 / 4, 1 / 4], [3 / 4, 1 / 4], [1 / 4, 3 / 4], [1 / 2, 1 / 2]], dtype=torch.float64)
     keep = torch.tensor([[1 / 2, 1 / 2], [1 / 4, 3 / 4], [1 / 4, 3 / 4], [1 / 2, 1 / 2]])
     bipeft.put_back([search.theta, search.phi], [keep.log(), now.log()])
-    search.smoothed, search.history, search.potential = tensor(3.0, 2, 4, 1), [then, now], tensor(2.0, 1, 2, 0).double()
+    search.smoothed, search.rank_history, search.potential = tensor(3.0, 2, 4, 1), [then, now], tensor(2.0, 1, 2, 0).double()
     assert close(search.expected_sizes(), [10, 40, 28, 16]) and close(search.keep_probabilities(), [.5, .75, .75, .5])
-    assert close(bipeft.rank_instability(torch.stack(search.history))[:3], [.137326, .000724, .002381], 1e-6)
+    assert close(bipeft.rank_instability(torch.stack(search.rank_history))[:3], [.137326, .000724, .002381], 1e-6)
     assert float(search.select()) == pytest.approx(14)
     assert search.kept.tolist() == [True, True, True, False] and search.fixed.tolist() == [False, True, False, True]
-    assert search.choice[1] == 0 and search.potential.tolist() == [1, 1, 2, 0] and equal(search.history, [now])
+    assert search.choice[1] == 0 and search.potential.tolist() == [1, 1, 2, 0] and equal(search.rank_history, [now])
     # No step follows; the second trigger is the last: p = 1, E = 10 + 32 + 28 = 70, R = (70 - 36) / 1 = 34. B goes (32),
     # A does not fit (42). All ranks get fixed, A's at 1 and C's at 2: 8 + 32 > 36, and A, the less sensitive, is dropped.
     structure = search.finish()
@@ -1558,7 +1559,7 @@ def test_section_4_a_trigger_is_the_papers_by_hand(space, arch_lr):
             line = search.step(*batches[:3])
             history.append(moment(search).phi)
         now = moment(search)
-        assert equal(search.history, [phi.double().softmax(1) for phi in history])
+        assert equal(search.rank_history, [phi.double().softmax(1) for phi in history])
         expected, reduction = trigger_by_hand(search, now, history)
         # where p = 1 nothing but C_n, of float64, is in E_t
         assert math.isclose(line["expected"], expected, rel_tol=1e-12 if z == 3 else 1e-6)

@@ -4,7 +4,7 @@
 
 The code of README.md and copying.md is run. A command is parsed by the parser of the program that it names, and none is
 run but `./run_glue.sh --dry-run`. What is neither a checked command, nor code that is run, nor what a command above it
-printed, nor a formula, is a failure; of the walk-through test_walkthrough.py checks the blocks.
+printed, nor a formula, is a failure.
 """
 
 import argparse
@@ -39,7 +39,6 @@ import bipeft                                                                   
 
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md")
                               if ".pytest_cache" not in p.parts)]
-WALK = "docs/walkthrough.md"               # quotes bipeft.py and shows a run: test_walkthrough.py checks either
 RUN = ("README.md", "docs/copying.md")     # whose code is run below
 HOSTS = {"arxiv.org", "github.com"}
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES)
@@ -161,8 +160,6 @@ def test_every_block_is_a_command_or_code_that_is_run_or_what_a_command_printed(
     for number, (language, code, before) in enumerate(blocks):
         if language == "math":
             assert code.count("{") == code.count("}") > 0
-        elif page == WALK and language in ("python", "text"):
-            pass
         elif language == "python":
             assert page in RUN, f"block {number} is code of a page whose code no test runs"
         elif language == "text":
