@@ -1675,7 +1675,7 @@ def read_split(name, split, data_dir, needed=True):
             return None
         if len(files) != 1:
             raise UsageError(f"there must be one of {folders[-1] / split}{', '.join(READERS)}, and there are "
-                             f"{len(files)}: add one, or give another --data-dir")
+                             f"{len(files)}: have just one there, or give another --data-dir")
         where = files[0]
     with failing(f"{where} can't be read", advice):
         if data_dir is None:
@@ -2451,7 +2451,7 @@ def parse(arguments, settings_class=Settings):
     for seed in seeds:
         settings = settings_class(**values, seed=seed)
         check(settings, fail)
-        if settings.out is None:
+        if not settings.out:
             source = settings.space.replace(",", "+")
             if settings.structure is not None:
                 source = f"from-{Path(settings.structure).resolve().parent.name}"

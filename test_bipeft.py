@@ -1904,7 +1904,7 @@ def test_section_5_text_stays_the_text_that_stands_there(suffix, tmp_path):
         with pytest.raises(UsageError, match="can't be read .'utf-8' codec"):
             bipeft.read_split("custom", "train", tmp_path)
     (tmp_path / "train.parquet").write_bytes(b"")
-    with pytest.raises(UsageError, match="one of .*train.parquet, .jsonl, .csv, .tsv, and there are 2: add"):
+    with pytest.raises(UsageError, match="one of .*train.parquet, .jsonl, .csv, .tsv, and there are 2: have just one"):
         bipeft.read_split("custom", "train", tmp_path)
 
 
