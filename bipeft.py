@@ -59,6 +59,7 @@ import string
 import sys
 import time
 import types
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -1932,7 +1933,7 @@ def tokenize(tokenizer, examples, max_length, causal=False):
     causal: the input has no end token, and the label follows with nothing between [D82] and is not cut [D69].
     """
     end = tokenizer.eos_token_id
-    inputs = [without(end, ids) for ids in tokenizer([e.source for e in examples]).input_ids]
+    inputs = [without(end, ids) for ids in tokenizer([e.source for e in examples], verbose=False).input_ids]
     labels = tokenizer([e.target for e in examples], add_special_tokens=not causal).input_ids
     labels = [without(end, ids) for ids in labels]
     if causal:
@@ -2132,9 +2133,17 @@ def decoded(tokenizer, ids, ends):
 
 
 def answer(model, tokenizer, texts):
-    """What a model and a tokenizer that `load_run` gave answer to input texts, in their order."""
-    if isinstance(texts, str):
+    """What a model and a tokenizer that `load_run` gave answer to input texts, in their order.
+
+    texts: of any iterable, as a list or a column of a table.   Warns of inputs that are cut.   Raises
+    UsageError for what is no text.
+    """
+    if isinstance(texts, (str, dict)) or not hasattr(texts, "__iter__"):
         raise UsageError("answer takes a list of texts: give [text] for one")
+    texts = list(texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise UsageError(f"answer takes texts, and {text!r:.60} is none")
     if not texts:
         return []
     causal = not model.config.is_encoder_decoder
@@ -2142,6 +2151,11 @@ def answer(model, tokenizer, texts):
     tokens = tokenize(tokenizer, examples, tokenizer.model_max_length, causal)
     if not all(source for source, _ in tokens):
         raise UsageError("an input is empty to the model: leave it out")
+    whole = tokenize(tokenizer, examples, sys.maxsize, causal)
+    cut = sum(len(source) > tokenizer.model_max_length for source, _ in whole)
+    if cut:
+        warnings.warn(f"{cut} of {len(texts)} inputs are cut at {tokenizer.model_max_length} tokens",
+                      stacklevel=2)
     longest = model.generation_config.max_new_tokens
     return predict(model, tokenizer, tokens, 32, model.device, longest)
 

@@ -2854,8 +2854,14 @@ def test_section_8_a_causal_model_twice(world, tmp_path):
     assert bipeft.answer(model, tokenizer, [e.source for e in examples]) == said
     with pytest.raises(UsageError, match="an input is empty"):
         bipeft.answer(model, tokenizer, ["say", ""])
-    with pytest.raises(UsageError, match="a list of texts"):
-        bipeft.answer(model, tokenizer, "say")
+    for wrong in ("say", None, 5, {"source": "say"}):
+        with pytest.raises(UsageError, match="a list of texts"):
+            bipeft.answer(model, tokenizer, wrong)
+    for wrong in (["say", None], [["say", "say"]], b"say"):
+        with pytest.raises(UsageError, match="answer takes texts, and"):
+            bipeft.answer(model, tokenizer, wrong)
+    with pytest.warns(UserWarning, match="1 of 2 inputs are cut at 128 tokens"):
+        assert len(bipeft.answer(model, tokenizer, np.array(["say", "say " * 200]))) == 2
 
 
 def test_section_8_the_toy_end_to_end(tmp_path, monkeypatch):
