@@ -105,7 +105,11 @@ def test_the_command_line_of_to_peft(tmp_path):
     assert said.startswith(f"{len(structure.modules)} modules, {structure.parameters:,} parameters, of rank 1 (")
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "model")
-    assert (tmp_path / "peft" / "adapter_model.safetensors").exists()
+    modes = [(tmp_path / "peft" / name).stat().st_mode for name in ("adapter_config.json", "adapter_model.safetensors")]
+    assert modes[0] == modes[1]                                              # whoever reads one may read the other
+    for out in ("structure.json", "model"):
+        code, _, errors = program("to_peft.py", tmp_path, "--model", tmp_path / "model", "--out", tmp_path / out)
+        assert code == 2 and errors.count("\n") == 1 and "is a file, or a model's folder" in errors
 
 
 def test_a_mistake_is_one_line(tmp_path):

@@ -57,7 +57,8 @@ def to_peft(structure, weights, folder, model):
         base_model_name_or_path=getattr(model, "name_or_path", "") or structure.backbone, inference_mode=True)
     config.save_pretrained(folder)
     tensors = {f"base_model.model.{name}": t.detach().cpu().contiguous() for name, t in tensors.items()}
-    safetensors.torch.save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    content = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    bipeft.write_atomically(Path(folder) / "adapter_model.safetensors", content)
     return config
 
 
@@ -100,6 +101,8 @@ def main(arguments=None):
         settings = parser.parse_args(arguments)
         run = Path(settings.run)
         out = Path(settings.out or run / "peft")
+        if out.is_file() or (out / "config.json").exists():
+            raise bipeft.UsageError(f"--out {out} is a file, or a model's folder: name a folder of the adapter's own")
         structure = bipeft.load_structure(run / "structure.json")
         model = skeleton(settings.model or structure.backbone)
         config = to_peft(structure, read_weights(run / "peft.safetensors"), out, model)
