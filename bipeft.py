@@ -55,12 +55,14 @@ import math
 import os
 import random
 import re
+import reprlib
 import string
 import sys
 import time
 import types
 import warnings
-from collections import Counter
+import zipfile
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -83,7 +85,7 @@ class Settings:
     fields. `search` of section 4 takes any of them by name.
     """
 
-    task: str = "rte"                   # which data set, a key of TASKS
+    task: str = "rte"                   # GLUE's or SuperGLUE's by name, custom (a person's own), or toy
     model: str = "google-t5/t5-large"   # T5 or Llama (whose answer follows its input), hub or folder
     data_dir: str = None      # folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub
     max_length: int = None  # tokens of inputs and T5's targets (custom, GLUE 128, SuperGLUE 256, ReCoRD 512)
@@ -114,6 +116,11 @@ class Settings:
 
 class UsageError(ValueError):
     """A person's mistake. The message is one line: what is wrong, and what to do about it."""
+
+
+SHORT = reprlib.Repr()                          # how a person's text, or row, is shown in such a line
+SHORT.maxstring = 80
+SHORT.maxother = 80
 
 
 def derive(seed, *keys):
@@ -1459,8 +1466,8 @@ def loss_of(output):
 def require_finite(value, what):
     """Raises UsageError if a number is NaN or infinite, before a checkpoint could keep it."""
     if not math.isfinite(value):
-        raise UsageError(f"{what} is {value}: use --dtype bfloat16 or float32 rather than float16, or a "
-                         "smaller --lr")
+        raise UsageError(f"{what} is {value}: use a smaller --lr, or --dtype bfloat16 or float32 rather "
+                         "than float16")
 
 
 def put_back(tensors, values):
@@ -1562,11 +1569,11 @@ TASKS = {
 SUPERGLUE = ("boolq", "cb", "multirc", "record", "wic")
 
 
-def to_examples(name, row, training):
-    """A row in the hub's columns as Examples: one, or in training one an answer.   Raises UsageError."""
+def to_examples(name, row):
+    """A row in the hub's columns as Examples: one, or of ReCoRD one an answer.   Raises UsageError."""
     task = TASKS[name]
     if name == "record":
-        return record_examples(row, training)
+        return record_examples(row)
     texts = {key: text_of(name, key, row) for key in (*task.fields, task.answer)}
     if name == "custom":
         return [Example(texts["source"], texts["target"], (texts["target"].strip(),))]
@@ -1580,13 +1587,14 @@ def to_examples(name, row, training):
 def text_of(name, key, row):
     """A row's cell as the text that stands there.   Raises UsageError for one that is missing or no text."""
     value = row.get(key)
-    if value is None or value != value:                      # what is no number differs from itself
-        raise UsageError(f"a row of {name} has no {key}: fill it in, or leave the row out; it is {row!r:.90}")
+    blank = key == TASKS[name].answer and not str(value).strip()
+    if value is None or value != value or blank:             # what is no number differs from itself
+        raise UsageError(f"no {key}: fill it in, or leave the row out; it is {SHORT.repr(row)}")
     if isinstance(value, bool):
         return str(value).lower()
     unsound = value in (math.inf, -math.inf) or re.search(r"[\ud800-\udfff]", str(value))
     if unsound or not isinstance(value, str | int | float):
-        raise UsageError(f"a row of {name} has a {key} that is no text: {value!r:.60}; write it as one text")
+        raise UsageError(f"a {key} that is no text: {SHORT.repr(value)}; write it as one text")
     return str(value)
 
 
@@ -1605,19 +1613,18 @@ def label_of(name, label):
     return target
 
 
-def record_examples(row, training):
+def record_examples(row):
     """ReCoRD's: `@highlight` lines become sentences; training repeats a row for each answer [D47]."""
     for key in ("entities", "answers"):
         texts = row.get(key)
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            raise UsageError(f"a row of record has {key} that are no list of texts: give .jsonl or .parquet")
+            raise UsageError(f"{key} that are no list of texts: give .jsonl or .parquet")
     query = text_of("record", "query", row)
     passage = text_of("record", "passage", row)
     passage = re.sub(r"([.?!\"'])\n@highlight\n", r"\1 ", passage).replace("\n@highlight\n", ". ")
     source = f"record query: {query} entities: {', '.join(row['entities'])} passage: {passage}"
     answers = tuple(dict.fromkeys(row["answers"]))
-    examples = [Example(source, answer, answers) for answer in answers]
-    return examples if training else examples[:1]
+    return [Example(source, answer, answers) for answer in answers]
 
 
 def load_splits(name, data_dir, seed):
@@ -1641,7 +1648,8 @@ def load_splits(name, data_dir, seed):
         parts = [train, validation, test]
     splits = {}
     for key, rows in zip(("train", "validation", "test"), parts):
-        splits[key] = [example for row in rows for example in to_examples(name, row, key == "train")]
+        several = None if key == "train" else 1                 # examples of a row; see `record_examples`
+        splits[key] = [example for row in rows for example in to_examples(name, row)[:several]]
         if len(splits[key]) < 2:
             raise UsageError(f"{name} has too few rows for its {key} part: give at least 4 in each file")
     return splits
@@ -1655,43 +1663,56 @@ def drawn(rows, count, seed):
 
 
 def read_split(name, split, data_dir, needed=True):
-    """The rows of a split, from DIR/<task>/<split>, for custom also DIR/<split>, or the hub.   UsageError."""
+    """The rows of a split, [{column: value}], from the hub or a file: DIR/<task>/<split>.csv or another of
+    READERS, of custom also DIR/<split>.csv.   needed: if not, a split without a file is None.   UsageError.
+    """
     where = f"{name} on the hub"
     advice = ": mend the network, or give --data-dir"
-    if data_dir is None and name == "custom":
-        raise UsageError("--task custom needs --data-dir, a folder with train and validation: source, target")
     if data_dir is not None:
-        if not Path(data_dir).is_dir():
-            raise UsageError(f"--data-dir {data_dir} is no folder: give the one that holds the files")
-        advice = ": mend the file, a text in UTF-8, or give another --data-dir"
-        folders = [Path(data_dir, name)]
-        if name == "custom":
-            folders.append(Path(data_dir))
-        files = [folder / f"{split}{suffix}" for folder in folders for suffix in READERS]
-        files = [file for file in files if file.is_file()]
-        if not files and not needed:
-            strange = [file for folder in folders for file in folder.glob(f"{split}.*")]
-            if strange:
-                raise UsageError(f"{strange[0]} is none of {', '.join(READERS)}: make it one or move it away")
-            return None
-        if len(files) != 1:
-            raise UsageError(f"there must be one of {folders[-1] / split}{', '.join(READERS)}, and there are "
-                             f"{len(files)}: have just one there, or give another --data-dir")
-        where = files[0]
+        where = find_file(name, split, data_dir, needed)
+        advice = ": mend the file, or give another --data-dir"
+    elif name == "custom":
+        raise UsageError("--task custom needs --data-dir, a folder with train and validation: source, target")
+    if where is None:
+        return None
     with failing(f"{where} can't be read", advice):
-        if data_dir is None:
-            rows = read_hub(name, split)
-        else:
-            rows = READERS[where.suffix](where)
-        columns = list(rows[0]) if rows else []
+        rows = read_hub(name, split) if data_dir is None else READERS[where.suffix](where)
+        if not rows:
+            raise ValueError("it has no rows")
         for row in rows:
             if name == "rte" and "premise" in row:           # SuperGLUE's copy of the same examples
                 row["sentence1"] = row.pop("premise")
                 row["sentence2"] = row.pop("hypothesis")
         for column in (*TASKS[name].fields, TASKS[name].answer):
             if not any(column in row for row in rows):
-                raise ValueError(f"no column '{column}' or no row; it has {', '.join(map(repr, columns))}")
+                raise ValueError(f"no column '{column}'; it has {', '.join(map(repr, rows[0]))}")
+    for number, row in enumerate(rows, 1):
+        try:
+            to_examples(name, row)                           # whoever asks for rows gets sound ones
+        except UsageError as error:
+            raise UsageError(f"{where}, row {number}: {error}") from None
     return rows
+
+
+def find_file(name, split, data_dir, needed):
+    """The one file of a split; None if there is none, and none is needed.   Raises UsageError."""
+    if not Path(data_dir).is_dir():
+        raise UsageError(f"--data-dir {data_dir} is no folder: give the one that holds the files")
+    folder = Path(data_dir, name)
+    there = sorted(folder.glob(f"{split}.*"))
+    advice = "give another --data-dir, or --task custom for a file of your own"
+    if name == "custom":
+        folder = Path(data_dir)
+        there += sorted(folder.glob(f"{split}.*"))
+        advice = "have just one there, or give another --data-dir"
+    if not there and not needed:
+        return None
+    files = [path for path in there if path.suffix in READERS]
+    if len(files) != 1:
+        names = ", ".join(path.name for path in there) or "no such file"
+        raise UsageError(f"of {folder / split}{', '.join(READERS)} there must be one, and there is "
+                         f"{names}: {advice}")
+    return files[0]
 
 
 def read_hub(name, split):
@@ -1719,10 +1740,18 @@ def read_parquet(path):
     return rows
 
 
+def text_in(path):
+    """A file's text.   Raises ValueError if it is none in UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("it is no text in UTF-8: save it as such") from None
+
+
 def read_jsonl(path):
     """[{column: value}] of a .jsonl file, an object a line; numbers are texts, as they are written."""
     rows = []
-    for number, line in enumerate(path.read_bytes().decode("utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(text_in(path).split("\n"), 1):
         if line.strip():
             with failing(f"line {number}"):
                 row = json.loads(line, parse_int=str, parse_float=str, object_pairs_hook=object_of)
@@ -1742,7 +1771,7 @@ def object_of(pairs):
 def read_csv(path):
     """[{column: text}] of a .csv file in UTF-8, with commas, semicolons or tabs; an empty cell is None."""
     csv.field_size_limit(2**31 - 1)                             # else 131,072 characters
-    text = path.read_bytes().decode("utf-8-sig")
+    text = text_in(path)
     head = text.split("\n")[0]
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
     columns = next(lines, [])
@@ -1751,7 +1780,10 @@ def read_csv(path):
     rows = []
     for cells in lines:
         if len(cells) not in (0, len(columns)):
-            raise ValueError(f"line {lines.line_num} has {len(cells)} cells, the first line {len(columns)}")
+            raise ValueError(f"line {lines.line_num} has {len(cells)} cells, the first line {len(columns)}; "
+                             "a text with a separator in it needs quotes")
+        if cells == columns:
+            raise ValueError(f"line {lines.line_num} names the columns again: take it out")
         if cells:
             rows.append({column: cell or None for column, cell in zip(columns, cells)})
     return rows
@@ -1949,6 +1981,32 @@ def without(end, ids):
     return ids
 
 
+def check_examples(splits):
+    """Lines on what in a person's data is likely to be a mistake.   splits: {part: [Example]}."""
+    examples = [e for part in splits.values() for e in part]
+    are_labels = len({e.target for e in examples}) <= 100
+    trained = {}                              # an input of train: the answers to it
+    for e in splits["train"]:
+        trained.setdefault(e.source, set()).add(e.answers)
+    labels = {e.target.strip() for e in splits["train"]}
+    spelt = {}                                # a target in small letters: the target
+    found = defaultdict(list)                 # what is odd: the texts that are
+    for part, some in splits.items():
+        for e in some:
+            if part != "train" and e.source in trained:
+                found[f"inputs of {part} are in train, too"].append(e.source)
+            if len(trained.get(e.source, ())) > 1:
+                found["inputs have several targets in train"].append(e.source)
+            target = e.target.strip()
+            if are_labels and target not in labels:
+                found["targets are in no row of train"].append(e.target)
+            if are_labels and spelt.setdefault(target.lower(), target) != target:
+                found["targets differ from others by capitals alone"].append(e.target)
+        if part != "train" and len({e.target for e in some}) == 1:
+            found[f"targets are all of {part}, and alike"] = [e.target for e in some]
+    return told(found, len(examples))
+
+
 def check_texts(tokenizer, splits, tokens, settings, causal, ends):
     """Lines on what of the texts is lost on a model: how often, and an example.
 
@@ -1958,42 +2016,47 @@ def check_texts(tokenizer, splits, tokens, settings, causal, ends):
     examples = [e for part in splits.values() for e in part]
     whole = tokenize(tokenizer, examples, sys.maxsize, causal)
     are_labels = len({e.target for e in examples}) <= 100
-    known = {e.target.strip() for e in splits["train"]}
-    lost = {}                                 # what happens: the texts to which it does
+    lost = defaultdict(list)                  # what happens: the texts to which it does
     said = {}                                 # a target as the model can say it: the target
     otherwise = []                            # targets that come back as another text
     for e, (source, target) in zip(examples, whole):
         text = decoded(tokenizer, target, ends)
         other = said.setdefault(text, e.target)
         if are_labels and other.split() != e.target.split():
-            raise UsageError(f"the targets {other!r:.60} and {e.target!r:.60} are one to the model, "
-                             f"{text!r:.60}: write them otherwise, or take another model")
-        if are_labels and e.target.strip() not in known:
-            lost.setdefault("targets are in no row of train", []).append(e.target)
+            raise UsageError(f"the targets {SHORT.repr(other)} and {SHORT.repr(e.target)} are one to the "
+                             f"model, {SHORT.repr(text)}: write them otherwise, or take another model")
         if not source:
             raise UsageError("an input is empty: leave the row out")
         if not e.source.strip():
-            lost.setdefault("inputs are empty", []).append(e.source)
+            lost["inputs are empty"].append(e.source)
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in source:
-            lost.setdefault("inputs hold what the tokenizer has no word for", []).append(e.source)
+            lost["inputs hold what the tokenizer has no word for"].append(e.source)
+        if any(token in e.source for token in tokenizer.all_special_tokens):
+            lost["inputs hold a special token of the tokenizer, written out"].append(e.source)
         if len(source) > settings.max_length:
-            lost.setdefault(f"inputs are cut at --max-length {settings.max_length}", []).append(e.source)
+            lost[f"inputs are cut at --max-length {settings.max_length}"].append(e.source)
         if len(target) > settings.max_length and not causal:
-            lost.setdefault(f"targets are cut at --max-length {settings.max_length}", []).append(e.target)
+            lost[f"targets are cut at --max-length {settings.max_length}"].append(e.target)
         if text != e.target.strip():
-            otherwise.append(f"{e.target} as {text}")
-    if otherwise:
-        lost["targets come back from the tokenizer as another text"] = otherwise
+            otherwise.append(f"{SHORT.repr(e.target)} as {SHORT.repr(text)}")
     for what, texts in (("inputs", [source for source, _ in tokens["train"]]),
                         ("targets", [target for _, target in tokens["train"]])):
         if all(text == texts[0] for text in texts):
-            alike = tokenizer.decode(texts[0])
-            raise UsageError(f"to the model all {what} of train are alike, {alike!r:.60}: there is "
-                             "nothing to learn; look at the data and at --max-length")
+            alike = SHORT.repr(decoded(tokenizer, texts[0], ends))
+            raise UsageError(f"to the model all {what} of train are alike, {alike}: there is nothing to "
+                             "learn; look at the data and at --max-length")
     if not any(text == target.strip() for text, target in said.items()):
-        raise UsageError(f"the model can say none of the targets, first {otherwise[0]!r:.60}: take another "
-                         "model")
-    return [f"{len(some):,} of {len(whole):,} {what}, first {some[0]!r:.90}" for what, some in lost.items()]
+        raise UsageError(f"the model can say none of the targets, first {otherwise[0]}: take another model")
+    lines = told(lost, len(whole))
+    if otherwise:
+        lines.append(f"{len(otherwise):,} of {len(whole):,} targets come back from the tokenizer as another "
+                     f"text, first {otherwise[0]}")
+    return lines
+
+
+def told(found, count):
+    """Lines that say of how many texts something is true, with the first.   found: {what is true: [text]}."""
+    return [f"{len(some):,} of {count:,} {what}, first {SHORT.repr(some[0])}" for what, some in found.items()]
 
 
 class Batches:
@@ -2143,7 +2206,7 @@ def answer(model, tokenizer, texts):
     texts = list(texts)
     for text in texts:
         if not isinstance(text, str):
-            raise UsageError(f"answer takes texts, and {text!r:.60} is none")
+            raise UsageError(f"answer takes texts, and {SHORT.repr(text)} is none")
     if not texts:
         return []
     causal = not model.config.is_encoder_decoder
@@ -2345,7 +2408,7 @@ def load_structure(path):
         for m in structure.modules:
             sound = isinstance(m["name"], str) and isinstance(m["rank"], int | None)
             if not sound or m["kind"] not in kinds:
-                raise ValueError(f"{m!r:.80} is no module of its space {structure.space}")
+                raise ValueError(f"{SHORT.repr(m)} is no module of its space {structure.space}")
         return structure
 
 
@@ -2498,6 +2561,8 @@ def check(settings, fail):
         most = 1 if name in ("tau", "gamma") else 10**12
         if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value <= most:
             fail(f"--{name.replace('_', '-')} {value} must lie in {least:g} .. {most:g}")
+    if settings.task == "toy" and settings.data_dir is not None:
+        fail("--task toy makes its own data: leave out --data-dir, or give --task custom")
     if settings.metric is not None and settings.task != "custom":
         fail("--metric is for --task custom: the other tasks have their own")
     if settings.metric not in (None, *METRICS):
@@ -2507,7 +2572,7 @@ def check(settings, fail):
 
 
 # What ends a line about a backbone that can't be loaded.
-MODEL_ADVICE = ": give a folder with config, weights and tokenizer, or a hub name and a network"
+MODEL_ADVICE = ": give a folder with config, whole weights and tokenizer, or a hub name and a network"
 
 
 def load_backbone(name, dtype, device, seed):
@@ -2550,12 +2615,14 @@ def try_hub():
 
 def loader_of(name):
     """The class that loads a backbone of this program's.   Raises UsageError for another kind."""
+    what = f"the model {name} can't be loaded"
     if not Path(name).is_dir():
+        what = f"the model {name}, which is no folder here, can't be loaded"
         if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
             raise UsageError(f"the model {name} can't be loaded: there is no such folder, and no name on the "
                              "hub is like it")
         try_hub()
-    with failing(f"the model {name} can't be loaded", MODEL_ADVICE):
+    with failing(what, MODEL_ADVICE):
         if Path(name, "adapter_config.json").is_file():
             raise ValueError("it is a peft adapter, not a backbone")
         if Path(name, "metrics.json").is_file():
@@ -2578,7 +2645,7 @@ def load_run(folder, device="cpu", model=None):
 
     model: the backbone, where it is not where it was: a folder, or a name on the hub.   Raises UsageError.
     """
-    with failing(f"{folder} holds no finished run"):
+    with failing(f"{folder} holds no finished run", ": name its --out, of several seeds OUT/seed-N"):
         metrics = json.loads(Path(folder, "metrics.json").read_text())
         settings = metrics["settings"]
         longest = metrics["longest_answer"]
@@ -2600,7 +2667,7 @@ def choose_device(name):
     """A torch.device that works.   Raises UsageError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    with failing(f"--device {name} can't be used", ": try cpu"):
+    with failing(f"--device {name} can't be used", ": try cpu, or cuda for a GPU"):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
         if device.type == "cuda":
@@ -2641,11 +2708,14 @@ class Record:
         """What checkpoint.pt or metrics.json holds.   Raises UsageError if damaged, or of another run."""
         with failing(f"{path} can't be read", f": {self.ADVICE}"):
             if path.suffix == ".pt":
+                with zipfile.ZipFile(path) as archive:
+                    if archive.testzip():                     # torch does not compare checksums
+                        raise ValueError("it is damaged")
                 stored = torch.load(path, device)
             else:
                 stored = json.loads(path.read_text())
                 backbone = backbone_of(self.path / "peft.safetensors")
-                stored["content"] = {"data": stored["data"], "backbone": backbone}
+                stored["content"] = {"data": stored["data"], "backbone": backbone, "code": stored.get("code")}
             before = stored["settings"]
         for name, now in self.identity.items():
             if before.get(name) != now:
@@ -2654,8 +2724,11 @@ class Record:
         return stored
 
     def require_same_content(self, data, backbone):
-        """Raises UsageError if the run began with other data, structure.json or numbers of the backbone."""
-        before = self.stored.setdefault("content", {"data": data, "backbone": backbone})
+        """Raises UsageError if the run began with other data, structure.json, backbone or code."""
+        code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+        before = self.stored.setdefault("content", {"data": data, "backbone": backbone, "code": code})
+        if before["code"] != code:
+            raise UsageError(f"{self.path} holds a run of another version of bipeft.py; {self.ADVICE}")
         if before["data"] != data:
             raise UsageError(f"{self.path} holds a run that began with other data, or with another "
                              f"structure.json; {self.ADVICE}")
@@ -2712,6 +2785,7 @@ def locked(folder):
     The lock is the operating system's, which a killed process loses, and so is not in the way afterwards.
     """
     lock = Path(folder, ".lock")
+    made = not lock.parent.exists()
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(lock).acquire(timeout=0):
@@ -2719,6 +2793,9 @@ def locked(folder):
                 yield
             finally:
                 lock.unlink()
+                if made:
+                    with contextlib.suppress(OSError):           # it holds a run
+                        lock.parent.rmdir()
     except filelock.Timeout:
         raise UsageError(f"another process works in {folder}: wait for it, or name another --out") from None
 
@@ -2744,7 +2821,7 @@ class Work:
         self.longest = max(len(label) for part in self.tokens.values() for _, label in part)
         with failing(f"the model {settings.model} can't answer", ": mend its generation_config.json"):
             ends = greedy(self.model, self.tokenizer, self.longest).eos_token_id
-        self.told = check_texts(
+        self.told = check_examples(self.splits) + check_texts(
             self.tokenizer, self.splits, self.tokens, settings, self.causal, ends)
 
     def digest(self, structure):
@@ -2901,6 +2978,7 @@ def facts(work, record, structure, search_seconds):
             "search_seconds": search_seconds, "train_seconds": train_seconds,
             "ratio": search_seconds / train_seconds, "longest_answer": work.longest,
             "backbone_in_a_folder": Path(settings.model).is_dir(), "data": record.stored["content"]["data"],
+            "code": record.stored["content"]["code"],
             "settings": record.identity, "versions": versions(work.device)}
 
 
@@ -2995,7 +3073,9 @@ def main(arguments=None, settings_class=Settings, choose_pass=choose_pass):
             raise
         message = "the memory is full: use a smaller --batch-size or --max-length, or shorter answers"
     except OSError as error:                 # a folder that can't be made, a full disk under a pipe
-        message = f"{one_line(error)}: mend that or name another --out; then the same command goes on"
+        what = error.filename or "the output"
+        message = (f"{what} can't be written ({error.strerror or one_line(error)}): mend that or name "
+                   "another --out; then the same command goes on")
     except KeyboardInterrupt:
         message = "stopped: the same command, without --fresh, goes on from the last checkpoint"
     print(f"bipeft.py: {message}", file=sys.stderr)

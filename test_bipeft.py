@@ -1757,12 +1757,11 @@ PROMPTS.update(
 def test_section_5_prompt_and_target(name):
     """A row of each task becomes a prompt and a target, and stays as it is; a missing value is named."""
     row, source, target = PROMPTS[name]
-    for training in (True, False):
-        examples = bipeft.to_examples(name, given := copy.deepcopy(row), training)
-        assert examples == [bipeft.Example(source, target, (target.strip(),))] and given == row
+    examples = bipeft.to_examples(name, given := copy.deepcopy(row))
+    assert examples == [bipeft.Example(source, target, (target.strip(),))] and given == row
     for key in (*bipeft.TASKS[name].fields, bipeft.TASKS[name].answer):
-        with pytest.raises(UsageError, match=f"row of {name} has (no )?{key}"):
-            bipeft.to_examples(name, {**row, key: None}, True)
+        with pytest.raises(UsageError, match=f"^(no )?{key}"):
+            bipeft.to_examples(name, {**row, key: None})
 
 
 def test_section_5_the_papers_thirteen_tasks():
@@ -1792,14 +1791,13 @@ def test_section_5_labels():
 
 
 def test_section_5_record_has_several_answers():
-    """Training repeats a row for each answer; lists that a .csv made into texts are refused."""
+    """A row is repeated for each answer; lists that a .csv made into texts are refused."""
     row = {"passage": "p", "query": "q", "entities": ["A", "B"], "answers": ["A", "B", "A"]}
-    training = bipeft.to_examples("record", row, True)
-    assert [(e.target, e.answers) for e in training] == [("A", ("A", "B")), ("B", ("A", "B"))]
-    assert bipeft.to_examples("record", row, False) == training[:1]
+    examples = bipeft.to_examples("record", row)
+    assert [(e.target, e.answers) for e in examples] == [("A", ("A", "B")), ("B", ("A", "B"))]
     for key in ("answers", "entities"):
         with pytest.raises(UsageError, match=f"{key} that are no list of texts.*parquet"):
-            bipeft.to_examples("record", {**row, key: "['A']"}, True)
+            bipeft.to_examples("record", {**row, key: "['A']"})
 
 
 def rows_of(name, count, start=0):
@@ -1829,7 +1827,7 @@ def test_section_5_splits(tmp_path, name):
     given = {}
     for split, rows in (("train", rows_of(name, count)), (original, rows_of(name, 9, 9000))):
         write_split(tmp_path, name, split, rows)
-        given[split] = sources(bipeft.to_examples(name, row, False)[0] for row in rows)
+        given[split] = sources(bipeft.to_examples(name, row)[0] for row in rows)
     first, again, other = [bipeft.load_splits(name, tmp_path, seed) for seed in (0, 0, 1)]
     train, validation, test = [sources(first[key]) for key in ("train", "validation", "test")]
     if bipeft.TASKS[name].carve:
@@ -1838,7 +1836,8 @@ def test_section_5_splits(tmp_path, name):
     else:
         assert (len(validation), train) == (4, given["train"])
         assert sorted(validation + test) == given[original]
-    assert len(first["train"]) == len(train) * (2 if name == "record" else 1)      # each row has two answers
+    assert len(first["train"]) == len(train) * (2 if name == "record" else 1)      # each row has two answers,
+    assert all(len(first[key]) == len(sources(first[key])) for key in ("validation", "test"))   # and one question
     assert first == again and sources(other["validation"]) != validation
 
 
@@ -1865,27 +1864,28 @@ TEXTS = {  # the end of a name, what the file holds: what its sources or, in quo
         '{"source": 1.10, "target": 2}\n\n{"source": 1e5, "target": 2.5}': ["1.10", "1e5"],
         '{"source": true, "target": "None"}\r\n{"source": "007", "target": "N/A"}': ["true", "007"],
         '\ufeff{"source": "2020-01-31", "target": " a  b "}': ["2020-01-31"],
-        '{"source": NaN, "target": "x"}': "'no source: fill it in",
+        '{"source": NaN, "target": "x"}': "'train.jsonl, row 1: no source: fill it in",
         '{"source": -Infinity, "target": "x"}': "'source that is no text: -inf",
-        '{"target": "x"}\n{"source": "a", "target": "x"}': "'no source: fill it in",
+        '{"target": "x"}\n{"source": "a", "target": "x"}': "'row 1: no source: fill it in, or leave the row out; it is {'target': 'x'}",
+        '{"source": "a", "target": "x"}\n\n{"source": "b", "target": " "}': "'row 2: no target: fill",
         '{"source": ["a"], "target": "x"}': "'source that is no text: ['a']; write it as one text",
         '{"source": [{"role": "user", "content": "a"}], "target": "x"}': "'source that is no text",
         '{"source": "a", "target": {"b": 1}}': "'target that is no text",
         '{"source": "\\ud800", "target": "x"}': "'source that is no text",
         '[{"source": "a", "target": "x"}]': "'line 1 (it is no object)",
         '{"source": "a", "target": "x", "target": "y"}': "'line 1 (a key stands twice)",
-        '{"source": "a", "targets": "x"}': "'no column 'target' or no row; it has 'source', 'targets'"},
+        '{"source": "a", "targets": "x"}': "'no column 'target'; it has 'source', 'targets'", "\n": "'it has no rows"},
     ".csv": {
         "source,target\n007,1\n1.10,1\ntrue,1\nNone,1\nN/A,1\n1e5,1\n": "007 1.10 true None N/A 1e5".split(),
         "\ufefftarget;source;more\r\n1;a,b;\r\n\r\n1; c ;\r\n": ["a,b", " c "],
         "source\ttarget\na\t1\n": ["a"],
         'source,target\n"two\nlines, ""quoted""",1\n': ['two\nlines, "quoted"'],
         "source,target\n,1\n": "'no source: fill it in",
-        "source,target\na,b,1\n": "'line 2 has 3 cells, the first line 2",
+        "source,target\na,b,1\n": "'line 2 has 3 cells, the first line 2; a text with a separator in it needs",
+        "source,target\na,1\nsource,target\nb,1\n": "'line 3 names the columns again",
         'source,target\n"a,1\n': "'unexpected end",
         "source,source\na,1\n": "'two columns have one name",
-        "source|target\na|1\n": "'no column 'source' or no row; it has 'source|target'",
-        "": "'no column 'source' or no row"}}
+        "source|target\na|1\n": "'no column 'source'; it has 'source|target'", "": "'it has no rows"}}
 
 
 @pytest.mark.parametrize("suffix", TEXTS)
@@ -1895,17 +1895,34 @@ def test_section_5_text_stays_the_text_that_stands_there(suffix, tmp_path):
         (tmp_path / f"train{suffix}").write_bytes(content.encode())
         try:
             rows = bipeft.read_split("custom", "train", tmp_path)
-            found = [bipeft.to_examples("custom", row, True)[0].source for row in rows]
+            found = [bipeft.to_examples("custom", row)[0].source for row in rows]
         except UsageError as error:
             found = str(error)
         assert found == expected if isinstance(expected, list) else expected[1:] in found, content
     for content in ("source,target\n\u00e4,1\n".encode("latin-1"), "source,target\na,1\n".encode("utf-16")):
         (tmp_path / f"train{suffix}").write_bytes(content)
-        with pytest.raises(UsageError, match="can't be read .'utf-8' codec"):
+        with pytest.raises(UsageError, match="can't be read .it is no text in UTF-8: save it as such"):
             bipeft.read_split("custom", "train", tmp_path)
     (tmp_path / "train.parquet").write_bytes(b"")
-    with pytest.raises(UsageError, match="one of .*train.parquet, .jsonl, .csv, .tsv, and there are 2: have just one"):
+    two = r"of .*train.parquet, .jsonl, .csv, .tsv there must be one, and there is train.*, train.*: have just one"
+    with pytest.raises(UsageError, match=two):
         bipeft.read_split("custom", "train", tmp_path)
+
+
+def test_section_5_which_file_of_a_split_is_read(tmp_path):
+    """What is there is named; another format is not passed over where a file is optional; a copy is no matter."""
+    for name, words in (("train.CSV", "there is train.CSV: have just one"), ("train.xlsx", "there is train.xlsx"),
+                        ("other.csv", "there is no such file")):
+        (tmp_path / name).write_text("source,target\na,b\n")
+        with pytest.raises(UsageError, match=words):
+            bipeft.read_split("custom", "train", tmp_path)
+        (tmp_path / name).unlink()
+    with pytest.raises(UsageError, match="rte/train.parquet.*--task custom for a file of your own"):
+        bipeft.read_split("rte", "train", tmp_path)
+    assert bipeft.read_split("custom", "test", tmp_path, needed=False) is None
+    (tmp_path / "test.csv").write_text("source,target\na,b\n")
+    (tmp_path / "test.csv.bak").write_text("")
+    assert bipeft.read_split("custom", "test", tmp_path, needed=False) == [{"source": "a", "target": "b"}]
 
 
 def test_section_5_parquet_has_numbers_as_they_are_stored(tmp_path):
@@ -1914,13 +1931,13 @@ def test_section_5_parquet_has_numbers_as_they_are_stored(tmp_path):
     for width in ("float16", "float32", "float64"):
         columns = datasets.Features(source=datasets.Value("bool"), target=datasets.Value(width))
         datasets.Dataset.from_dict(rows, features=columns).to_parquet(tmp_path / "train.parquet")
-        found = [bipeft.to_examples("custom", row, True)[0] for row in bipeft.read_split("custom", "train", tmp_path)]
+        found = [bipeft.to_examples("custom", row)[0] for row in bipeft.read_split("custom", "train", tmp_path)]
         assert [(e.source, e.target) for e in found] == [("true", "3.8"), ("false", "2.0")]
     (tmp_path / "test.xlsx").write_text("source\ttarget\n")
-    with pytest.raises(UsageError, match="test.xlsx is none of .parquet, .jsonl, .csv, .tsv: make it one or move"):
+    with pytest.raises(UsageError, match="of .*test.parquet, .* there must be one, and there is test.xlsx"):
         bipeft.read_split("custom", "test", tmp_path, needed=False)
     with pytest.raises(UsageError, match="source that is no text: datetime"):
-        bipeft.to_examples("custom", {"source": datetime.date(2020, 1, 31), "target": "x"}, True)
+        bipeft.to_examples("custom", {"source": datetime.date(2020, 1, 31), "target": "x"})
 
 
 def test_section_5_the_hub_is_asked_for_the_right_files(monkeypatch):
@@ -2142,6 +2159,26 @@ def test_section_6_batches_for_a_gpu_are_of_few_shapes():
         assert close(model(**plain).loss.detach(), model(**filled).loss.detach())
 
 
+def test_section_6_what_in_a_persons_data_is_likely_a_mistake_is_told():
+    """Rows of train in another part, two targets of one input, capitals, targets that train lacks, all alike."""
+    def odd(train, validation):
+        given = {"train": train, "validation": validation}
+        return bipeft.check_examples({part: [bipeft.Example(*pair.split(), (pair.split()[1],)) for pair in pairs]
+                                      for part, pairs in given.items()})
+
+    assert odd(["a yes", "b no", "a yes"], ["c yes", "d no"]) == []
+    for train, validation, said in (
+            (["a yes", "b no"], ["a yes", "c no"], "1 of 4 inputs of validation are in train, too, first 'a'"),
+            (["a yes", "a no", "b no"], ["c no", "d yes"], "2 of 5 inputs have several targets in train, first 'a'"),
+            (["a yes", "b no", "c Yes"], ["c no", "d yes"],
+             "1 of 5 targets differ from others by capitals alone, first 'Yes'"),
+            (["a yes", "b no"], ["c yes", "d 1"], "1 of 4 targets are in no row of train, first '1'"),
+            (["a yes", "b no"], ["c no", "d no"], "2 of 4 targets are all of validation, and alike, first 'no'")):
+        assert said in odd(train, validation)
+    assert len(odd([f"{n} {n}" for n in range(98)], ["a x", "b X"])) == 2
+    assert odd([f"{n} {n}" for n in range(99)], ["a x", "b X", "c y"]) == []          # free text, no labels
+
+
 def lost(tokenizer, targets, sources=("say 0", "say 1", "say"), causal=False, max_length=9, test=()):
     """What `check_texts` tells of three examples of train, and of targets of test."""
     examples = [bipeft.Example(source, target, ()) for source, target in zip(sources, targets)]
@@ -2155,7 +2192,6 @@ def test_section_6_what_a_model_can_not_read_or_say_is_told():
     """A count and an example for each way in which text is lost; a refusal where nothing could be learnt."""
     tokenizer, targets = word_tokenizer(), ("yes", "no", "yes no")
     assert lost(tokenizer, targets, test=["yes"]) == []
-    assert lost(tokenizer, targets, test=["1"]) == ["1 of 4 targets are in no row of train, first '1'"]
     assert lost(tokenizer, targets, ("say 0 1 2 3", "", "say 1 2 3"), max_length=4) == [
         "2 of 3 inputs are cut at --max-length 4, first 'say 0 1 2 3'", "1 of 3 inputs are empty, first ''"]
     assert lost(tokenizer, ("yes", "no", "yes no yes"), max_length=3) == [
@@ -2163,17 +2199,19 @@ def test_section_6_what_a_model_can_not_read_or_say_is_told():
     assert lost(tokenizer, ("yes", "no", "yes no yes"), max_length=3, causal=True) == []      # its end is the target's
     # a mark that it has no word for; 8, which is 19 and ends a text; two blanks; but not a blank before a text
     assert lost(tokenizer, ("yes", " yes", "yes { no", "0 8 yes", "no  no"), [f"say {n}" for n in range(5)]) == [
-        "3 of 5 targets come back from the tokenizer as another text, first 'yes { no as yes no'"]
+        "3 of 5 targets come back from the tokenizer as another text, first 'yes { no' as 'yes no'"]
     assert lost(tokenizer, targets, ("say 0", "say 猫", "say 1")) == [
         "1 of 3 inputs hold what the tokenizer has no word for, first 'say 猫'"]
+    assert lost(tokenizer, targets, ("say 0", "say </s> 1", "say 1")) == [
+        "1 of 3 inputs hold a special token of the tokenizer, written out, first 'say </s> 1'"]
     many = [f"yes {10 + n % 15} {10 + n // 15}" for n in range(99)]         # free text, no labels: told, not refused
     assert lost(tokenizer, [*many, "yes {", "yes"], [f"say {n % 26} {n // 26}" for n in range(101)]) == [
-        "1 of 101 targets come back from the tokenizer as another text, first 'yes { as yes'"]
+        "1 of 101 targets come back from the tokenizer as another text, first 'yes {' as 'yes'"]
     for words, given in (
             ("targets 'yes {' and 'yes' are one to the model, 'yes'", {"targets": ("yes {", "no", "yes")}),
-            ("can say none of the targets, first '{ no as no'", {"targets": ("{ no", "{ no", "{ yes")}),
-            ("all targets of train are alike, 'yes </s>'", {"targets": ("yes", "yes", "yes")}),
-            ("all inputs of train are alike, 'say </s>'.*--max-length", {"targets": targets, "max_length": 2}),
+            ("can say none of the targets, first '{ no' as 'no'", {"targets": ("{ no", "{ no", "{ yes")}),
+            ("all targets of train are alike, 'yes'", {"targets": ("yes", "yes", "yes")}),
+            ("all inputs of train are alike, 'say'.*--max-length", {"targets": targets, "max_length": 2}),
             ("an input is empty", {"targets": targets, "sources": ("say", "", "say 1"), "causal": True})):
         with pytest.raises(UsageError, match=words):
             lost(tokenizer, **given)
@@ -2290,7 +2328,7 @@ def test_section_6_training_refuses_what_it_cannot_train():
     model, peft, batches = a_training()
     for value in ("nan", "inf"):
         handle = model.register_forward_hook(lambda *args, value=value: args[2].loss * float(value))
-        with pytest.raises(UsageError, match=f"^the loss at training step 1 is {value}: .*bfloat16.*--lr"):
+        with pytest.raises(UsageError, match=f"^the loss at training step 1 is {value}: .*--lr.*bfloat16"):
             bipeft.train(model, peft, batches, lambda: 0.0, 1, 0.1)
         handle.remove()
     for name, judged in (("score", (math.nan, 1.0)), ("loss", (1.0, math.nan))):
@@ -2483,7 +2521,8 @@ BAD = [  # arguments, and words that the message must hold
     ("--dtype int8", "--dtype int8 bfloat16"),
     ("--device nonsense", "--device nonsense cpu"),
     ("--task custom --model {root}/model", "custom --data-dir"),
-    ("--task cola --data-dir {root}/data", "one of {root}/data/cola/train.parquet 0: --data-dir"),
+    ("--task toy --data-dir {root}/data", "toy its own data --data-dir --task custom"),
+    ("--task cola --data-dir {root}/data", "of {root}/data/cola/train.parquet no such file --data-dir"),
     ("--task rte --data-dir {root}/few", "rte too few rows 4"),
     ("--task rte --model {root}/model", "rte on the hub can't be read network --data-dir"),
     ("--task rte --data-dir {root}/data --model nowhere/t5-large", "nowhere/t5-large can't be loaded network"),
@@ -2523,7 +2562,7 @@ def test_section_8_a_mistake_is_told_in_one_line(world, tmp_path, monkeypatch, c
     assert error.startswith("bipeft.py: ") and error.count("\n") == 1 and len(error.replace(str(world), "")) < 420
     for word in words.format(root=world).split():
         assert word in error, error
-    assert contents(tmp_path) == {} and contents(world / "runs") == before
+    assert not any(path.name != "runs" for path in tmp_path.rglob("*")) and contents(world / "runs") == before
 
 
 def test_section_8_settings_of_a_command_line():
@@ -2690,6 +2729,11 @@ def test_section_8_a_run_is_of_one_folder_one_data_set_and_one_backbone(world, t
             capfd.readouterr()
             assert go(place, run) == 2 and words in capfd.readouterr().err and contents(run) == before
             file.write_bytes(given)
+        digest = bipeft.hashlib.sha256
+        with monkeypatch.context() as edited:                           # of bipeft.py by another comment, say
+            edited.setattr(bipeft.hashlib, "sha256", lambda content: digest(content.replace(b"# 1. The", b"# 1. the")))
+            assert go(place, run) == 2 and "another version of bipeft.py" in capfd.readouterr().err
+        assert contents(run) == before
         assert go(place, run) == 0
 
 
@@ -2827,7 +2871,7 @@ def test_section_8_a_damaged_file_is_refused_and_left_as_it_is(world, finished, 
             assert go(world, run, more="--fresh") == 2 and capfd.readouterr().err
         assert sorted(contents(run)) == ["checkpoint.pt", *RUN_FILES[1:]]     # the old run's scores are gone
     whole = (run / name).read_bytes()
-    middle = len(whole) // 2
+    middle = whole.index(b"custom")
     changed = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1:]
     for content in (b"", whole[:1], whole[:100], whole[:middle], whole[:-3], changed, b"\0" * len(whole)):
         (run / name).write_bytes(content)

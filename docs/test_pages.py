@@ -107,7 +107,8 @@ def check(words, monkeypatch):
     assert program in ("python", "python3", "pip"), "a command of no known form"
     if program == "pip" or rest[:2] == ["-m", "pytest"]:
         names = [word for word in rest if not word.startswith("-") and word not in ("install", "pytest")]
-        assert names and all((ROOT / name).exists() for name in names)
+        pinned = (ROOT / "docs/examples/requirements.txt").read_text().split()
+        assert names and all(name in pinned or (ROOT / name).exists() for name in names)
     elif rest[:2] == ["-m", "venv"]:
         assert rest == ["-m", "venv", ".venv"]
     elif rest[0] != "bipeft.py":
@@ -189,7 +190,7 @@ def test_every_command_is_one_that_its_program_takes(page, monkeypatch):
 def test_the_checks_refuse_what_they_are_there_for(monkeypatch):
     for line in ("python bipeft.py --no-such-flag", "python docs/examples/trainer.py --nothing 3", "make all",
                  "./run_glue.sh --nothing", "python docs/no_such.py", "python -m pytest no_such.py",
-                 "pip install -r no.txt"):
+                 "pip install -r no.txt", "pip install peft==0.0.1"):
         with pytest.raises((AssertionError, SystemExit, OSError, ValueError)):          # UsageError is a ValueError
             check(line.split(), monkeypatch)
     page = "# A `b`: c, d!\n## The 3 x's\n```text\n# no\n```\n## A b c d\n"

@@ -61,7 +61,7 @@ def load_tokens(name, data_dir, tokenizer, train_rows, seed):
     test = bipeft.read_split(name, "validation_matched" if name == "mnli" else "validation", data_dir)
     tokens = {}
     for key, part in {"train": rows[size:][:train_rows], "validation": rows[:size], "test": test}.items():
-        classes = [[int(bipeft.to_examples(name, row, False)[0].target)] for row in part]     # it checks them, too
+        classes = [[int(bipeft.to_examples(name, row)[0].target)] for row in part]
         texts = [[row[field] for row in part] for field in bipeft.TASKS[name].fields]         # one list, two for pairs
         tokens[key] = list(zip(tokenizer(*texts, truncation=True, max_length=128).input_ids, classes))
     return tokens

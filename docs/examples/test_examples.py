@@ -110,6 +110,16 @@ def test_the_command_line_of_to_peft(tmp_path):
     for out in ("structure.json", "model"):
         code, _, errors = program("to_peft.py", tmp_path, "--model", tmp_path / "model", "--out", tmp_path / out)
         assert code == 2 and errors.count("\n") == 1 and "is a file, or a model's folder" in errors
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)
+    model.save_pretrained(tmp_path / "other")
+    (tmp_path / "empty").mkdir()
+    for line, words in (((tmp_path, "--model", tmp_path / "other"), "of a backbone of other numbers"),
+                        ((tmp_path, "--model", tmp_path / "none"), "none can't be loaded"),
+                        ((tmp_path / "empty",), "empty holds no finished run: name"), ((), "required: run")):
+        code, _, errors = program("to_peft.py", *line)
+        assert code == 2 and errors.count("\n") == 1 and words in errors, errors
 
 
 def test_a_mistake_is_one_line(tmp_path):
@@ -126,9 +136,10 @@ def test_a_mistake_is_one_line(tmp_path):
             (model, {**weights, "classifier.weight": torch.zeros(1)}, "no parameters 'classifier.weight'")):
         with pytest.raises(bipeft.UsageError, match=told):
             to_peft(structure, weights, tmp_path, model)
-    bipeft.save_structure(structure, tmp_path / "structure.json")
-    code, _, errors = program("to_peft.py", tmp_path, "--model", tmp_path / "none")
-    assert code == 2 and errors.count("\n") == 1 and "can't be built" in errors
+    with pytest.MonkeyPatch.context() as without:
+        without.setitem(sys.modules, "peft", None)
+        with pytest.raises(bipeft.UsageError, match="peft is not installed: run pip install peft=="):
+            to_peft(structure, weights, tmp_path, model)
 
 
 @torch.no_grad()

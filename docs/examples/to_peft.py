@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import safetensors.torch
-import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -25,9 +24,12 @@ def to_peft(structure, weights, folder, model):
     """Writes adapter_config.json and adapter_model.safetensors.   Raises UsageError for what peft can't hold.
 
     structure, weights: as found and trained, weights by name.   folder: to write, made if it is missing.
-    model: what is to wear the adapter, for the full names of its modules; its numbers are not read.
+    model: what is to wear the adapter, for the full names of its modules.
     """
-    import peft            # here alone, so that whoever has none is told in one line
+    try:
+        import peft        # here alone, so that whoever has none is told in one line
+    except ImportError:
+        raise bipeft.UsageError("peft is not installed: run pip install peft==0.19.1") from None
 
     others = sorted({m["kind"] for m in structure.modules} - {"lora"})
     if others:
@@ -71,46 +73,46 @@ def check(what, wanted, there, where):
 
 def read_weights(path):
     """{name: tensor} of a file that `bipeft.save_weights` wrote."""
-    try:
+    with bipeft.failing(f"{path} can't be read as safetensors"):
         return safetensors.torch.load_file(path)
-    except Exception as error:
-        raise bipeft.UsageError(f"{path} can't be read as safetensors ({bipeft.one_line(error)})") from None
 
 
-def skeleton(name):
-    """A model by its config alone, without memory for its weights, from a folder or the hub."""
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        with torch.device("meta"):
-            model = getattr(transformers, config.architectures[0])(config)
-    except Exception as error:
-        raise bipeft.UsageError(f"the model {name} can't be built ({bipeft.one_line(error)}): give the folder or hub "
-                                "name that the run had as --model") from None
-    model.config.name_or_path = model.name_or_path = name
-    return model
+def fail(message):
+    raise bipeft.UsageError(f"{message} (--help lists the flags)")
 
 
 def main(arguments=None):
     """The program. Returns the exit code: 0, or 2 after a person's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], exit_on_error=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.error = fail
     parser.add_argument("run", help="a run's folder, with structure.json and peft.safetensors")
     parser.add_argument("--model", help="folder or hub name of the backbone (the run's own)")
     parser.add_argument("--out", help="folder to write (RUN/peft)")
     transformers.logging.set_verbosity_error()
     try:
+        transformers.logging.disable_progress_bar()
         settings = parser.parse_args(arguments)
         run = Path(settings.run)
         out = Path(settings.out or run / "peft")
         if out.is_file() or (out / "config.json").exists():
             raise bipeft.UsageError(f"--out {out} is a file, or a model's folder: name a folder of the adapter's own")
+        missing = [name for name in ("structure.json", "peft.safetensors") if not (run / name).is_file()]
+        if missing or (run / "checkpoint.pt").exists():
+            raise bipeft.UsageError(f"{run} holds no finished run: name the run's --out, of several seeds OUT/seed-N")
         structure = bipeft.load_structure(run / "structure.json")
-        model = skeleton(settings.model or structure.backbone)
-        config = to_peft(structure, read_weights(run / "peft.safetensors"), out, model)
+        weights = read_weights(run / "peft.safetensors")
+        name = settings.model or structure.backbone
+        loader = bipeft.loader_of(name)
+        with bipeft.failing(f"the model {name} can't be loaded", bipeft.MODEL_ADVICE):
+            model = loader.from_pretrained(name, dtype="auto")
+        backbone = bipeft.backbone_of(run / "peft.safetensors")
+        bipeft.require_same_backbone(backbone, bipeft.backbone_sample(model), run)
+        config = to_peft(structure, weights, out, model)
         ranks = list(config.rank_pattern.values())
         print(f"{len(ranks)} modules, {structure.parameters:,} parameters, of rank "
               f"{', '.join(f'{r} ({ranks.count(r)})' for r in sorted(set(ranks)))}: written to {out}")
         return 0
-    except (bipeft.UsageError, argparse.ArgumentError, ImportError, OSError) as error:
+    except (bipeft.UsageError, OSError) as error:
         print(f"to_peft.py: {bipeft.one_line(error)}", file=sys.stderr)
         return 2
 

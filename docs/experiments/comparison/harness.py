@@ -139,7 +139,7 @@ def token_ids(task, rows, tokenizer, family):
     if family == "bert":
         texts = [rows[field].tolist() for field in bipeft.TASKS[task].fields]
         return tokenizer(*texts, truncation=True, max_length=128).input_ids
-    prompts = [bipeft.to_examples(task, row, False)[0].source for row in rows.to_dict("records")]
+    prompts = [bipeft.to_examples(task, row)[0].source for row in rows.to_dict("records")]
     return tokenizer(prompts, truncation=True, max_length=bipeft.TASKS[task].max_length - 1).input_ids
 
 

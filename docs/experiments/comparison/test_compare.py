@@ -165,7 +165,7 @@ def test_a_llamas_tasks_are_prepared_with_a_line_break_before_the_answer(tmp_pat
     rows = harness.pools_of("cola", settings)[0]
     assert all(ids[-len(line_break):] == line_break for ids, _ in rows)
     assert [y for _, (y,) in rows] == [0, 1, 1, 0, 1]
-    (example,) = harness.bipeft.to_examples("cola", {"sentence": "ben", "label": 1}, False)
+    (example,) = harness.bipeft.to_examples("cola", {"sentence": "ben", "label": 1})
     assert rows[2][0] == tokenizer(example.source).input_ids + line_break
     assert max(len(ids) for ids, _ in rows) == 127 + len(line_break)
     assert (tmp_path / "made" / "model").resolve() == tmp_path / "model"
