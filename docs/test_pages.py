@@ -282,7 +282,13 @@ def finished(tmp_path, monkeypatch):
 
 
 def test_the_code_of_the_readme_runs(finished, monkeypatch, capsys):
-    load, library = code_of("README.md")
+    rival, load, library = code_of("README.md")
+    large = transformers.T5ForConditionalGeneration(transformers.AutoConfig.from_pretrained("model", vocab_size=15_000))
+    with monkeypatch.context() as offline:
+        offline.setattr(bipeft, "load_backbone", lambda *_: (large, None))
+        exec(rival, names := {})
+    structure = bipeft.load_structure("even.json")
+    assert 0.9 * names["budget"] < structure.parameters <= names["budget"] and structure.space == "bitfit"
     capsys.readouterr()
     exec(load, names := {})
     assert set(capsys.readouterr().out.split()) <= set(names["tokenizer"].get_vocab()) and len(names["peft"]) > 0

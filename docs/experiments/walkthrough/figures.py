@@ -417,8 +417,8 @@ def facts(r):
         f"{told[0]['felt'].sum()} modules get a gradient for ΔW, {told[1]['felt'].sum()} for Θ and "
         f"{told[-1]['felt'].sum()} for Φ",
         f"In {len(r.flips)} of the {r.first - 1} steps before the first trigger Θ's step changes a gate",
-        f"the new Θ has shut {(told[0]['gate'] & ~told[-1]['gate']).sum()} and opened "
-        f"{(~told[0]['gate'] & told[-1]['gate']).sum()} gates",
+        f"the new Θ shuts {(told[0]['gate'] & ~told[-1]['gate']).sum()} and opens "
+        f"{(~told[0]['gate'] & told[-1]['gate']).sum()} of the gates",
         f"the {len(r.fired)} triggers come within the steps {r.first} to {r.fired[-1]}",
         f"β is below τ in {(r.beta[r.first - 1:] < r.settings.tau).sum()} of these {r.T - r.first + 1} steps",
         f"The first triggers remove {named(sum(gone[:4], []))}",
