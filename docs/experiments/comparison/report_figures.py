@@ -11,12 +11,11 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import LinearSegmentedColormap
 
 from baselines import ABLATIONS, CORE, METHODS, MORE
-from palette import BLUE, COLOUR, INK, KINDS, SOFT, STYLE, WIDTH, save, where
+from palette import BLUE, COLOUR, HATCH, INK, KINDS, PALE, SOFT, STYLE, WIDTH, save, where
 from stats import interval
 
 RIVALS = {**CORE, **MORE}
-TASKS = {"cola": ("o", "#2d99f1"), "qnli": ("v", "#753c00"), "mnli": ("s", "#9d84d2"), "sst2": ("^", "#00875f"),
-         "toy": ("P", "#e97214")}                      # a marker and a colour each
+TASKS = {"cola": ("o", INK), "qnli": ("v", SOFT), "mnli": ("s", "white"), "sst2": ("^", PALE), "toy": ("P", INK)}
 FEWEST = 6          # pairs that a row of the forest plot has: with fewer its interval is all that is seen
 GROUPS = {"BitFit: norms": ("bitfit", "n0 n1 n2"), "BitFit: attention": ("bitfit", "q k v o"),
           "BitFit: feed-forward": ("bitfit", "wi wo gate up down"), "LNFit": ("lnfit", "n0 n1 n2"),
@@ -60,8 +59,8 @@ def draw_pairs(data):
         dots = [(d, y + 0.3) for y, (_, c) in enumerate(rows) if c
                 for (of, _), d in c.pairs.items() if of == task]
         if dots:
-            marker, colour = TASKS[task]
-            ax.plot(*zip(*dots), ls="", marker=marker, ms=3.6, mew=0, color=colour, label=f"a pair on {task}")
+            marker, inside = TASKS[task]
+            ax.plot(*zip(*dots), ls="", marker=marker, ms=4, mew=0.5, color=INK, mfc=inside, label=f"a pair on {task}")
     for fill, label in ((INK, "mean, Holm's p < 0.05"), ("white", "mean, not so")):
         ax.plot([], [], ls="", marker="D", color=INK, mfc=fill, label=label)
     for y, (label, c) in enumerate(rows):
@@ -76,12 +75,12 @@ def draw_pairs(data):
         told.text(0, y, interval(c), va="center")
         told.text(1, y, f"{c.above} of {len(c.pairs)}", va="center", ha="right")
     told.text(0, -0.9, "mean, 95 % over seeds", color=SOFT)
-    told.text(1, -0.9, "above", color=SOFT, ha="right")
+    told.text(1, -0.9, "BIPEFT\nabove", color=SOFT, ha="right")
     ax.axvline(0, color=SOFT, lw=1)
     ax.set_yticks([y for y, (_, c) in enumerate(rows) if c], [label for label, c in rows if c])
     ax.set(xlim=(-reach, reach), ylim=(len(rows) - 0.4, -0.6),
            xlabel="← method better     points of test score (thick: 95 % over pairs)     BIPEFT better →")
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5, columnspacing=1.2)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=6, columnspacing=1)
     return fig
 
 
@@ -132,7 +131,8 @@ def draw_kinds(data):
     for kind in KINDS:
         widths = np.array([sum(count for (of, _), count in bar.items() if of == kind) for bar in bars.values()])
         if widths.any():
-            ax.barh(range(len(bars)), widths, left=left, color=COLOUR[kind], label=KINDS[kind])
+            ax.barh(range(len(bars)), widths, left=left, color=COLOUR[kind], label=KINDS[kind],
+                    hatch=HATCH.get(kind), edgecolor="white", lw=0)
         left += widths
     ax.set_yticks(range(len(bars)), [f"{size(data, budget)}: {name}" for name, budget in bars])
     ax.set(xlim=(0, 1.02 * left.max()), ylim=(len(bars) - 0.4, -0.6))
@@ -159,7 +159,7 @@ def draw_ratios(every):
         ax.set(title=f"BIPEFT − {method}", xscale="log", xlabel="budget, of 10,000", ylim=(-9, 9))
         ax.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
         ax.minorticks_off()
-    axes[0].set_ylabel("points; above 0 BIPEFT is better")
+    axes[0].set_ylabel("points, cut at ±9; above 0\nBIPEFT is better")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return fig
 

@@ -352,8 +352,8 @@ def real_search(lines, structure, metrics):
     beta.plot([x["step"] for x in fired], [x["beta"] for x in fired], "o", color=ORANGE, mec=INK, mew=0.4, ms=3.5,
               label=f"a trigger, {len(fired)} in all")
     beta.set(ylabel="β, from 0.5 on", ylim=(0.5, 1.02))
-    size.plot(steps, [x["expected"] for x in lines], color=BLUE, lw=1.2, drawstyle="steps-post",
-              label="E, before a step's trigger")
+    size.plot([*steps, steps[-1]], [*(x["expected"] for x in lines), metrics["parameters"]], color=BLUE, lw=1.2,
+              drawstyle="steps-post", label="E, before a step's trigger")
     size.axhline(structure["budget"], color=INK, ls="--", lw=1, label=f"B = {structure['budget']:,}")
     size.plot(fired[-1]["step"], metrics["parameters"], "D", color=ORANGE, mec=INK, ms=5, clip_on=False,
               label="found: after the last trigger and the repair")
@@ -389,7 +389,7 @@ def real_structure(places, structure):
     ax.set(xlim=(-0.1, len(layers) + 0.1), ylim=(y, 0), xticks=np.arange(len(layers)) + 0.5, yticks=list(ticks))
     ax.set_xticklabels(layers)
     ax.set_yticklabels(ticks.values())
-    ax.set_xlabel("layer; filled: kept; empty: left out; n1, n2: a layer's norms")
+    ax.set_xlabel("layer; filled: kept; empty: left out; n1, n2: a layer's norms, last: the norm after all of them")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     return figure
