@@ -151,7 +151,8 @@ def draw_ratios(every):
         budgets = sorted({x["budget"] for x in data.reported})
         found = [data.contrasts(methods, of, without=data.failed(["BIPEFT", *methods], of)) for of in budgets]
         for ax, method in zip(axes, methods):
-            points = [(1e4 * of / data.backbone, c[method]) for of, c in zip(budgets, found) if method in c]
+            points = [(1e4 * of / data.backbone, c[method]) for of, c in zip(budgets, found)
+                      if method in c and len(c[method].pairs) >= FEWEST]
             ax.errorbar([share for share, _ in points], [c.mean_of_seeds for _, c in points],
                         [c.half_of_seeds for _, c in points], marker=marker, ms=4, color=colour, label=backbone)
     for ax, method in zip(axes, methods):
