@@ -92,7 +92,7 @@ class Settings:
     metric: str = None           # of custom: accuracy, F1, Matthews, Pearson or token-F1 (accuracy)
     space: str = "s2"                   # s1, s2, all, or a comma list of kinds of module
     ranks: tuple = (1, 4, 8)            # Dim, the candidate ranks
-    budget: float = 1.39e-4   # B: below 1 a share of the backbone, from 1 on a number of parameters
+    budget: float = 1.39e-4   # B: below 1 a share of the backbone, else a number of parameters (toy: 0.03)
     triggers: int = 100                 # Z, how many times modules and ranks are selected (custom, toy: 30)
     tau: float = 0.85                   # τ, the stability that triggers
     gamma: float = 0.85                 # γ, how much of the past s̄ keeps
@@ -129,7 +129,7 @@ def derive(seed, *keys):
 
 
 # ==================================================================================================
-# 1. The equations (3.2 - 3.5), in the paper's order. Tensors in, tensors out: no model, no state
+# 1. The equations (3.2 - 3.5), in the paper's order: functions of numbers alone, without a model or state
 # ==================================================================================================
 
 
@@ -1177,7 +1177,7 @@ class Search:
     nothing to search, and for modules that are not on the model.
     """
 
-    STATE = ("kept", "fixed", "open_ranks", "choice", "smoothed", "indicators", "rank_history", "potential",
+    STATE = ("kept", "fixed", "choice", "smoothed", "indicators", "rank_history", "potential_before",
              "steps_done", "triggers_done")
 
     def __init__(self, model, space, settings, steps, warmup=0, run_pass=forward_backward):
@@ -1209,13 +1209,12 @@ class Search:
         self.kept = torch.ones(n, dtype=torch.bool, device=device)
         self.fixed = ~space.ranked
         self.choice = torch.full((n,), k - 1, device=device)
-        self.open_ranks = bool(space.ranked.any())
 
-        # History: s̄; the last H + 1 indicators I; softmax(Φ) and v since the last trigger; t and z.
+        # History: s̄; the last H + 1 indicators I; softmax(Φ) since the last trigger, and v then; t and z.
         self.smoothed = torch.zeros(n, device=device)
         self.indicators = []
         self.rank_history = [self.rank_weights()]
-        self.potential = self.potential_ranks()
+        self.potential_before = self.potential_ranks()                                # v_{z-1}
         self.steps_done = 0
         self.triggers_done = 0
 
@@ -1241,7 +1240,7 @@ class Search:
         descend(self.theta_optimizer, self.theta, self.kept)
         # - and Φ on the next batch, with the new Θ held, under the same noise.
         phi_loss = 0
-        if self.open_ranks:
+        if not self.fixed.all():
             gate, ranks = self.sample(noise)
             phi_loss = self.run_pass(self.model, space, gate.detach(), ranks, phi_batch, [self.phi])
             descend(self.phi_optimizer, self.phi, ~self.fixed)
@@ -1284,9 +1283,8 @@ class Search:
 
         # "Estimate the number of modules Y_z for dimension selection" (Eq. 10); at last all are due [D5].
         remaining = self.settings.triggers - self.triggers_done                       # Z - z
-        potential_before = self.potential
-        self.potential = self.potential_ranks()
-        quota = rank_quota(potential_before, self.potential, self.fixed, remaining)
+        potential = self.potential_ranks()
+        quota = rank_quota(self.potential_before, potential, self.fixed, remaining)
         if remaining == 1:
             quota = len(self.fixed)
 
@@ -1296,8 +1294,8 @@ class Search:
         self.fixed = self.fixed | settled
 
         # "Freeze part of Θ and Φ according to b_z, d_z": `descend` passes over their rows [D18].
-        self.open_ranks = bool((~self.fixed).any())
         self.rank_history = self.rank_history[-1:]
+        self.potential_before = potential
         self.triggers_done += 1
         return reduction
 
@@ -1793,6 +1791,37 @@ def read_csv(path):
 READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".csv": read_csv, ".tsv": read_csv}
 
 
+def check_examples(splits):
+    """Lines on what in a person's data is likely to be a mistake.   splits: {part: [Example]}."""
+    examples = [e for part in splits.values() for e in part]
+    are_labels = len({e.target for e in examples}) <= 100
+    trained = {}                              # an input of train: the answers to it
+    for e in splits["train"]:
+        trained.setdefault(e.source, set()).add(e.answers)
+    labels = {e.target.strip() for e in splits["train"]}
+    spelt = {}                                # a target in small letters: the target
+    found = defaultdict(list)                 # what is odd: the texts that are
+    for part, some in splits.items():
+        for e in some:
+            if part != "train" and e.source in trained:
+                found[f"inputs of {part} are in train, too"].append(e.source)
+            if len(trained.get(e.source, ())) > 1:
+                found["inputs have several targets in train"].append(e.source)
+            target = e.target.strip()
+            if are_labels and target not in labels:
+                found["targets are in no row of train"].append(e.target)
+            if are_labels and spelt.setdefault(target.lower(), target) != target:
+                found["targets differ from others by capitals alone"].append(e.target)
+        if part != "train" and len({e.target for e in some}) == 1:
+            found[f"targets are all of {part}, and alike"] = [e.target for e in some]
+    return told(found, len(examples))
+
+
+def told(found, count):
+    """Lines that say of how many texts something is true, with the first.   found: {what is true: [text]}."""
+    return [f"{len(some):,} of {count:,} {what}, first {SHORT.repr(some[0])}" for what, some in found.items()]
+
+
 # The metrics: predicted texts and, for each, the texts that count as right. All return per cent. Most need
 # numbers, and a model may say anything: what is no number counts as wrong as an answer can be.
 def accuracy(predictions, answers):
@@ -1981,32 +2010,6 @@ def without(end, ids):
     return ids
 
 
-def check_examples(splits):
-    """Lines on what in a person's data is likely to be a mistake.   splits: {part: [Example]}."""
-    examples = [e for part in splits.values() for e in part]
-    are_labels = len({e.target for e in examples}) <= 100
-    trained = {}                              # an input of train: the answers to it
-    for e in splits["train"]:
-        trained.setdefault(e.source, set()).add(e.answers)
-    labels = {e.target.strip() for e in splits["train"]}
-    spelt = {}                                # a target in small letters: the target
-    found = defaultdict(list)                 # what is odd: the texts that are
-    for part, some in splits.items():
-        for e in some:
-            if part != "train" and e.source in trained:
-                found[f"inputs of {part} are in train, too"].append(e.source)
-            if len(trained.get(e.source, ())) > 1:
-                found["inputs have several targets in train"].append(e.source)
-            target = e.target.strip()
-            if are_labels and target not in labels:
-                found["targets are in no row of train"].append(e.target)
-            if are_labels and spelt.setdefault(target.lower(), target) != target:
-                found["targets differ from others by capitals alone"].append(e.target)
-        if part != "train" and len({e.target for e in some}) == 1:
-            found[f"targets are all of {part}, and alike"] = [e.target for e in some]
-    return told(found, len(examples))
-
-
 def check_texts(tokenizer, splits, tokens, settings, causal, ends):
     """Lines on what of the texts is lost on a model: how often, and an example.
 
@@ -2052,11 +2055,6 @@ def check_texts(tokenizer, splits, tokens, settings, causal, ends):
         lines.append(f"{len(otherwise):,} of {len(whole):,} targets come back from the tokenizer as another "
                      f"text, first {otherwise[0]}")
     return lines
-
-
-def told(found, count):
-    """Lines that say of how many texts something is true, with the first.   found: {what is true: [text]}."""
-    return [f"{len(some):,} of {count:,} {what}, first {SHORT.repr(some[0])}" for what, some in found.items()]
 
 
 class Batches:
@@ -2291,13 +2289,15 @@ def deterministic():
     A GPU adds numbers up in the order in which they come ready, and sums of floats depend on it.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.utils.deterministic.fill_uninitialized_memory = False        # slow, and nothing reads it
     before = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False        # slow, and nothing reads it
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def write_atomically(path, content):
@@ -2492,10 +2492,13 @@ SEARCH_ALONE = ("space", "ranks", "budget", "triggers", "tau", "gamma", "window"
                 "warmup_epochs", "arch_lr")
 
 
+def fail(message):
+    """Refuses a command line."""
+    raise UsageError(f"{message} (--help lists the flags)")
+
+
 def parse(arguments, settings_class=Settings):
     """[Settings], one for each seed of a command line, with defaults of the task.   UsageError."""
-    def fail(message):
-        raise UsageError(f"{message} (--help lists the flags)")
     parser = argparse.ArgumentParser("bipeft.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = fail
     texts = help_texts(settings_class)
@@ -2527,7 +2530,7 @@ def parse(arguments, settings_class=Settings):
     several = []
     for seed in seeds:
         settings = settings_class(**values, seed=seed)
-        check(settings, fail)
+        check(settings)
         if not settings.out:
             source = settings.space.replace(",", "+")
             if settings.structure is not None:
@@ -2548,8 +2551,8 @@ def help_texts(settings_class):
     return texts
 
 
-def check(settings, fail):
-    """Calls fail with what a person may get wrong in a number or a name.
+def check(settings):
+    """Refuses what a person may get wrong in a number or a name.
 
     Numbers have bounds: most are at least 1, or above 0, and some, which are shares, are at most 1.
     """
@@ -2727,7 +2730,7 @@ class Record:
         """Raises UsageError if the run began with other data, structure.json, backbone or code."""
         code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
         before = self.stored.setdefault("content", {"data": data, "backbone": backbone, "code": code})
-        if before["code"] != code:
+        if before.get("code") != code:
             raise UsageError(f"{self.path} holds a run of another version of bipeft.py; {self.ADVICE}")
         if before["data"] != data:
             raise UsageError(f"{self.path} holds a run that began with other data, or with another "
@@ -2762,8 +2765,6 @@ class Record:
     def finish(self, metrics):
         """Writes what a finished run came to, and takes away what was needed to go on."""
         write_atomically(self.path / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-        for name in self.FILES:
-            (self.path / f".{name}.new").unlink(missing_ok=True)    # of a kill while it was written
         (self.path / "checkpoint.pt").unlink(missing_ok=True)
 
     def after_step(self, step, left, text, state, show):
@@ -3044,7 +3045,7 @@ def picture(structure, model):
 
 
 def main(arguments=None, settings_class=Settings, choose_pass=choose_pass):
-    """The program. Returns the exit code: 0, or 2 after a person's mistake.
+    """The program. Returns the exit code: 0, or 2 after a line on what stopped it.
 
     settings_class, choose_pass: another program's flags, and how it computes (docs/examples/scale.py).
     """

@@ -1350,12 +1350,14 @@ def test_section_4_a_trigger_worked_by_hand():
     now = torch.tensor([[3 / 4, 1 / 4], [3 / 4, 1 / 4], [1 / 4, 3 / 4], [1 / 2, 1 / 2]], dtype=torch.float64)
     keep = torch.tensor([[1 / 2, 1 / 2], [1 / 4, 3 / 4], [1 / 4, 3 / 4], [1 / 2, 1 / 2]])
     bipeft.put_back([search.theta, search.phi], [keep.log(), now.log()])
-    search.smoothed, search.rank_history, search.potential = tensor(3.0, 2, 4, 1), [then, now], tensor(2.0, 1, 2, 0).double()
+    search.smoothed, search.rank_history = tensor(3.0, 2, 4, 1), [then, now]
+    search.potential_before = tensor(2.0, 1, 2, 0).double()
     assert close(search.expected_sizes(), [10, 40, 28, 16]) and close(search.keep_probabilities(), [.5, .75, .75, .5])
     assert close(bipeft.rank_instability(torch.stack(search.rank_history))[:3], [.137326, .000724, .002381], 1e-6)
     assert float(search.select()) == pytest.approx(14)
     assert search.kept.tolist() == [True, True, True, False] and search.fixed.tolist() == [False, True, False, True]
-    assert search.choice[1] == 0 and search.potential.tolist() == [1, 1, 2, 0] and equal(search.rank_history, [now])
+    assert search.choice[1] == 0 and search.potential_before.tolist() == [1, 1, 2, 0]
+    assert equal(search.rank_history, [now])
     # No step follows; the second trigger is the last: p = 1, E = 10 + 32 + 28 = 70, R = (70 - 36) / 1 = 34. B goes (32),
     # A does not fit (42). All ranks get fixed, A's at 1 and C's at 2: 8 + 32 > 36, and A, the less sensitive, is dropped.
     structure = search.finish()
@@ -1544,7 +1546,7 @@ def trigger_by_hand(search, now, history):
     y = math.floor(d.count(False) * cosine / (z_max - z) + 1e-9) if z < z_max - 1 else len(d)               # Eq. 10
     for n in sorted((n for n in modules if not d[n]), key=lambda n: instability[n])[:y]:
         d[n], k_star[n] = True, best[n]
-    now.kept, now.fixed, now.choice, now.potential = flags(*b), flags(*d), tensor(*k_star), tensor(*v).double()
+    now.kept, now.fixed, now.choice, now.potential_before = flags(*b), flags(*d), tensor(*k_star), tensor(*v).double()
     now.triggers_done += 1
     return expected, reduction
 
@@ -1564,7 +1566,8 @@ def test_section_4_a_trigger_is_the_papers_by_hand(space, arch_lr):
         # where p = 1 nothing but C_n, of float64, is in E_t
         assert math.isclose(line["expected"], expected, rel_tol=1e-12 if z == 3 else 1e-6)
         assert math.isclose(search.select(), reduction, rel_tol=1e-5, abs_tol=1e-3)
-        assert all(torch.equal(getattr(search, k), getattr(now, k)) for k in ("kept", "fixed", "choice", "potential"))
+        held = "kept", "fixed", "choice", "potential_before"
+        assert equal([getattr(search, k) for k in held], [getattr(now, k) for k in held])
         history, kept = history[-1:], [*kept, int(search.kept.sum())]
     assert search.triggers_done == 4 and search.fixed.all() and kept[-1] > 0 and len(set(kept)) > 2     # step by step
     passes, _ = watched(search), search.step(*batches[:3])
@@ -1653,7 +1656,7 @@ def test_section_4_a_search_goes_on_bit_for_bit_from_its_saved_state(space, tmp_
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     gone = [n for n, kept in enumerate(state["kept"].tolist()) if not kept]
     resumed.load_state_dict(state)
-    assert state["triggers_done"] == 1 and gone and torch.equal(resumed.potential, state["potential"])
+    assert state["triggers_done"] == 1 and gone and equal([resumed.potential_before], [state["potential_before"]])
     for n, module in enumerate(resumed.space.modules):
         module.register_forward_hook(lambda *_, n=n: calls.update([n]))
     found, rest = followed(resumed, batches)
@@ -1866,7 +1869,7 @@ TEXTS = {  # the end of a name, what the file holds: what its sources or, in quo
         '\ufeff{"source": "2020-01-31", "target": " a  b "}': ["2020-01-31"],
         '{"source": NaN, "target": "x"}': "'train.jsonl, row 1: no source: fill it in",
         '{"source": -Infinity, "target": "x"}': "'source that is no text: -inf",
-        '{"target": "x"}\n{"source": "a", "target": "x"}': "'row 1: no source: fill it in, or leave the row out; it is {'target': 'x'}",
+        '{"target": "x"}\n{"source": "a", "target": "x"}': "'row 1: no source: fill it in, or leave the row out; it is {'ta",
         '{"source": "a", "target": "x"}\n\n{"source": "b", "target": " "}': "'row 2: no target: fill",
         '{"source": ["a"], "target": "x"}': "'source that is no text: ['a']; write it as one text",
         '{"source": [{"role": "user", "content": "a"}], "target": "x"}': "'source that is no text",
@@ -1880,6 +1883,7 @@ TEXTS = {  # the end of a name, what the file holds: what its sources or, in quo
         "\ufefftarget;source;more\r\n1;a,b;\r\n\r\n1; c ;\r\n": ["a,b", " c "],
         "source\ttarget\na\t1\n": ["a"],
         'source,target\n"two\nlines, ""quoted""",1\n': ['two\nlines, "quoted"'],
+        f"source,target\n{'a' * 131_073},1\n": ["a" * 131_073],
         "source,target\n,1\n": "'no source: fill it in",
         "source,target\na,b,1\n": "'line 2 has 3 cells, the first line 2; a text with a separator in it needs",
         "source,target\na,1\nsource,target\nb,1\n": "'line 3 names the columns again",
@@ -1903,6 +1907,10 @@ def test_section_5_text_stays_the_text_that_stands_there(suffix, tmp_path):
         (tmp_path / f"train{suffix}").write_bytes(content)
         with pytest.raises(UsageError, match="can't be read .it is no text in UTF-8: save it as such"):
             bipeft.read_split("custom", "train", tmp_path)
+    with pytest.raises(UsageError, match=f"train{suffix} can't be read .*: mend the file, or give another"):
+        bipeft.read_split("custom", "train", tmp_path)
+    with pytest.raises(UsageError, match="no.such is no folder: give the one that holds the files"):
+        bipeft.read_split("custom", "train", tmp_path / "no.such")
     (tmp_path / "train.parquet").write_bytes(b"")
     two = r"of .*train.parquet, .jsonl, .csv, .tsv there must be one, and there is train.*, train.*: have just one"
     with pytest.raises(UsageError, match=two):
@@ -1956,6 +1964,26 @@ def test_section_5_the_hub_is_asked_for_the_right_files(monkeypatch):
     assert asked == [("nyu-mll/glue", {"name": "cola", "split": "train"}),
                      ("aps/super_glue", {"split": "train", "revision": "refs/convert/parquet",
                                          "data_files": {"train": "wic/train/*.parquet"}})]
+
+
+def test_section_5_what_in_a_persons_data_is_likely_a_mistake_is_told():
+    """Rows of train in another part, two targets of one input, capitals, targets that train lacks, all alike."""
+    def odd(train, validation):
+        given = {"train": train, "validation": validation}
+        return bipeft.check_examples({part: [bipeft.Example(*pair.split(" ", 1), (pair.split()[1],)) for pair in pairs]
+                                      for part, pairs in given.items()})
+
+    assert odd(["a yes", "b no ", "a yes"], ["c yes ", "d no"]) == []
+    for train, validation, said in (
+            (["a yes", "b no"], ["a yes", "c no"], "1 of 4 inputs of validation are in train, too, first 'a'"),
+            (["a yes", "a no", "b no"], ["c no", "d yes"], "2 of 5 inputs have several targets in train, first 'a'"),
+            (["a yes", "b no", "c Yes"], ["c no", "d yes"],
+             "1 of 5 targets differ from others by capitals alone, first 'Yes'"),
+            (["a yes", "b no"], ["c yes", "d 1"], "1 of 4 targets are in no row of train, first '1'"),
+            (["a yes", "b no"], ["c no", "d no"], "2 of 4 targets are all of validation, and alike, first 'no'")):
+        assert said in odd(train, validation)
+    assert len(odd([f"{n} {n}" for n in range(98)], ["a x", "b X"])) == 2
+    assert odd([f"{n} {n}" for n in range(99)], ["a x", "b X", "c y"]) == []          # free text, no labels
 
 
 def made_up(seed, labels, invalid):
@@ -2159,26 +2187,6 @@ def test_section_6_batches_for_a_gpu_are_of_few_shapes():
         assert close(model(**plain).loss.detach(), model(**filled).loss.detach())
 
 
-def test_section_6_what_in_a_persons_data_is_likely_a_mistake_is_told():
-    """Rows of train in another part, two targets of one input, capitals, targets that train lacks, all alike."""
-    def odd(train, validation):
-        given = {"train": train, "validation": validation}
-        return bipeft.check_examples({part: [bipeft.Example(*pair.split(), (pair.split()[1],)) for pair in pairs]
-                                      for part, pairs in given.items()})
-
-    assert odd(["a yes", "b no", "a yes"], ["c yes", "d no"]) == []
-    for train, validation, said in (
-            (["a yes", "b no"], ["a yes", "c no"], "1 of 4 inputs of validation are in train, too, first 'a'"),
-            (["a yes", "a no", "b no"], ["c no", "d yes"], "2 of 5 inputs have several targets in train, first 'a'"),
-            (["a yes", "b no", "c Yes"], ["c no", "d yes"],
-             "1 of 5 targets differ from others by capitals alone, first 'Yes'"),
-            (["a yes", "b no"], ["c yes", "d 1"], "1 of 4 targets are in no row of train, first '1'"),
-            (["a yes", "b no"], ["c no", "d no"], "2 of 4 targets are all of validation, and alike, first 'no'")):
-        assert said in odd(train, validation)
-    assert len(odd([f"{n} {n}" for n in range(98)], ["a x", "b X"])) == 2
-    assert odd([f"{n} {n}" for n in range(99)], ["a x", "b X", "c y"]) == []          # free text, no labels
-
-
 def lost(tokenizer, targets, sources=("say 0", "say 1", "say"), causal=False, max_length=9, test=()):
     """What `check_texts` tells of three examples of train, and of targets of test."""
     examples = [bipeft.Example(source, target, ()) for source, target in zip(sources, targets)]
@@ -2192,8 +2200,8 @@ def test_section_6_what_a_model_can_not_read_or_say_is_told():
     """A count and an example for each way in which text is lost; a refusal where nothing could be learnt."""
     tokenizer, targets = word_tokenizer(), ("yes", "no", "yes no")
     assert lost(tokenizer, targets, test=["yes"]) == []
-    assert lost(tokenizer, targets, ("say 0 1 2 3", "", "say 1 2 3"), max_length=4) == [
-        "2 of 3 inputs are cut at --max-length 4, first 'say 0 1 2 3'", "1 of 3 inputs are empty, first ''"]
+    assert lost(tokenizer, targets, ("say 0 1 2 3", "  ", "say 1 2 3"), max_length=4) == [
+        "2 of 3 inputs are cut at --max-length 4, first 'say 0 1 2 3'", "1 of 3 inputs are empty, first '  '"]
     assert lost(tokenizer, ("yes", "no", "yes no yes"), max_length=3) == [
         "1 of 3 targets are cut at --max-length 3, first 'yes no yes'"]
     assert lost(tokenizer, ("yes", "no", "yes no yes"), max_length=3, causal=True) == []      # its end is the target's
@@ -2586,6 +2594,8 @@ def test_section_8_settings_of_a_command_line():
         with pytest.raises(UsageError, match=rf"^{flag} {value}(\.0)? must lie in"):
             bipeft.parse(line.split())
     assert bipeft.parse("--tau 0 --gamma 0 --warmup-epochs 0 --weight-decay 0".split())
+    acting = "space ranks budget triggers tau gamma window search-epochs warmup-epochs arch-lr".split()
+    assert [flag.replace("-", "_") for flag in acting] == list(bipeft.SEARCH_ALONE)
 
 
 def test_section_8_help_shows_every_setting_with_its_comment(capsys):
@@ -2614,7 +2624,9 @@ def go(world, out, line=QUICK, more=""):
 def finished(world, tmp_path_factory):
     """The folder of a whole run."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    assert go(world, out) == 0 and not torch.are_deterministic_algorithms_enabled()
+    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    assert go(world, out) == 0 and before == (True, False) == (
+        torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled())
     return out
 
 

@@ -125,7 +125,8 @@ def work(args):
 
 def main(arguments=None):
     """The program. Returns the exit code: None, or 2 after a person's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], exit_on_error=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.error = bipeft.fail
     parser.add_argument("--task", default="sst2", choices=("cola", "mnli", "mrpc", "qnli", "rte", "sst2"))
     parser.add_argument("--data-dir", help="folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub")
     for flag, default in {"budget": 10_000, "search-steps": 600, "warmup": 300, "steps": 600, "train-rows": 8000,
@@ -137,7 +138,7 @@ def main(arguments=None):
     try:
         with bipeft.deterministic():
             work(parser.parse_args(arguments))
-    except (bipeft.UsageError, argparse.ArgumentError, OSError) as error:
+    except (bipeft.UsageError, OSError) as error:
         print(f"encoder.py: {bipeft.one_line(error)}", file=sys.stderr)
         return 2
 

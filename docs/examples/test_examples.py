@@ -38,15 +38,11 @@ def llama():
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, num_key_value_heads=2))
 
 
-def wrapped():
-    """The encoder's example, on a tiny encoder."""
-    return encoder.Classifier(bert().bert, 3)
-
-
 ENCODED = {"attention_mask": torch.ones_like(IDS), "labels": torch.zeros(2, 1).long()}
 FAMILIES = {  # how a model is made, what of it is trained beside the modules, and its inputs beside IDS
     "t5": (t5, (), {"decoder_input_ids": IDS[:, :4]}), "llama": (llama, (), {}), "bert": (bert, ("classifier",), {}),
-    "bert, modules alone": (bert, (), {}), "wrapped": (wrapped, ("classifier",), ENCODED)}
+    "bert, modules alone": (bert, (), {}),
+    "wrapped": (lambda: encoder.Classifier(bert().bert, 3), ("classifier",), ENCODED)}
 
 
 def made(build, seed=0):
@@ -110,11 +106,10 @@ def test_the_command_line_of_to_peft(tmp_path):
     for out in ("structure.json", "model"):
         code, _, errors = program("to_peft.py", tmp_path, "--model", tmp_path / "model", "--out", tmp_path / out)
         assert code == 2 and errors.count("\n") == 1 and "is a file, or a model's folder" in errors
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1)
-    model.save_pretrained(tmp_path / "other")
+    made(llama, seed=1).save_pretrained(tmp_path / "other")
     (tmp_path / "empty").mkdir()
+    for name in ("structure.json", "peft.safetensors", "checkpoint.pt"):                    # of a run under way
+        (tmp_path / "empty" / name).write_bytes((tmp_path / "structure.json").read_bytes())
     for line, words in (((tmp_path, "--model", tmp_path / "other"), "of a backbone of other numbers"),
                         ((tmp_path, "--model", tmp_path / "none"), "none can't be loaded"),
                         ((tmp_path / "empty",), "empty holds no finished run: name"), ((), "required: run")):

@@ -77,14 +77,10 @@ def read_weights(path):
         return safetensors.torch.load_file(path)
 
 
-def fail(message):
-    raise bipeft.UsageError(f"{message} (--help lists the flags)")
-
-
 def main(arguments=None):
     """The program. Returns the exit code: 0, or 2 after a person's mistake."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = fail
+    parser.error = bipeft.fail
     parser.add_argument("run", help="a run's folder, with structure.json and peft.safetensors")
     parser.add_argument("--model", help="folder or hub name of the backbone (the run's own)")
     parser.add_argument("--out", help="folder to write (RUN/peft)")
