@@ -164,8 +164,8 @@ def weights(r):
         left.set_ylabel(text, rotation=0, ha="right", va="center")
         if i > 1:
             left.barh(range(R), 1, 1, -0.5, color=[BLUE if j < key else "white" for j in range(R)], edgecolor=SOFT)
-    axes[0][1].set_title(f"{short(r, n)}: {R} rows of {A.shape[-1]} numbers each; at the left g · m of a row, blue 1, "
-                         "white 0", loc="left")
+    axes[0][1].set_title(f"{short(r, n)}: {R} rows of {A.shape[-1]} numbers each; orange below 0, purple above; at the "
+                         "left g · m, blue 1, white 0", loc="left")
     return figure
 
 
@@ -263,7 +263,7 @@ def staircase(r):
         size.plot(r.T, final, "D", color=ORANGE, mec=INK, ms=6, zorder=5, label=f"the structure found: {final:,}")
         portion.bar(r.fired, r.reduction[r.fired - 1], 0.6, color=SOFT)
         for ax in (size, portion):
-            ax.axvspan(r.certain - 0.5, r.T + 0.5, color=PALE, lw=0, zorder=0, label="p = 1")
+            ax.axvspan(r.certain - 1, r.T + 0.5, color=PALE, lw=0, zorder=0, label="p = 1")
             ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     size.set_ylim(0)
     figure.legend(*axes[0][1].get_legend_handles_labels(), loc="outside upper center", ncols=4)
