@@ -87,7 +87,7 @@ class Settings:
 
     task: str = "rte"                   # GLUE's or SuperGLUE's by name, custom (a person's own), or toy
     model: str = "google-t5/t5-large"   # T5 or Llama (whose answer follows its input), hub or folder
-    data_dir: str = None      # folder with <task>/<split>.parquet, .jsonl or .csv; default: the hub
+    data_dir: str = None  # folder with <task>/<split> or, of custom, <split>.csv or .jsonl; default: the hub
     max_length: int = None  # tokens of inputs and T5's targets (custom, GLUE 128, SuperGLUE 256, ReCoRD 512)
     metric: str = None           # of custom: accuracy, F1, Matthews, Pearson or token-F1 (accuracy)
     space: str = "s2"                   # s1, s2, all, or a comma list of kinds of module
@@ -110,7 +110,7 @@ class Settings:
     device: str = "auto"                # cpu, cuda, cuda:1, ...; auto takes a GPU if there is one
     dtype: str = "float32"              # of the backbone: float32, bfloat16 or float16
     eager: bool = False                 # on a GPU: no CUDA graphs; shut modules are skipped
-    save_every: int = 100               # steps between checkpoints
+    save_every: int = 100               # steps between checkpoints, which are a minute apart at most
     fresh: bool = False                 # start over instead of going on with what --out holds
 
 
@@ -1674,7 +1674,7 @@ def read_split(name, split, data_dir, needed=True):
     if where is None:
         return None
     with failing(f"{where} can't be read", advice):
-        rows = read_hub(name, split) if data_dir is None else READERS[where.suffix](where)
+        rows = read_hub(name, split) if data_dir is None else READERS[where.suffix.lower()](where)
         if not rows:
             raise ValueError("it has no rows")
         for row in rows:
@@ -1697,15 +1697,16 @@ def find_file(name, split, data_dir, needed):
     if not Path(data_dir).is_dir():
         raise UsageError(f"--data-dir {data_dir} is no folder: give the one that holds the files")
     folder = Path(data_dir, name)
-    there = sorted(folder.glob(f"{split}.*"))
+    paths = [*folder.glob("*")]
     advice = "give another --data-dir, or --task custom for a file of your own"
     if name == "custom":
         folder = Path(data_dir)
-        there += sorted(folder.glob(f"{split}.*"))
-        advice = "have just one there, or give another --data-dir"
+        paths += folder.glob("*")
+        advice = "have just one there (a spreadsheet is exported), or give another --data-dir"
+    there = sorted(path for path in paths if path.name.lower().startswith(f"{split}."))
     if not there and not needed:
         return None
-    files = [path for path in there if path.suffix in READERS]
+    files = [path for path in there if path.suffix.lower() in READERS]
     if len(files) != 1:
         names = ", ".join(path.name for path in there) or "no such file"
         raise UsageError(f"of {folder / split}{', '.join(READERS)} there must be one, and there is "
@@ -1770,18 +1771,23 @@ def read_csv(path):
     """[{column: text}] of a .csv file in UTF-8, with commas, semicolons or tabs; an empty cell is None."""
     csv.field_size_limit(2**31 - 1)                             # else 131,072 characters
     text = text_in(path)
-    head = text.split("\n")[0]
+    head = "".join(text.splitlines()[:1])
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
-    columns = next(lines, [])
+    try:
+        numbered = [(lines.line_num, cells) for cells in lines]
+    except csv.Error as error:
+        raise ValueError(f"line {lines.line_num}: {error}; a text with a quote in it needs quotes around it, "
+                         'and "" for each') from None
+    columns = numbered[0][1] if numbered else []
     if len(set(columns)) < len(columns):
         raise ValueError("two columns have one name")
     rows = []
-    for cells in lines:
+    for number, cells in numbered[1:]:
         if len(cells) not in (0, len(columns)):
-            raise ValueError(f"line {lines.line_num} has {len(cells)} cells, the first line {len(columns)}; "
-                             "a text with a separator in it needs quotes")
+            raise ValueError(f"line {number} has {len(cells)} cells, the first line {len(columns)}; a text "
+                             "with a separator in it needs quotes")
         if cells == columns:
-            raise ValueError(f"line {lines.line_num} names the columns again: take it out")
+            raise ValueError(f"line {number} names the columns again: take it out")
         if cells:
             rows.append({column: cell or None for column, cell in zip(columns, cells)})
     return rows
@@ -1792,19 +1798,26 @@ READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".csv": read_csv, ".t
 
 
 def check_examples(splits):
-    """Lines on what in a person's data is likely to be a mistake.   splits: {part: [Example]}."""
+    """Lines on how often each target is there, if they are few, and on likely mistakes in a person's data.
+
+    splits: {part: [Example]}.
+    """
     examples = [e for part in splits.values() for e in part]
     are_labels = len({e.target for e in examples}) <= 100
     trained = {}                              # an input of train: the answers to it
     for e in splits["train"]:
         trained.setdefault(e.source, set()).add(e.answers)
     labels = {e.target.strip() for e in splits["train"]}
+    first = {}                                # an input, but for blanks and capitals: the part it is in
     spelt = {}                                # a target in small letters: the target
     found = defaultdict(list)                 # what is odd: the texts that are
     for part, some in splits.items():
         for e in some:
-            if part != "train" and e.source in trained:
-                found[f"inputs of {part} are in train, too"].append(e.source)
+            other = first.setdefault(" ".join(e.source.lower().split()), part)
+            if other != part:
+                found[f"inputs of {part} are in {other}, too"].append(e.source)
+            if e.source.count("\n") > 10:
+                found["inputs have more than ten lines: is a quote left open?"].append(e.source)
             if len(trained.get(e.source, ())) > 1:
                 found["inputs have several targets in train"].append(e.source)
             target = e.target.strip()
@@ -1814,7 +1827,11 @@ def check_examples(splits):
                 found["targets differ from others by capitals alone"].append(e.target)
         if part != "train" and len({e.target for e in some}) == 1:
             found[f"targets are all of {part}, and alike"] = [e.target for e in some]
-    return told(found, len(examples))
+    counts = Counter(e.target for e in splits["train"]).most_common()
+    lines = told(found, len(examples))
+    if len(counts) <= 12:
+        lines.insert(0, "targets: " + ", ".join(f"{SHORT.repr(target)} {n:,}" for target, n in counts))
+    return lines
 
 
 def told(found, count):
@@ -2053,7 +2070,7 @@ def check_texts(tokenizer, splits, tokens, settings, causal, ends):
     lines = told(lost, len(whole))
     if otherwise:
         lines.append(f"{len(otherwise):,} of {len(whole):,} targets come back from the tokenizer as another "
-                     f"text, first {otherwise[0]}")
+                     f"text, which accuracy counts as wrong, first {otherwise[0]}")
     return lines
 
 
@@ -2199,8 +2216,8 @@ def answer(model, tokenizer, texts):
     texts: of any iterable, as a list or a column of a table.   Warns of inputs that are cut.   Raises
     UsageError for what is no text.
     """
-    if isinstance(texts, (str, dict)) or not hasattr(texts, "__iter__"):
-        raise UsageError("answer takes a list of texts: give [text] for one")
+    if isinstance(texts, (str, dict)) or hasattr(texts, "columns") or not hasattr(texts, "__iter__"):
+        raise UsageError("answer takes a list of texts or a table's column: give [text], or table['source']")
     texts = list(texts)
     for text in texts:
         if not isinstance(text, str):
@@ -2334,6 +2351,11 @@ def failing(what, advice=""):
         raise UsageError(f"{what} ({one_line(error)}){advice}") from None
 
 
+def digest(content):
+    """16 hexadecimal digits that tell bytes from others."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def save_weights(peft, path):
     """Writes the trained weights, of the modules and of also_train, atomically, as safetensors, and beside
     them what tells the backbone from others.
@@ -2344,7 +2366,7 @@ def save_weights(peft, path):
 
 
 def backbone_sample(model, places=None, learnt=()):
-    """{place: a number of its first tensor}, by which two backbones can be told apart [D81].
+    """{place: a number of its first tensor}, and of some words' embeddings, to tell backbones apart [D81].
 
     places: as of `Peft`.   learnt: parameters to pass over, since they learn.
     """
@@ -2353,8 +2375,14 @@ def backbone_sample(model, places=None, learnt=()):
         p = next(place.parameters(), None)
         if p is not None and not p.is_meta and not any(p is other for other in learnt):
             found[name] = float(p.detach().flatten()[p.numel() // 2])
-            if not math.isfinite(found[name]):
-                raise UsageError(f"the backbone is damaged: {name} holds {found[name]}; get it anew")
+    words = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    words = max(words, key=len, default=torch.empty(0, 0))
+    for row in (5, 50, 500, 5000):
+        if row < len(words) and not words.is_meta and not any(words is other for other in learnt):
+            found[f"word {row}"] = float(words.detach()[row, 0])
+    for name, number in found.items():
+        if not math.isfinite(number):
+            raise UsageError(f"the backbone is damaged: {name} holds {number}; get it anew")
     return found
 
 
@@ -2406,8 +2434,8 @@ def load_structure(path):
                              f"{structure.budget:,}")
         kinds = kinds_of(structure.space)
         for m in structure.modules:
-            sound = isinstance(m["name"], str) and isinstance(m["rank"], int | None)
-            if not sound or m["kind"] not in kinds:
+            sound = isinstance(m["name"], str) and type(m["rank"]) in (int, type(None))
+            if not sound or (m["rank"] or 1) < 1 or m["kind"] not in kinds:
                 raise ValueError(f"{SHORT.repr(m)} is no module of its space {structure.space}")
         return structure
 
@@ -2531,7 +2559,7 @@ def parse(arguments, settings_class=Settings):
     for seed in seeds:
         settings = settings_class(**values, seed=seed)
         check(settings)
-        if not settings.out:
+        if settings.out is None:
             source = settings.space.replace(",", "+")
             if settings.structure is not None:
                 source = f"from-{Path(settings.structure).resolve().parent.name}"
@@ -2562,6 +2590,8 @@ def check(settings):
         if name in ("tau", "gamma", "warmup_epochs", "weight_decay", "seed"):
             least = 0
         most = 1 if name in ("tau", "gamma") else 10**12
+        if value == "":
+            fail(f"--{name.replace('_', '-')} is empty: give it a value, or leave it out")
         if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value <= most:
             fail(f"--{name.replace('_', '-')} {value} must lie in {least:g} .. {most:g}")
     if settings.task == "toy" and settings.data_dir is not None:
@@ -2642,14 +2672,25 @@ def loader_of(name):
         raise ValueError(f"a {config.model_type} is neither of T5's family nor of Llama's")
 
 
-def load_run(folder, device="cpu", model=None):
+def finished(folder):
+    """A run's metrics.json.   Raises an error if a file of the run is missing, damaged or of another run."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    load_structure(folder / "structure.json")
+    if digest((folder / "peft.safetensors").read_bytes()) != metrics["weights"]:
+        raise ValueError("peft.safetensors is damaged, or of another run")
+    return metrics
+
+
+def load_run(folder, model=None, device="cpu"):
     """(model, tokenizer, attached modules) of a finished run, for `answer` or a generation of one's own: its
     `generation_config` is that of the run's test [D75].
 
     model: the backbone, where it is not where it was: a folder, or a name on the hub.   Raises UsageError.
     """
+    if not isinstance(model, str | Path | None):
+        raise UsageError("load_run takes the backbone's folder or name as model=, and loads it anew")
     with failing(f"{folder} holds no finished run", ": name its --out, of several seeds OUT/seed-N"):
-        metrics = json.loads(Path(folder, "metrics.json").read_text())
+        metrics = finished(Path(folder))
         settings = metrics["settings"]
         longest = metrics["longest_answer"]
     name = str(model or settings["model"])
@@ -2698,6 +2739,8 @@ class Record:
     def __init__(self, settings, device):
         self.settings = settings
         self.path = Path(settings.out)
+        if (self.path / "config.json").exists():
+            raise UsageError(f"--out {self.path} is a model's folder: name another")
         identity = {name: value for name, value in vars(settings).items() if name not in self.FREE}
         self.identity = json.loads(json.dumps(identity))              # as a file gives it back
         self.stored = {"settings": self.identity}
@@ -2716,7 +2759,7 @@ class Record:
                         raise ValueError("it is damaged")
                 stored = torch.load(path, device)
             else:
-                stored = json.loads(path.read_text())
+                stored = finished(self.path)
                 backbone = backbone_of(self.path / "peft.safetensors")
                 stored["content"] = {"data": stored["data"], "backbone": backbone, "code": stored.get("code")}
             before = stored["settings"]
@@ -2728,7 +2771,7 @@ class Record:
 
     def require_same_content(self, data, backbone):
         """Raises UsageError if the run began with other data, structure.json, backbone or code."""
-        code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+        code = digest(Path(__file__).read_bytes())
         before = self.stored.setdefault("content", {"data": data, "backbone": backbone, "code": code})
         if before.get("code") != code:
             raise UsageError(f"{self.path} holds a run of another version of bipeft.py; {self.ADVICE}")
@@ -2755,6 +2798,7 @@ class Record:
     def save(self, state):
         """Writes checkpoint.pt and the log so far. Only here does --fresh take older scores away."""
         self.stored.update(state=state, elapsed=self.elapsed())
+        self.saved_at = time.monotonic()
         stream = io.BytesIO()
         torch.save(self.stored, stream)
         write_atomically(self.path / "checkpoint.pt", stream.getvalue())
@@ -2772,7 +2816,7 @@ class Record:
 
         step: done in this phase.   left: steps to go.   state: a function that gives the state.
         """
-        if step % self.settings.save_every == 0:
+        if step % self.settings.save_every == 0 or time.monotonic() - self.saved_at > 60:
             self.save(state())
         if show or time.monotonic() - self.shown_at > 10:
             self.shown_at = time.monotonic()
@@ -2825,13 +2869,23 @@ class Work:
         self.told = check_examples(self.splits) + check_texts(
             self.tokenizer, self.splits, self.tokens, settings, self.causal, ends)
 
+    def lines(self, structure):
+        """What a person reads before anything is computed.   structure: what is given, or None."""
+        counts = ", ".join(f"{len(examples):,} {key}" for key, examples in self.splits.items())
+        lines = [f"{self.settings.task}, seed {self.settings.seed}: {counts}; {self.settings.model}, "
+                 f"{self.size:,} parameters, {self.settings.dtype} on {self.device}", *self.told]
+        if structure is not None and structure.geometry != geometry(self.model):
+            lines.append("the structure was found on another backbone, of "
+                         f"{structure.geometry['parameters']:,} parameters")
+        return lines
+
     def digest(self, structure):
         """16 hexadecimal digits that tell these texts and tokens, and a given Structure, from others."""
         examples = [[dataclasses.astuple(e) for e in part] for part in self.splits.values()]
         content = [examples, self.tokens]
         if structure is not None:
             content.append(dataclasses.asdict(structure))
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        return digest(json.dumps(content).encode())
 
     def batches(self, tokens, number):
         """Batches of some tokens, in an order of their own."""
@@ -2934,9 +2988,7 @@ def run(settings, choose_pass):
         print(f"{record.path} holds this run, finished: nothing to do (--fresh starts over)\n"
               f"{results(record.stored)}")
         return record.stored
-    counts = ", ".join(f"{len(examples):,} {key}" for key, examples in work.splits.items())
-    print(f"{settings.task}, seed {settings.seed}: {counts}; {settings.model}, {work.size:,} parameters, "
-          f"{settings.dtype} on {device}", *work.told, sep="\n", flush=True)
+    print(*work.lines(given), sep="\n", flush=True)
 
     # The search, unless a structure is there: found before the run was killed, or given.
     search_seconds = record.stored.get("search_seconds", 0.0)
@@ -2980,6 +3032,7 @@ def facts(work, record, structure, search_seconds):
             "ratio": search_seconds / train_seconds, "longest_answer": work.longest,
             "backbone_in_a_folder": Path(settings.model).is_dir(), "data": record.stored["content"]["data"],
             "code": record.stored["content"]["code"],
+            "weights": digest((record.path / "peft.safetensors").read_bytes()),
             "settings": record.identity, "versions": versions(work.device)}
 
 
@@ -3040,7 +3093,7 @@ def picture(structure, model):
     for kind in (*kinds_of(structure.space), "together"):
         counts = [m["parameters"] for m in structure.modules if kind in (m["kind"], "together")]
         lines.append(f"  {kind:<11}{len(counts):>5} modules {sum(counts):>10,} parameters "
-                     f"{1e4 * sum(counts) / structure.geometry['parameters']:9.2f} of 10,000")
+                     f"{1e4 * sum(counts) / geometry(model)['parameters']:9.2f} of 10,000")
     return "\n".join(lines) + f"  (budget {structure.budget:,})"
 
 

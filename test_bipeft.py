@@ -1887,7 +1887,7 @@ TEXTS = {  # the end of a name, what the file holds: what its sources or, in quo
         "source,target\n,1\n": "'no source: fill it in",
         "source,target\na,b,1\n": "'line 2 has 3 cells, the first line 2; a text with a separator in it needs",
         "source,target\na,1\nsource,target\nb,1\n": "'line 3 names the columns again",
-        'source,target\n"a,1\n': "'unexpected end",
+        'source,target\n"a,1\n': "'line 2: unexpected end of data; a text with a quote in it",
         "source,source\na,1\n": "'two columns have one name",
         "source|target\na|1\n": "'no column 'source'; it has 'source|target'", "": "'it has no rows"}}
 
@@ -1919,8 +1919,7 @@ def test_section_5_text_stays_the_text_that_stands_there(suffix, tmp_path):
 
 def test_section_5_which_file_of_a_split_is_read(tmp_path):
     """What is there is named; another format is not passed over where a file is optional; a copy is no matter."""
-    for name, words in (("train.CSV", "there is train.CSV: have just one"), ("train.xlsx", "there is train.xlsx"),
-                        ("other.csv", "there is no such file")):
+    for name, words in (("train.xlsx", "there is train.xlsx: have just one"), ("other.csv", "there is no such file")):
         (tmp_path / name).write_text("source,target\na,b\n")
         with pytest.raises(UsageError, match=words):
             bipeft.read_split("custom", "train", tmp_path)
@@ -1928,7 +1927,7 @@ def test_section_5_which_file_of_a_split_is_read(tmp_path):
     with pytest.raises(UsageError, match="rte/train.parquet.*--task custom for a file of your own"):
         bipeft.read_split("rte", "train", tmp_path)
     assert bipeft.read_split("custom", "test", tmp_path, needed=False) is None
-    (tmp_path / "test.csv").write_text("source,target\na,b\n")
+    (tmp_path / "Test.CSV").write_text("source,target\na,b\n")
     (tmp_path / "test.csv.bak").write_text("")
     assert bipeft.read_split("custom", "test", tmp_path, needed=False) == [{"source": "a", "target": "b"}]
 
@@ -1970,12 +1969,18 @@ def test_section_5_what_in_a_persons_data_is_likely_a_mistake_is_told():
     """Rows of train in another part, two targets of one input, capitals, targets that train lacks, all alike."""
     def odd(train, validation):
         given = {"train": train, "validation": validation}
-        return bipeft.check_examples({part: [bipeft.Example(*pair.split(" ", 1), (pair.split()[1],)) for pair in pairs]
+        return bipeft.check_examples({part: [bipeft.Example(*pair.split(" ", 1), (pair.split(" ")[1],)) for pair in pairs]
                                       for part, pairs in given.items()})
 
-    assert odd(["a yes", "b no ", "a yes"], ["c yes ", "d no"]) == []
+    assert odd(["a yes", "b no ", "a yes"], ["c yes ", "d no"]) == ["targets: 'yes' 2, 'no ' 1"]
+    copies = {"train": "ab", "validation": "cd", "test": "dC"}
+    lines = bipeft.check_examples({part: [bipeft.Example(x, x, (x,)) for x in xs] for part, xs in copies.items()})
+    assert "2 of 6 inputs of test are in validation, too, first 'd'" in lines
+    long = bipeft.Example("a\n" * 11, "yes", ("yes",))
+    assert "1 of 2 inputs have more than ten lines: is a quote left open?" in bipeft.check_examples(
+        {"train": [long, bipeft.Example("a", "no", ("no",))]})[1]
     for train, validation, said in (
-            (["a yes", "b no"], ["a yes", "c no"], "1 of 4 inputs of validation are in train, too, first 'a'"),
+            (["a yes", "b no"], ["A yes", "c no"], "1 of 4 inputs of validation are in train, too, first 'A'"),
             (["a yes", "a no", "b no"], ["c no", "d yes"], "2 of 5 inputs have several targets in train, first 'a'"),
             (["a yes", "b no", "c Yes"], ["c no", "d yes"],
              "1 of 5 targets differ from others by capitals alone, first 'Yes'"),
@@ -2207,14 +2212,16 @@ def test_section_6_what_a_model_can_not_read_or_say_is_told():
     assert lost(tokenizer, ("yes", "no", "yes no yes"), max_length=3, causal=True) == []      # its end is the target's
     # a mark that it has no word for; 8, which is 19 and ends a text; two blanks; but not a blank before a text
     assert lost(tokenizer, ("yes", " yes", "yes { no", "0 8 yes", "no  no"), [f"say {n}" for n in range(5)]) == [
-        "3 of 5 targets come back from the tokenizer as another text, first 'yes { no' as 'yes no'"]
+        "3 of 5 targets come back from the tokenizer as another text, which accuracy counts as wrong, first 'yes { no' "
+        "as 'yes no'"]
     assert lost(tokenizer, targets, ("say 0", "say 猫", "say 1")) == [
         "1 of 3 inputs hold what the tokenizer has no word for, first 'say 猫'"]
     assert lost(tokenizer, targets, ("say 0", "say </s> 1", "say 1")) == [
         "1 of 3 inputs hold a special token of the tokenizer, written out, first 'say </s> 1'"]
     many = [f"yes {10 + n % 15} {10 + n // 15}" for n in range(99)]         # free text, no labels: told, not refused
     assert lost(tokenizer, [*many, "yes {", "yes"], [f"say {n % 26} {n // 26}" for n in range(101)]) == [
-        "1 of 101 targets come back from the tokenizer as another text, first 'yes {' as 'yes'"]
+        "1 of 101 targets come back from the tokenizer as another text, which accuracy counts as wrong, first 'yes {' "
+        "as 'yes'"]
     for words, given in (
             ("targets 'yes {' and 'yes' are one to the model, 'yes'", {"targets": ("yes {", "no", "yes")}),
             ("can say none of the targets, first '{ no' as 'no'", {"targets": ("{ no", "{ no", "{ yes")}),
@@ -2417,6 +2424,11 @@ def test_section_7_weights_are_of_their_backbone_in_any_format(tmp_path):
     other.bert.encoder.layer[0].output.dense.weight.data.fill_(math.nan)
     with pytest.raises(UsageError, match="the backbone is damaged: encoder.layer.0.output.dense holds nan"):
         bipeft.backbone_sample(other)
+    swapped = family("bert")
+    words = swapped.get_input_embeddings().weight.data
+    words[5] = words[6]
+    with pytest.raises(UsageError, match="of other numbers, first in word 5"):
+        bipeft.require_same_backbone(bipeft.backbone_sample(family("bert")), bipeft.backbone_sample(swapped), "x")
 
 
 def test_section_8_weights_without_a_place_are_told(tmp_path, capsys):
@@ -2529,6 +2541,9 @@ BAD = [  # arguments, and words that the message must hold
     ("--dtype int8", "--dtype int8 bfloat16"),
     ("--device nonsense", "--device nonsense cpu"),
     ("--task custom --model {root}/model", "custom --data-dir"),
+    ("--task toy --out=", "--out empty give"),
+    ("--structure= --task rte", "--structure empty"),
+    (RTE + "--out {root}/model", "--out {root}/model model's folder: name another"),
     ("--task toy --data-dir {root}/data", "toy its own data --data-dir --task custom"),
     ("--task cola --data-dir {root}/data", "of {root}/data/cola/train.parquet no such file --data-dir"),
     ("--task rte --data-dir {root}/few", "rte too few rows 4"),
@@ -2761,8 +2776,18 @@ def test_section_8_a_run_is_loaded_with_its_backbone_wherever_that_is(world, fin
                          (str(tmp_path / "x"), "no such folder")):
         with pytest.raises(UsageError, match=words):
             bipeft.load_run(run, model=model)
+    with pytest.raises(UsageError, match="load_run takes the backbone's folder or name"):
+        bipeft.load_run(run, torch.nn.Linear(2, 2))
     monkeypatch.undo()
     assert_answers(run, bipeft.load_splits("custom", world / "data", 0)["test"], str(elsewhere))
+    for name, content, words in (
+            ("peft.safetensors", (run / "peft.safetensors").read_bytes()[:-4] + b"\0\0\0\0", "damaged, or of another run"),
+            ("structure.json", b"{}", "is no structure.json")):
+        whole = (run / name).read_bytes()
+        (run / name).write_bytes(content)
+        with pytest.raises(UsageError, match=f"holds no finished run .*{words}"):
+            bipeft.load_run(run, str(elsewhere))
+        (run / name).write_bytes(whole)
 
 
 def test_section_8_a_finished_run_is_left_alone_and_fresh_starts_over(world, finished, tmp_path, monkeypatch, capfd):
@@ -2787,18 +2812,22 @@ def test_section_8_a_finished_run_is_left_alone_and_fresh_starts_over(world, fin
 def test_section_8_a_structure_transfers_with_several_seeds(world, finished, tmp_path, monkeypatch, capfd):
     """It is trained on another task without a search; the last line is mean and deviation over the seeds."""
     monkeypatch.setitem(bipeft.METRICS, "accuracy", lambda *given, scores=iter(range(99)): float(next(scores)))
-    assert go(world, tmp_path, RTE + f"--epochs 1 --max-length 6 --structure {finished}/structure.json --seed 0 1") == 0
+    structure = bipeft.load_structure(finished / "structure.json")
+    structure.geometry["parameters"] += 1
+    bipeft.save_structure(structure, tmp_path / "structure.json")
+    assert go(world, tmp_path, RTE + f"--epochs 1 --max-length 6 --structure {tmp_path}/structure.json --seed 0 1") == 0
     tests = []
     for folder in (tmp_path / "seed-0", tmp_path / "seed-1"):
         metrics = metrics_of(folder)
         assert (metrics["task"], metrics["search_seconds"], metrics["ratio"]) == ("rte", 0, 0)
-        assert contents(folder)["structure.json"] == contents(finished)["structure.json"]
+        assert contents(folder)["structure.json"] == (tmp_path / "structure.json").read_bytes()
         assert contents(folder)["search.jsonl"] == b""
         tests.append(metrics["test"])
     deviation = abs(tests[0] - tests[1]) / math.sqrt(2)
     last = f"rte: test accuracy {sum(tests) / 2:.2f} ± {deviation:.2f} over 2 seeds"
     said = capfd.readouterr().out.splitlines()
-    assert said[-1] == last and said[1].startswith("36 of 36 inputs are cut at --max-length 6, first 'rte sentence1:")
+    assert f"found on another backbone, of {structure.geometry['parameters']:,} parameters" in said[4]
+    assert said[-1] == last and said[2].startswith("36 of 36 inputs are cut at --max-length 6, first 'rte sentence1:")
 
 
 DRIVER = """
@@ -2873,6 +2902,16 @@ def test_section_8_whatever_ends_a_run_is_one_line_and_it_goes_on(world, finishe
     assert_same_end(finished, tmp_path)
 
 
+def test_section_8_a_checkpoint_is_written_every_minute_too(tmp_path):
+    """Where a hundred steps take longer, no more than a minute of them is lost."""
+    record = bipeft.Record(bipeft.Settings(task="toy", out=str(tmp_path)), torch.device("cpu"))
+    record.begin("search")
+    for age, saved in ((0, None), (61, 2)):
+        record.saved_at -= age
+        record.after_step(2, 1, "text", lambda: 2, show=False)
+        assert torch.load(tmp_path / "checkpoint.pt")["state"] == saved
+
+
 @pytest.mark.parametrize("name", ["checkpoint.pt", "metrics.json"])
 def test_section_8_a_damaged_file_is_refused_and_left_as_it_is(world, finished, tmp_path, monkeypatch, capfd, name):
     """Cut anywhere, or with a changed byte, it is one line; the whole one goes on, and its clocks with it."""
@@ -2910,7 +2949,8 @@ def test_section_8_a_causal_model_twice(world, tmp_path):
     assert bipeft.answer(model, tokenizer, [e.source for e in examples]) == said
     with pytest.raises(UsageError, match="an input is empty"):
         bipeft.answer(model, tokenizer, ["say", ""])
-    for wrong in ("say", None, 5, {"source": "say"}):
+    table = type("Table", (list,), {"columns": ["source"]})(["source"])          # one that goes through its columns' names
+    for wrong in ("say", None, 5, {"source": "say"}, table):
         with pytest.raises(UsageError, match="a list of texts"):
             bipeft.answer(model, tokenizer, wrong)
     for wrong in (["say", None], [["say", "say"]], b"say"):
