@@ -187,16 +187,6 @@ def test_every_command_is_one_that_its_program_takes(page, monkeypatch):
     assert [flag for flag in flags if not re.search(rf"\b{flag.replace('-', '[-_]')}\b", programs)] == []
 
 
-def test_the_checks_refuse_what_they_are_there_for(monkeypatch):
-    for line in ("python bipeft.py --no-such-flag", "python docs/examples/trainer.py --nothing 3", "make all",
-                 "./run_glue.sh --nothing", "python docs/no_such.py", "python -m pytest no_such.py",
-                 "pip install -r no.txt", "pip install peft==0.0.1"):
-        with pytest.raises((AssertionError, SystemExit, OSError, ValueError)):          # UsageError is a ValueError
-            check(line.split(), monkeypatch)
-    page = "# A `b`: c, d!\n## The 3 x's\n```text\n# no\n```\n## A b c d\n"
-    assert slugs(page) == ["a-b-c-d", "the-3-xs", "a-b-c-d-1"]
-
-
 # The code of the pages
 
 
