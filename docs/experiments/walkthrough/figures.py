@@ -466,6 +466,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="further flags: bipeft.py's")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "figures")
     args, rest = parser.parse_known_args(arguments)
+    (settings,) = bipeft.parse(["--task", "toy", "--seed", "1", "--device", "cpu", *rest])
     args.out.mkdir(parents=True, exist_ok=True)                         # before the work, not after it
     plt.rcParams.update(STYLE)
     real = recorded(RESULTS / "smollm2_search")
@@ -474,7 +475,6 @@ def main(arguments=None):
     save(real_search(*real), args.out / "smollm2-search.png")
     save(real_structure(places, real[1]), args.out / "smollm2-structure.png")
     with bipeft.deterministic():
-        (settings,) = bipeft.parse(["--task", "toy", "--seed", "1", "--device", "cpu", *rest])
         r = record(settings)
     numbers = {"facts": facts(r), "recorded": real_facts(*real)}
     bipeft.write_atomically(args.out / "walkthrough.json", json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
