@@ -2434,8 +2434,9 @@ def load_structure(path):
                              f"{structure.budget:,}")
         kinds = kinds_of(structure.space)
         for m in structure.modules:
-            sound = isinstance(m["name"], str) and type(m["rank"]) in (int, type(None))
-            if not sound or (m["rank"] or 1) < 1 or m["kind"] not in kinds:
+            ranked = m["rank"] is not None
+            sound = isinstance(m["name"], str) and m["kind"] in kinds
+            if not sound or ranked and (type(m["rank"]) is not int or m["rank"] < 1):
                 raise ValueError(f"{SHORT.repr(m)} is no module of its space {structure.space}")
         return structure
 

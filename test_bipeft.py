@@ -2456,7 +2456,8 @@ def test_section_7_structures_go_to_a_file_and_back(tmp_path):
         ({"budget": math.nan}, "for a budget of nan"), ({"modules": "all"}, "no structure.json"),
         ({"geometry": None}, "no structure.json"), ({"geometry": {"parameters": 0}}, "no structure.json"),
         ({"space": "prefix"}, "is no module of its space prefix"),
-        ({"modules": [{**stored["modules"][0], "rank": "4"}]}, "is no module of its space all"),
+        *(({"modules": [{**stored["modules"][0], "rank": rank}]}, "is no module of its space all")
+          for rank in ("4", 0, -1, True)),
         ({"modules": [{**stored["modules"][0], "name": ["a"]}]}, "is no module of its space all"))}
     del stored["ranks"]
     for content in ("[1, 2]", good[:99], "\xff", "[" * 100_000, json.dumps(stored)):
@@ -2903,13 +2904,19 @@ def test_section_8_whatever_ends_a_run_is_one_line_and_it_goes_on(world, finishe
 
 
 def test_section_8_a_checkpoint_is_written_every_minute_too(tmp_path):
-    """Where a hundred steps take longer, no more than a minute of them is lost."""
+    """Where a hundred steps take longer, no more than a minute of them is lost; a changed number in it is noticed."""
     record = bipeft.Record(bipeft.Settings(task="toy", out=str(tmp_path)), torch.device("cpu"))
     record.begin("search")
     for age, saved in ((0, None), (61, 2)):
         record.saved_at -= age
         record.after_step(2, 1, "text", lambda: 2, show=False)
         assert torch.load(tmp_path / "checkpoint.pt")["state"] == saved
+    record.save(torch.zeros(1000))
+    content = bytearray((tmp_path / "checkpoint.pt").read_bytes())
+    content[content.index(bytes(2000)) + 1000] = 1                               # a number of the tensor
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(UsageError, match="can't be read .it is damaged"):
+        bipeft.Record(record.settings, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "metrics.json"])

@@ -106,7 +106,7 @@ def draw_places(data):
     for (y, x), share in np.ndenumerate(grid):
         count = kept[list(GROUPS)[y], layers[x]]
         if share == share:
-            text = f"{count:.1f}".removeprefix("0") if count >= 0.05 else "·"
+            text = f"{count:.1f}".removeprefix("0") if count >= 0.1 else "·"
             ax.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if share > 0.5 else INK)
     ax.set_xticks(range(len(layers)), layers)
     ax.set_yticks(range(len(GROUPS)), GROUPS)

@@ -357,11 +357,12 @@ def real_search(lines, structure, metrics):
     size.axhline(structure["budget"], color=INK, ls="--", lw=1, label=f"B = {structure['budget']:,}")
     size.plot(fired[-1]["step"], metrics["parameters"], "D", color=ORANGE, mec=INK, ms=5, clip_on=False,
               label="found: after the last trigger and the repair")
+    size.axvline(fired[-len(fired) // 10]["step"], color=INK, ls="-.", lw=0.8, label="p = 1 from here on")
     size.set(xlabel="step", ylabel="parameters", xlim=(0, steps[-1] + 3), yscale="log")
     size.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     for ax in (size, beta):
         ax.axvspan(0, fired[0]["step"] - 0.5, color=PALE, lw=0, zorder=0, label="before the first trigger")
-    handles, labels = (a + b[:3] for a, b in zip(beta.get_legend_handles_labels(), size.get_legend_handles_labels()))
+    handles, labels = (a + b[:4] for a, b in zip(beta.get_legend_handles_labels(), size.get_legend_handles_labels()))
     figure.legend(handles, labels, loc="outside upper center", ncols=3)
     return figure
 
