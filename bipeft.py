@@ -1582,6 +1582,9 @@ def to_examples(name, row):
     return [Example(source, target, (target,))]
 
 
+SURROGATES = r"[\ud800-\udfff]"                 # halves of characters, which no text may hold
+
+
 def text_of(name, key, row):
     """A row's cell as the text that stands there.   Raises UsageError for one that is missing or no text."""
     value = row.get(key)
@@ -1590,7 +1593,7 @@ def text_of(name, key, row):
         raise UsageError(f"no {key}: fill it in, or leave the row out; it is {SHORT.repr(row)}")
     if isinstance(value, bool):
         return str(value).lower()
-    unsound = value in (math.inf, -math.inf) or re.search(r"[\ud800-\udfff]", str(value))
+    unsound = value in (math.inf, -math.inf) or re.search(SURROGATES, str(value))
     if unsound or not isinstance(value, str | int | float):
         raise UsageError(f"a {key} that is no text: {SHORT.repr(value)}; write it as one text")
     return str(value)
@@ -1816,8 +1819,8 @@ def check_examples(splits):
             other = first.setdefault(" ".join(e.source.lower().split()), part)
             if other != part:
                 found[f"inputs of {part} are in {other}, too"].append(e.source)
-            if e.source.count("\n") > 10:
-                found["inputs have more than ten lines: is a quote left open?"].append(e.source)
+            if "\n" in e.source:
+                found["inputs have several lines (if not meant, a quote was left open)"].append(e.source)
             if len(trained.get(e.source, ())) > 1:
                 found["inputs have several targets in train"].append(e.source)
             target = e.target.strip()
@@ -1827,10 +1830,13 @@ def check_examples(splits):
                 found["targets differ from others by capitals alone"].append(e.target)
         if part != "train" and len({e.target for e in some}) == 1:
             found[f"targets are all of {part}, and alike"] = [e.target for e in some]
-    counts = Counter(e.target for e in splits["train"]).most_common()
+    counts = Counter(e.target.strip() for e in splits["train"]).most_common()
+    if len(counts) > 12:
+        counts = counts[:6] + counts[-6:]                       # a misspelt one is among the rarest
     lines = told(found, len(examples))
-    if len(counts) <= 12:
-        lines.insert(0, "targets: " + ", ".join(f"{SHORT.repr(target)} {n:,}" for target, n in counts))
+    if are_labels:
+        lines.insert(0, f"{len(labels)} targets: "
+                     + ", ".join(f"{SHORT.repr(target)} {n:,}" for target, n in counts))
     return lines
 
 
@@ -2220,7 +2226,7 @@ def answer(model, tokenizer, texts):
         raise UsageError("answer takes a list of texts or a table's column: give [text], or table['source']")
     texts = list(texts)
     for text in texts:
-        if not isinstance(text, str):
+        if not isinstance(text, str) or re.search(SURROGATES, text):
             raise UsageError(f"answer takes texts, and {SHORT.repr(text)} is none")
     if not texts:
         return []
@@ -2676,9 +2682,9 @@ def loader_of(name):
 def finished(folder):
     """A run's metrics.json.   Raises an error if a file of the run is missing, damaged or of another run."""
     metrics = json.loads((folder / "metrics.json").read_text())
-    load_structure(folder / "structure.json")
-    if digest((folder / "peft.safetensors").read_bytes()) != metrics["weights"]:
-        raise ValueError("peft.safetensors is damaged, or of another run")
+    for name, before in metrics.get("digests", {}).items():
+        if digest((folder / name).read_bytes()) != before:
+            raise ValueError(f"{name} was changed, or is of another run")
     return metrics
 
 
@@ -2735,7 +2741,7 @@ class Record:
     FILES = ("checkpoint.pt", "metrics.json", "structure.json", "search.jsonl", "peft.safetensors")
     FREE = ("out", "device", "eager", "save_every", "fresh",     # these may change
             "accumulate", "checkpointing")
-    ADVICE = "name another --out, or use --fresh"
+    ADVICE = "name another --out, or use --fresh, which writes over it"
 
     def __init__(self, settings, device):
         self.settings = settings
@@ -3033,7 +3039,8 @@ def facts(work, record, structure, search_seconds):
             "ratio": search_seconds / train_seconds, "longest_answer": work.longest,
             "backbone_in_a_folder": Path(settings.model).is_dir(), "data": record.stored["content"]["data"],
             "code": record.stored["content"]["code"],
-            "weights": digest((record.path / "peft.safetensors").read_bytes()),
+            "digests": {name: digest((record.path / name).read_bytes())
+                        for name in ("structure.json", "peft.safetensors")},
             "settings": record.identity, "versions": versions(work.device)}
 
 
@@ -3043,9 +3050,9 @@ def test_scores(work, peft):
     scores = {"metric": work.metric, "test": work.score("test")}
     peft.detach()
     scores["test_untouched"] = work.score("test")
-    frequent = Counter(e.target for e in work.splits["train"]).most_common(1)[0][0]
+    frequent = Counter(e.target.strip() for e in work.splits["train"]).most_common(1)[0][0]
     answers = [e.answers for e in work.splits["test"]]
-    scores["test_most_frequent"] = metric([frequent.strip()] * len(answers), answers)
+    scores["test_most_frequent"] = metric([frequent] * len(answers), answers)
     return scores
 
 

@@ -1972,13 +1972,15 @@ def test_section_5_what_in_a_persons_data_is_likely_a_mistake_is_told():
         return bipeft.check_examples({part: [bipeft.Example(*pair.split(" ", 1), (pair.split(" ")[1],)) for pair in pairs]
                                       for part, pairs in given.items()})
 
-    assert odd(["a yes", "b no ", "a yes"], ["c yes ", "d no"]) == ["targets: 'yes' 2, 'no ' 1"]
+    assert odd(["a yes", "b no ", "a yes"], ["c yes ", "d no"]) == ["2 targets: 'yes' 2, 'no' 1"]
     copies = {"train": "ab", "validation": "cd", "test": "dC"}
     lines = bipeft.check_examples({part: [bipeft.Example(x, x, (x,)) for x in xs] for part, xs in copies.items()})
     assert "2 of 6 inputs of test are in validation, too, first 'd'" in lines
-    long = bipeft.Example("a\n" * 11, "yes", ("yes",))
-    assert "1 of 2 inputs have more than ten lines: is a quote left open?" in bipeft.check_examples(
+    long = bipeft.Example("a\nb", "yes", ("yes",))
+    assert "1 of 2 inputs have several lines (if not meant, a quote was left open)" in bipeft.check_examples(
         {"train": [long, bipeft.Example("a", "no", ("no",))]})[1]
+    lines = odd([f"{n} {n % 13}" for n in range(39)] + ["x goood"], ["c 1", "d 2"])
+    assert lines == ["14 targets: '0' 3, '1' 3, '2' 3, '3' 3, '4' 3, '5' 3, '8' 3, '9' 3, '10' 3, '11' 3, '12' 3, 'goood' 1"]
     for train, validation, said in (
             (["a yes", "b no"], ["A yes", "c no"], "1 of 4 inputs of validation are in train, too, first 'A'"),
             (["a yes", "a no", "b no"], ["c no", "d yes"], "2 of 5 inputs have several targets in train, first 'a'"),
@@ -1987,7 +1989,7 @@ def test_section_5_what_in_a_persons_data_is_likely_a_mistake_is_told():
             (["a yes", "b no"], ["c yes", "d 1"], "1 of 4 targets are in no row of train, first '1'"),
             (["a yes", "b no"], ["c no", "d no"], "2 of 4 targets are all of validation, and alike, first 'no'")):
         assert said in odd(train, validation)
-    assert len(odd([f"{n} {n}" for n in range(98)], ["a x", "b X"])) == 2
+    assert len(odd([f"{n} {n}" for n in range(98)], ["a x", "b X"])) == 3
     assert odd([f"{n} {n}" for n in range(99)], ["a x", "b X", "c y"]) == []          # free text, no labels
 
 
@@ -2782,8 +2784,8 @@ def test_section_8_a_run_is_loaded_with_its_backbone_wherever_that_is(world, fin
     monkeypatch.undo()
     assert_answers(run, bipeft.load_splits("custom", world / "data", 0)["test"], str(elsewhere))
     for name, content, words in (
-            ("peft.safetensors", (run / "peft.safetensors").read_bytes()[:-4] + b"\0\0\0\0", "damaged, or of another run"),
-            ("structure.json", b"{}", "is no structure.json")):
+            ("peft.safetensors", (run / "peft.safetensors").read_bytes()[:-4] + b"\0\0\0\0", "was changed"),
+            ("structure.json", (run / "structure.json").read_bytes() + b" ", "structure.json was changed")):
         whole = (run / name).read_bytes()
         (run / name).write_bytes(content)
         with pytest.raises(UsageError, match=f"holds no finished run .*{words}"):
@@ -2960,7 +2962,7 @@ def test_section_8_a_causal_model_twice(world, tmp_path):
     for wrong in ("say", None, 5, {"source": "say"}, table):
         with pytest.raises(UsageError, match="a list of texts"):
             bipeft.answer(model, tokenizer, wrong)
-    for wrong in (["say", None], [["say", "say"]], b"say"):
+    for wrong in (["say", None], [["say", "say"]], b"say", ["say \ud800"]):
         with pytest.raises(UsageError, match="answer takes texts, and"):
             bipeft.answer(model, tokenizer, wrong)
     with pytest.warns(UserWarning, match="1 of 2 inputs are cut at 128 tokens"):

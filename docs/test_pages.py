@@ -273,12 +273,6 @@ def finished(tmp_path, monkeypatch):
 
 def test_the_code_of_the_readme_runs(finished, monkeypatch, capsys):
     rival, load, library = code_of("README.md")
-    large = transformers.T5ForConditionalGeneration(transformers.AutoConfig.from_pretrained("model", vocab_size=15_000))
-    with monkeypatch.context() as offline:
-        offline.setattr(bipeft, "load_backbone", lambda *_: (large, None))
-        exec(rival, names := {})
-    structure = bipeft.load_structure("even.json")
-    assert 0.9 * names["budget"] < structure.parameters <= names["budget"] and structure.space == "bitfit"
     capsys.readouterr()
     exec(load, names := {})
     assert set(capsys.readouterr().out.split()) <= set(names["tokenizer"].get_vocab()) and len(names["peft"]) > 0
@@ -294,6 +288,11 @@ def test_the_code_of_the_readme_runs(finished, monkeypatch, capsys):
     names["peft"].detach()
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(p, after[name]) for name, p in before.items())
+    large = transformers.T5ForConditionalGeneration(transformers.AutoConfig.from_pretrained("model", vocab_size=15_000))
+    monkeypatch.setattr(bipeft, "load_backbone", lambda *_: (large, None))
+    exec(rival, names := {})
+    structure = bipeft.load_structure("even.json")
+    assert 0.9 * names["budget"] < structure.parameters <= names["budget"] and structure.space == "bitfit"
 
 
 # The names of the pages

@@ -96,6 +96,8 @@ def test_the_command_line_of_to_peft(tmp_path):
     structure, attached = trained(model, "lora")
     bipeft.save_structure(structure, tmp_path / "structure.json")
     bipeft.save_weights(attached, tmp_path / "peft.safetensors")
+    digests = {name: bipeft.digest((tmp_path / name).read_bytes()) for name in ("structure.json", "peft.safetensors")}
+    (tmp_path / "metrics.json").write_text(json.dumps({"digests": digests}))
     code, said, errors = program("to_peft.py", tmp_path, "--model", tmp_path / "model")
     assert code == 0, errors
     assert said.startswith(f"{len(structure.modules)} modules, {structure.parameters:,} parameters, of rank 1 (")
@@ -108,11 +110,10 @@ def test_the_command_line_of_to_peft(tmp_path):
         assert code == 2 and errors.count("\n") == 1 and "is a file, or a model's folder" in errors
     made(llama, seed=1).save_pretrained(tmp_path / "other")
     (tmp_path / "empty").mkdir()
-    for name in ("structure.json", "peft.safetensors", "checkpoint.pt"):                    # of a run under way
-        (tmp_path / "empty" / name).write_bytes((tmp_path / "structure.json").read_bytes())
     for line, words in (((tmp_path, "--model", tmp_path / "other"), "of a backbone of other numbers"),
                         ((tmp_path, "--model", tmp_path / "none"), "none can't be loaded"),
-                        ((tmp_path / "empty",), "empty holds no finished run: name"), ((), "required: run")):
+                        ((tmp_path / "empty",), "empty holds no finished run ("), ((), "required: run"),
+                        ((tmp_path, "--out="), "a flag is empty")):
         code, _, errors = program("to_peft.py", *line)
         assert code == 2 and errors.count("\n") == 1 and words in errors, errors
 

@@ -88,27 +88,27 @@ def main(arguments=None):
     try:
         transformers.logging.disable_progress_bar()
         settings = parser.parse_args(arguments)
+        if "" in vars(settings).values():
+            bipeft.fail("a flag is empty: give it a value, or leave it out")
         run = Path(settings.run)
         out = Path(settings.out or run / "peft")
         if out.is_file() or (out / "config.json").exists():
             raise bipeft.UsageError(f"--out {out} is a file, or a model's folder: name a folder of the adapter's own")
-        missing = [name for name in ("structure.json", "peft.safetensors") if not (run / name).is_file()]
-        if missing or (run / "checkpoint.pt").exists():
-            raise bipeft.UsageError(f"{run} holds no finished run: name the run's --out, of several seeds OUT/seed-N")
+        with bipeft.failing(f"{run} holds no finished run", ": name the run's --out, of several seeds OUT/seed-N"):
+            bipeft.finished(run)
         structure = bipeft.load_structure(run / "structure.json")
-        weights = read_weights(run / "peft.safetensors")
+        weights = run / "peft.safetensors"
         name = settings.model or structure.backbone
         loader = bipeft.loader_of(name)
         with bipeft.failing(f"the model {name} can't be loaded", bipeft.MODEL_ADVICE):
             model = loader.from_pretrained(name, dtype="auto")
-        backbone = bipeft.backbone_of(run / "peft.safetensors")
-        bipeft.require_same_backbone(backbone, bipeft.backbone_sample(model), run)
-        config = to_peft(structure, weights, out, model)
+        bipeft.require_same_backbone(bipeft.backbone_of(weights), bipeft.backbone_sample(model), run)
+        config = to_peft(structure, read_weights(weights), out, model)
         ranks = list(config.rank_pattern.values())
         print(f"{len(ranks)} modules, {structure.parameters:,} parameters, of rank "
               f"{', '.join(f'{r} ({ranks.count(r)})' for r in sorted(set(ranks)))}: written to {out}")
         return 0
-    except (bipeft.UsageError, OSError) as error:
+    except (bipeft.UsageError, OSError, KeyboardInterrupt) as error:
         print(f"to_peft.py: {bipeft.one_line(error)}", file=sys.stderr)
         return 2
 
