@@ -67,14 +67,22 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-import filelock
-import huggingface_hub
-import numpy as np
-import safetensors.torch
-import torch
-import torch.nn.functional as F
-import transformers
-from torch import nn
+try:
+    import filelock
+    import huggingface_hub
+    import numpy as np
+    import safetensors.torch
+    import torch
+    import torch.nn.functional as F
+    import transformers
+    from torch import nn
+    from transformers import AttentionInterface, AttentionMaskInterface
+except (ImportError, KeyboardInterrupt) as error:
+    if __name__ != "__main__":
+        raise
+    what = f"{error}: run pip install -r requirements.txt" if str(error) else "stopped before it began"
+    print(f"bipeft.py: {what}", file=sys.stderr)
+    sys.exit(2)
 
 
 @dataclass
@@ -642,8 +650,8 @@ def additive_mask(*args, dtype=torch.float32, **more):
 
 
 # transformers' public registries are where a prefix comes in.
-transformers.AttentionInterface.register("bipeft_prefix", prefix_attention)
-transformers.AttentionMaskInterface.register("bipeft_prefix", additive_mask)
+AttentionInterface.register("bipeft_prefix", prefix_attention)
+AttentionMaskInterface.register("bipeft_prefix", additive_mask)
 
 
 def width(place):
@@ -1789,7 +1797,7 @@ def read_csv(path):
         if len(cells) not in (0, len(columns)):
             raise ValueError(f"line {number} has {len(cells)} cells, the first line {len(columns)}; a text "
                              "with a separator in it needs quotes")
-        if cells == columns:
+        if [cell.lower() for cell in cells] == [column.lower() for column in columns]:
             raise ValueError(f"line {number} names the columns again: take it out")
         if cells:
             rows.append({column: cell or None for column, cell in zip(columns, cells)})

@@ -1886,7 +1886,7 @@ TEXTS = {  # the end of a name, what the file holds: what its sources or, in quo
         f"source,target\n{'a' * 131_073},1\n": ["a" * 131_073],
         "source,target\n,1\n": "'no source: fill it in",
         "source,target\na,b,1\n": "'line 2 has 3 cells, the first line 2; a text with a separator in it needs",
-        "source,target\na,1\nsource,target\nb,1\n": "'line 3 names the columns again",
+        "source,target\na,1\nSource,Target\nb,1\n": "'line 3 names the columns again",
         'source,target\n"a,1\n': "'line 2: unexpected end of data; a text with a quote in it",
         "source,source\na,1\n": "'two columns have one name",
         "source|target\na|1\n": "'no column 'source'; it has 'source|target'", "": "'it has no rows"}}
@@ -2589,6 +2589,20 @@ def test_section_8_a_mistake_is_told_in_one_line(world, tmp_path, monkeypatch, c
     for word in words.format(root=world).split():
         assert word in error, error
     assert not any(path.name != "runs" for path in tmp_path.rglob("*")) and contents(world / "runs") == before
+
+
+@pytest.mark.parametrize("fault, words", [
+    ("ModuleNotFoundError('no filelock')", "no filelock: run pip install -r requirements.txt"),
+    ("KeyboardInterrupt", "stopped before it began")])
+def test_section_8_what_fails_while_packages_load_is_one_line(tmp_path, fault, words):
+    """A missing package, or Ctrl-C in the first seconds; whoever imports the file gets the error itself."""
+    (tmp_path / "filelock.py").write_text(f"raise {fault}")
+    ended = []
+    for command in (["bipeft.py"], ["-c", "import bipeft"]):
+        ended.append(subprocess.run([sys.executable, *command], capture_output=True, text=True,
+                                    cwd=Path(bipeft.__file__).parent, env={**os.environ, "PYTHONPATH": str(tmp_path)}))
+    assert (ended[0].returncode, ended[0].stderr) == (2, f"bipeft.py: {words}\n")
+    assert ended[1].returncode not in (0, 2) and fault.partition("(")[0] in ended[1].stderr
 
 
 def test_section_8_settings_of_a_command_line():
