@@ -164,8 +164,8 @@ def weights(r):
         left.set_ylabel(text, rotation=0, ha="right", va="center")
         if i > 1:
             left.barh(range(R), 1, 1, -0.5, color=[BLUE if j < key else "white" for j in range(R)], edgecolor=SOFT)
-    axes[0][1].set_title(f"{short(r, n)}: {R} rows of {A.shape[-1]} numbers each; orange below 0, purple above; at the "
-                         "left g · m, blue 1, white 0", loc="left")
+    axes[0][1].set_title(f"{short(r, n)}: {R} rows of {A.shape[-1]} numbers each; orange < 0 < purple; at the left "
+                         "g · m, blue 1, white 0", loc="left")
     return figure
 
 
