@@ -77,10 +77,11 @@ try:
     import transformers
     from torch import nn
     from transformers import AttentionInterface, AttentionMaskInterface
-except (ImportError, KeyboardInterrupt) as error:
+except (ImportError, OSError, KeyboardInterrupt) as error:
     if __name__ != "__main__":
         raise
-    what = f"{error}: run pip install -r requirements.txt" if str(error) else "stopped before it began"
+    what = " ".join(str(error).split())
+    what = f"{what}: run pip install -r requirements.txt" if what else "stopped before it began"
     print(f"bipeft.py: {what}", file=sys.stderr)
     sys.exit(2)
 
@@ -118,7 +119,7 @@ class Settings:
     device: str = "auto"                # cpu, cuda, cuda:1, ...; auto takes a GPU if there is one
     dtype: str = "float32"              # of the backbone: float32, bfloat16 or float16
     eager: bool = False                 # on a GPU: no CUDA graphs; shut modules are skipped
-    save_every: int = 100               # steps between checkpoints, which are a minute apart at most
+    save_every: int = 100               # steps between checkpoints, or fewer, if they take over a minute
     fresh: bool = False                 # start over instead of going on with what --out holds
 
 
@@ -127,6 +128,7 @@ class UsageError(ValueError):
 
 
 SHORT = reprlib.Repr()                          # how a person's text, or row, is shown in such a line
+SHORT.maxlevel = 1
 SHORT.maxstring = 80
 SHORT.maxother = 80
 
@@ -1717,9 +1719,9 @@ def find_file(name, split, data_dir, needed):
     there = sorted(path for path in paths if path.name.lower().startswith(f"{split}."))
     if not there and not needed:
         return None
-    files = [path for path in there if path.suffix.lower() in READERS]
+    files = [path for path in there if path.stem.lower() == split and path.suffix.lower() in READERS]
     if len(files) != 1:
-        names = ", ".join(path.name for path in there) or "no such file"
+        names = ", ".join(str(path.relative_to(data_dir)) for path in files or there) or "no such file"
         raise UsageError(f"of {folder / split}{', '.join(READERS)} there must be one, and there is "
                          f"{names}: {advice}")
     return files[0]
@@ -1813,38 +1815,37 @@ def check_examples(splits):
 
     splits: {part: [Example]}.
     """
-    examples = [e for part in splits.values() for e in part]
-    are_labels = len({e.target for e in examples}) <= 100
     trained = {}                              # an input of train: the answers to it
     for e in splits["train"]:
         trained.setdefault(e.source, set()).add(e.answers)
-    labels = {e.target.strip() for e in splits["train"]}
+    labels = Counter(e.target.strip() for e in splits["train"])
+    are_labels = len({e.target for part in splits.values() for e in part}) <= 100
+    lines = []
+    if are_labels:
+        shown = [f"{SHORT.repr(label)} {n:,}" for label, n in labels.most_common()]
+        if len(shown) > 12:
+            shown[6:-6] = [".."]                                # a misspelt one is among the rarest
+        lines.append(f"{len(labels)} targets in train: {', '.join(shown)}")
     first = {}                                # an input, but for blanks and capitals: the part it is in
     spelt = {}                                # a target in small letters: the target
-    found = defaultdict(list)                 # what is odd: the texts that are
-    for part, some in splits.items():
-        for e in some:
+    for part, examples in splits.items():
+        found = defaultdict(list)             # what is odd: the texts that are
+        for e in examples:
             other = first.setdefault(" ".join(e.source.lower().split()), part)
             if other != part:
                 found[f"inputs of {part} are in {other}, too"].append(e.source)
             if "\n" in e.source:
-                found["inputs have several lines (if not meant, a quote was left open)"].append(e.source)
+                found[f"inputs of {part} have several lines (a quote left open?)"].append(e.source)
             if len(trained.get(e.source, ())) > 1:
-                found["inputs have several targets in train"].append(e.source)
+                found[f"inputs of {part} have several targets in train"].append(e.source)
             target = e.target.strip()
             if are_labels and target not in labels:
-                found["targets are in no row of train"].append(e.target)
+                found[f"targets of {part} are in no row of train"].append(e.target)
             if are_labels and spelt.setdefault(target.lower(), target) != target:
-                found["targets differ from others by capitals alone"].append(e.target)
-        if part != "train" and len({e.target for e in some}) == 1:
-            found[f"targets are all of {part}, and alike"] = [e.target for e in some]
-    counts = Counter(e.target.strip() for e in splits["train"]).most_common()
-    if len(counts) > 12:
-        counts = counts[:6] + counts[-6:]                       # a misspelt one is among the rarest
-    lines = told(found, len(examples))
-    if are_labels:
-        lines.insert(0, f"{len(labels)} targets: "
-                     + ", ".join(f"{SHORT.repr(target)} {n:,}" for target, n in counts))
+                found[f"targets of {part} differ from others by capitals alone"].append(e.target)
+        lines += told(found, len(examples))
+        if len({e.target for e in examples}) == 1:
+            lines.append(f"all targets of {part} are alike, {SHORT.repr(examples[0].target)}")
     return lines
 
 
@@ -2042,14 +2043,14 @@ def without(end, ids):
 
 
 def check_texts(tokenizer, splits, tokens, settings, causal, ends):
-    """Lines on what of the texts is lost on a model: how often, and an example.
-
-    splits: {part: [Example]}.   tokens: the same, of `tokenize`, as the model gets them.   ends: the tokens
-    that end an answer.   Raises UsageError where labels become one, and where nothing could be learnt.
+    """Lines on what of the texts is lost on a model.   splits: {part: [Example]}.   tokens: the same, of
+    `tokenize`, as the model gets them.   ends: the tokens that end an answer.   Raises UsageError where
+    labels become one, and where nothing could be learnt.
     """
     examples = [e for part in splits.values() for e in part]
     whole = tokenize(tokenizer, examples, sys.maxsize, causal)
     are_labels = len({e.target for e in examples}) <= 100
+    special = [token for token in tokenizer.all_special_tokens if token]
     lost = defaultdict(list)                  # what happens: the texts to which it does
     said = {}                                 # a target as the model can say it: the target
     otherwise = []                            # targets that come back as another text
@@ -2063,9 +2064,9 @@ def check_texts(tokenizer, splits, tokens, settings, causal, ends):
             raise UsageError("an input is empty: leave the row out")
         if not e.source.strip():
             lost["inputs are empty"].append(e.source)
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in source:
+        if tokenizer.unk_token_id in source:
             lost["inputs hold what the tokenizer has no word for"].append(e.source)
-        if any(token in e.source for token in tokenizer.all_special_tokens):
+        if any(token in e.source for token in special):
             lost["inputs hold a special token of the tokenizer, written out"].append(e.source)
         if len(source) > settings.max_length:
             lost[f"inputs are cut at --max-length {settings.max_length}"].append(e.source)
@@ -2813,13 +2814,13 @@ class Record:
     def save(self, state):
         """Writes checkpoint.pt and the log so far. Only here does --fresh take older scores away."""
         self.stored.update(state=state, elapsed=self.elapsed())
-        self.saved_at = time.monotonic()
         stream = io.BytesIO()
         torch.save(self.stored, stream)
         write_atomically(self.path / "checkpoint.pt", stream.getvalue())
         (self.path / "metrics.json").unlink(missing_ok=True)
         log = "".join(json.dumps(line) + "\n" for line in self.stored.get("log", []))
         write_atomically(self.path / "search.jsonl", log)
+        self.saved_at = time.monotonic()
 
     def finish(self, metrics):
         """Writes what a finished run came to, and takes away what was needed to go on."""

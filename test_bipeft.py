@@ -1871,7 +1871,7 @@ TEXTS = {  # the end of a name, what the file holds: what its sources or, in quo
         '{"source": -Infinity, "target": "x"}': "'source that is no text: -inf",
         '{"target": "x"}\n{"source": "a", "target": "x"}': "'row 1: no source: fill it in, or leave the row out; it is {'ta",
         '{"source": "a", "target": "x"}\n\n{"source": "b", "target": " "}': "'row 2: no target: fill",
-        '{"source": ["a"], "target": "x"}': "'source that is no text: ['a']; write it as one text",
+        '{"source": [["a", "b"], ["c"]], "target": "x"}': "'source that is no text: [[...], [...]]; write it as one text",
         '{"source": [{"role": "user", "content": "a"}], "target": "x"}': "'source that is no text",
         '{"source": "a", "target": {"b": 1}}': "'target that is no text",
         '{"source": "\\ud800", "target": "x"}': "'source that is no text",
@@ -1928,7 +1928,8 @@ def test_section_5_which_file_of_a_split_is_read(tmp_path):
         bipeft.read_split("rte", "train", tmp_path)
     assert bipeft.read_split("custom", "test", tmp_path, needed=False) is None
     (tmp_path / "Test.CSV").write_text("source,target\na,b\n")
-    (tmp_path / "test.csv.bak").write_text("")
+    for copy_of_it in ("test.csv.bak", "test.old.csv"):
+        (tmp_path / copy_of_it).write_text("")
     assert bipeft.read_split("custom", "test", tmp_path, needed=False) == [{"source": "a", "target": "b"}]
 
 
@@ -1972,22 +1973,23 @@ def test_section_5_what_in_a_persons_data_is_likely_a_mistake_is_told():
         return bipeft.check_examples({part: [bipeft.Example(*pair.split(" ", 1), (pair.split(" ")[1],)) for pair in pairs]
                                       for part, pairs in given.items()})
 
-    assert odd(["a yes", "b no ", "a yes"], ["c yes ", "d no"]) == ["2 targets: 'yes' 2, 'no' 1"]
+    assert odd(["a yes", "b no ", "a yes"], ["c yes ", "d no"]) == ["2 targets in train: 'yes' 2, 'no' 1"]
     copies = {"train": "ab", "validation": "cd", "test": "dC"}
     lines = bipeft.check_examples({part: [bipeft.Example(x, x, (x,)) for x in xs] for part, xs in copies.items()})
-    assert "2 of 6 inputs of test are in validation, too, first 'd'" in lines
+    assert "2 of 2 inputs of test are in validation, too, first 'd'" in lines
     long = bipeft.Example("a\nb", "yes", ("yes",))
-    assert "1 of 2 inputs have several lines (if not meant, a quote was left open)" in bipeft.check_examples(
+    assert "1 of 2 inputs of train have several lines (a quote left open?)" in bipeft.check_examples(
         {"train": [long, bipeft.Example("a", "no", ("no",))]})[1]
     lines = odd([f"{n} {n % 13}" for n in range(39)] + ["x goood"], ["c 1", "d 2"])
-    assert lines == ["14 targets: '0' 3, '1' 3, '2' 3, '3' 3, '4' 3, '5' 3, '8' 3, '9' 3, '10' 3, '11' 3, '12' 3, 'goood' 1"]
+    assert lines == ["14 targets in train: '0' 3, '1' 3, '2' 3, '3' 3, '4' 3, '5' 3, .., '8' 3, '9' 3, '10' 3, '11' 3, "
+                     "'12' 3, 'goood' 1"]
     for train, validation, said in (
-            (["a yes", "b no"], ["A yes", "c no"], "1 of 4 inputs of validation are in train, too, first 'A'"),
-            (["a yes", "a no", "b no"], ["c no", "d yes"], "2 of 5 inputs have several targets in train, first 'a'"),
+            (["a yes", "b no"], ["A yes", "c no"], "1 of 2 inputs of validation are in train, too, first 'A'"),
+            (["a yes", "a no", "b no"], ["c no", "d yes"], "2 of 3 inputs of train have several targets in train, first 'a'"),
             (["a yes", "b no", "c Yes"], ["c no", "d yes"],
-             "1 of 5 targets differ from others by capitals alone, first 'Yes'"),
-            (["a yes", "b no"], ["c yes", "d 1"], "1 of 4 targets are in no row of train, first '1'"),
-            (["a yes", "b no"], ["c no", "d no"], "2 of 4 targets are all of validation, and alike, first 'no'")):
+             "1 of 3 targets of train differ from others by capitals alone, first 'Yes'"),
+            (["a yes", "b no"], ["c yes", "d 1"], "1 of 2 targets of validation are in no row of train, first '1'"),
+            (["a yes", "b no"], ["c no", "d no"], "all targets of validation are alike, 'no'")):
         assert said in odd(train, validation)
     assert len(odd([f"{n} {n}" for n in range(98)], ["a x", "b X"])) == 3
     assert odd([f"{n} {n}" for n in range(99)], ["a x", "b X", "c y"]) == []          # free text, no labels
@@ -2592,7 +2594,7 @@ def test_section_8_a_mistake_is_told_in_one_line(world, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("fault, words", [
-    ("ModuleNotFoundError('no filelock')", "no filelock: run pip install -r requirements.txt"),
+    (r"ModuleNotFoundError('no\nfilelock')", "no filelock: run pip install -r requirements.txt"),
     ("KeyboardInterrupt", "stopped before it began")])
 def test_section_8_what_fails_while_packages_load_is_one_line(tmp_path, fault, words):
     """A missing package, or Ctrl-C in the first seconds; whoever imports the file gets the error itself."""

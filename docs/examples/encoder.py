@@ -139,7 +139,7 @@ def main(arguments=None):
         with bipeft.deterministic():
             work(parser.parse_args(arguments))
     except (bipeft.UsageError, OSError) as error:
-        print(f"encoder.py: {bipeft.one_line(error)}", file=sys.stderr)
+        print(f"encoder.py: {error}", file=sys.stderr)
         return 2
 
 

@@ -98,7 +98,7 @@ def main(arguments=None):
             bipeft.finished(run)
         structure = bipeft.load_structure(run / "structure.json")
         weights = run / "peft.safetensors"
-        name = settings.model or structure.backbone
+        name = settings.model or (str(run / "backbone") if structure.backbone == "toy" else structure.backbone)
         loader = bipeft.loader_of(name)
         with bipeft.failing(f"the model {name} can't be loaded", bipeft.MODEL_ADVICE):
             model = loader.from_pretrained(name, dtype="auto")
@@ -109,7 +109,7 @@ def main(arguments=None):
               f"{', '.join(f'{r} ({ranks.count(r)})' for r in sorted(set(ranks)))}: written to {out}")
         return 0
     except (bipeft.UsageError, OSError, KeyboardInterrupt) as error:
-        print(f"to_peft.py: {bipeft.one_line(error)}", file=sys.stderr)
+        print(f"to_peft.py: {str(error) or 'stopped'}", file=sys.stderr)
         return 2
 
 
