@@ -80,9 +80,10 @@ try:
 except (ImportError, OSError, KeyboardInterrupt) as error:
     if __name__ != "__main__":
         raise
-    what = " ".join(str(error).split())
-    what = f"{what}: run pip install -r requirements.txt" if what else "stopped before it began"
-    print(f"bipeft.py: {what}", file=sys.stderr)
+    message = "stopped before it began"
+    if str(error):
+        message = " ".join(str(error).split()) + ": run pip install -r requirements.txt"
+    print(f"bipeft.py: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -96,7 +97,7 @@ class Settings:
 
     task: str = "rte"                   # GLUE's or SuperGLUE's by name, custom (a person's own), or toy
     model: str = "google-t5/t5-large"   # T5 or Llama (whose answer follows its input), hub or folder
-    data_dir: str = None  # folder with <task>/<split> or, of custom, <split>.csv or .jsonl; default: the hub
+    data_dir: str = None  # folder with <task>/<split> (custom: <split>), .csv, .jsonl, .parquet; default: hub
     max_length: int = None  # tokens of inputs and T5's targets (custom, GLUE 128, SuperGLUE 256, ReCoRD 512)
     metric: str = None           # of custom: accuracy, F1, Matthews, Pearson or token-F1 (accuracy)
     space: str = "s2"                   # s1, s2, all, or a comma list of kinds of module
@@ -1187,8 +1188,8 @@ class Search:
     nothing to search, and for modules that are not on the model.
     """
 
-    STATE = ("kept", "fixed", "choice", "smoothed", "indicators", "rank_history", "potential_before",
-             "steps_done", "triggers_done")
+    STATE = ("kept", "fixed", "open_ranks", "choice", "smoothed", "indicators", "rank_history",
+             "potential_before", "steps_done", "triggers_done")
 
     def __init__(self, model, space, settings, steps, warmup=0, run_pass=forward_backward):
         require_attached(model, space)
@@ -1219,6 +1220,7 @@ class Search:
         self.kept = torch.ones(n, dtype=torch.bool, device=device)
         self.fixed = ~space.ranked
         self.choice = torch.full((n,), k - 1, device=device)
+        self.open_ranks = bool(space.ranked.any())          # a step need not wait for a GPU to ask d
 
         # History: s̄; the last H + 1 indicators I; softmax(Φ) since the last trigger, and v then; t and z.
         self.smoothed = torch.zeros(n, device=device)
@@ -1250,7 +1252,7 @@ class Search:
         descend(self.theta_optimizer, self.theta, self.kept)
         # - and Φ on the next batch, with the new Θ held, under the same noise.
         phi_loss = 0
-        if not self.fixed.all():
+        if self.open_ranks:
             gate, ranks = self.sample(noise)
             phi_loss = self.run_pass(self.model, space, gate.detach(), ranks, phi_batch, [self.phi])
             descend(self.phi_optimizer, self.phi, ~self.fixed)
@@ -1304,6 +1306,7 @@ class Search:
         self.fixed = self.fixed | settled
 
         # "Freeze part of Θ and Φ according to b_z, d_z": `descend` passes over their rows [D18].
+        self.open_ranks = bool((~self.fixed).any())
         self.rank_history = self.rank_history[-1:]
         self.potential_before = potential
         self.triggers_done += 1
@@ -1659,8 +1662,12 @@ def load_splits(name, data_dir, seed):
         parts = [train, validation, test]
     splits = {}
     for key, rows in zip(("train", "validation", "test"), parts):
-        several = None if key == "train" else 1                 # examples of a row; see `record_examples`
-        splits[key] = [example for row in rows for example in to_examples(name, row)[:several]]
+        splits[key] = []
+        for row in rows:
+            examples = to_examples(name, row)
+            if key != "train":                                  # only there a row may count as several
+                examples = examples[:1]
+            splits[key] += examples
         if len(splits[key]) < 2:
             raise UsageError(f"{name} has too few rows for its {key} part: give at least 4 in each file")
     return splits
@@ -1687,7 +1694,10 @@ def read_split(name, split, data_dir, needed=True):
     if where is None:
         return None
     with failing(f"{where} can't be read", advice):
-        rows = read_hub(name, split) if data_dir is None else READERS[where.suffix.lower()](where)
+        if data_dir is None:
+            rows = read_hub(name, split)
+        else:
+            rows = READERS[where.suffix.lower()](where)
         if not rows:
             raise ValueError("it has no rows")
         for row in rows:
@@ -1826,14 +1836,14 @@ def check_examples(splits):
         if len(shown) > 12:
             shown[6:-6] = [".."]                                # a misspelt one is among the rarest
         lines.append(f"{len(labels)} targets in train: {', '.join(shown)}")
-    first = {}                                # an input, but for blanks and capitals: the part it is in
+    part_of = {}                              # an input, but for blanks and capitals: the first part it is in
     spelt = {}                                # a target in small letters: the target
     for part, examples in splits.items():
         found = defaultdict(list)             # what is odd: the texts that are
         for e in examples:
-            other = first.setdefault(" ".join(e.source.lower().split()), part)
-            if other != part:
-                found[f"inputs of {part} are in {other}, too"].append(e.source)
+            earlier = part_of.setdefault(" ".join(e.source.lower().split()), part)
+            if earlier != part:
+                found[f"inputs of {part} are in {earlier}, too"].append(e.source)
             if "\n" in e.source:
                 found[f"inputs of {part} have several lines (a quote left open?)"].append(e.source)
             if len(trained.get(e.source, ())) > 1:
@@ -2390,11 +2400,12 @@ def backbone_sample(model, places=None, learnt=()):
         p = next(place.parameters(), None)
         if p is not None and not p.is_meta and not any(p is other for other in learnt):
             found[name] = float(p.detach().flatten()[p.numel() // 2])
-    words = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    words = max(words, key=len, default=torch.empty(0, 0))
-    for row in (5, 50, 500, 5000):
-        if row < len(words) and not words.is_meta and not any(words is other for other in learnt):
-            found[f"word {row}"] = float(words.detach()[row, 0])
+    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    words = max(embeddings, key=len, default=None)
+    if words is not None and not words.is_meta and not any(words is other for other in learnt):
+        for row in (5, 50, 500, 5000):
+            if row < len(words):
+                found[f"word {row}"] = float(words.detach()[row, 0])
     for name, number in found.items():
         if not math.isfinite(number):
             raise UsageError(f"the backbone is damaged: {name} holds {number}; get it anew")
@@ -2449,9 +2460,10 @@ def load_structure(path):
                              f"{structure.budget:,}")
         kinds = kinds_of(structure.space)
         for m in structure.modules:
-            ranked = m["rank"] is not None
             sound = isinstance(m["name"], str) and m["kind"] in kinds
-            if not sound or ranked and (type(m["rank"]) is not int or m["rank"] < 1):
+            if m["rank"] is not None:
+                sound = sound and type(m["rank"]) is int and m["rank"] >= 1
+            if not sound:
                 raise ValueError(f"{SHORT.repr(m)} is no module of its space {structure.space}")
         return structure
 
@@ -2895,7 +2907,7 @@ class Work:
                          f"{structure.geometry['parameters']:,} parameters")
         return lines
 
-    def digest(self, structure):
+    def data_digest(self, structure):
         """16 hexadecimal digits that tell these texts and tokens, and a given Structure, from others."""
         examples = [[dataclasses.astuple(e) for e in part] for part in self.splits.values()]
         content = [examples, self.tokens]
@@ -2999,7 +3011,7 @@ def run(settings, choose_pass):
 
     # The data as text, and the backbone.
     work = Work(settings, device)
-    record.require_same_content(work.digest(given), backbone_sample(work.model))
+    record.require_same_content(work.data_digest(given), backbone_sample(work.model))
     if "test" in record.stored:
         print(f"{record.path} holds this run, finished: nothing to do (--fresh starts over)\n"
               f"{results(record.stored)}")
