@@ -19,8 +19,8 @@ import torch
 
 from harness import Supernet, bipeft, first_fit
 
-# Of trainings within a search, from an earlier run: the best of random structures, and that of BIPEFT's in S1.
-INNER_RATE, S1_RATE = 6e-3, 2.5e-3
+# Of trainings within a search, from an earlier run: of random structures, by family, and of BIPEFT's in S1.
+INNER_RATES, S1_RATE = {"bert": 6e-3, "llama": 3e-3}, 2.5e-3
 
 
 # 1. Fixed and random structures
@@ -116,7 +116,7 @@ def best_of_chance(bench, budget, count=3):
     scored = []
     for draw in range(1, count + 1):
         structure = chance(bench, budget, draw)["random"]
-        peft, best, _ = bench.train(structure, INNER_RATE)
+        peft, best, _ = bench.train(structure, INNER_RATES[bench.settings.family])
         peft.detach()
         scored.append((best, -draw, structure))
     return {"random, best of 3": max(scored, key=lambda found: found[:2])[2]}
@@ -418,14 +418,14 @@ def autopeft(bench, budget):
     """AutoPEFT (Zhou et al. 2024), S1 under one budget: a size of {0, 1, 4, 8} each for serial adapter, parallel
     adapter and prefix, shared by all layers, and a switch a layer; of 0.9 B .. B. Random evaluations, then
     batches of 4 by the expected improvement of a Gaussian process (propose), each training a tenth of the
-    steps at INNER_RATE in the entangled space; the best 3 are trained in full at S1_RATE, and the best on validation
+    steps at INNER_RATES in the entangled space; the best 3 are trained in full at S1_RATE, and the best on validation
     wins.
 
     So few layers have few configurations: every admissible one is scored, where the paper walks to neighbours.
     """
     s = bench.settings
     steps = max(1, round(s.bo_share * s.steps))
-    with Supernet(bench, "s1", lr=INNER_RATE, search=False) as net:
+    with Supernet(bench, "s1", lr=INNER_RATES[s.family], search=False) as net:
         configurations = Configurations(net)
         admitted = configurations.admitted(budget)
         fresh = net.weights()
