@@ -170,6 +170,8 @@ def test_trainer_trains_what_was_found_alone_and_on_two_processes(tmp_path):
     small = "--rows 64 --search-steps 8 --warmup 2 --epochs 2 --pretraining 5".split()
     untouched, trained, loaded = trainer.main([*small, "--out", str(tmp_path / "one")])
     assert trained == loaded
+    refused = subprocess.run([sys.executable, HERE / "trainer.py", "--structure", "no.json"], capture_output=True)
+    assert refused.returncode == 2 and refused.stderr.startswith(b"trainer.py: no.json is no structure.json")
     structure = tmp_path / "one" / "structure.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", HERE / "trainer.py", *small,
                "--structure", structure, "--out", tmp_path / "two"]

@@ -3,10 +3,9 @@
     python docs/examples/trainer.py                                           search, train, save, load, answer
     torchrun --nproc_per_node=2 docs/examples/trainer.py --structure runs/trainer/structure.json
 
-The modules are ordinary parameters of the model, the only ones that require gradients: Trainer's optimizer, its
-clipping and, under torchrun, its DistributedDataParallel see them and nothing else. What is saved is their weights
-alone; Trainer's own checkpoints would hold the backbone as well. The backbone and the task are the toy's, so that it
-runs offline; for others the calls stay as they are.
+The modules are the only parameters of the model that require gradients: Trainer's optimizer, its clipping and, under
+torchrun, its DistributedDataParallel see them and nothing else. What is saved is their weights alone; Trainer's own
+checkpoints would hold the backbone, too. The toy's backbone and task run offline; for others the calls are the same.
 """
 
 import argparse
@@ -89,4 +88,8 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except bipeft.UsageError as mistake:
+        print(f"trainer.py: {mistake}", file=sys.stderr)
+        sys.exit(2)

@@ -288,8 +288,7 @@ def table_1(data, budget):
              contrast_table(data.contrasts(RIVALS, budget, seeds=LATER), data.tasks)] if seeds >= LATER else []
     share = f", {1e4 * budget / data.backbone:.2f} of 10,000" if data.backbone else ""
     return [f"## Table 1: test scores at {budget:,} parameters{share}",
-            "Of the cells (task, seed) that all rows with a mean have.",
-            score_table(data, RIVALS, budget),
+            "Of the cells (task, seed) that all rows with a mean have.", score_table(data, RIVALS, budget),
             f"### Pairs at {budget:,} parameters",
             "Plus: BIPEFT is better. 95 %: t interval of the mean over pairs; over seeds: of seeds' means, in brackets.\n"
             "p: exact sign-flip test over pairs. Holm: over the methods within the budget.",

@@ -101,8 +101,7 @@ def draw_places(data):
     layers = list(dict.fromkeys(where(place)[0] for place in data.places))
     fig, ax = plt.subplots(figsize=(WIDTH, 2.2), layout="constrained")
     grid = np.array([[kept[row, x] / there[row, x] if there[row, x] else np.nan for x in layers] for row in GROUPS])
-    ax.imshow(grid, vmin=0, vmax=1, aspect="auto",
-              cmap=LinearSegmentedColormap.from_list("", ["white", BLUE]))
+    ax.imshow(grid, vmin=0, vmax=1, aspect="auto", cmap=LinearSegmentedColormap.from_list("", ["white", BLUE]))
     for (y, x), share in np.ndenumerate(grid):
         count = kept[list(GROUPS)[y], layers[x]]
         if share == share:
@@ -158,7 +157,7 @@ def draw_ratios(every):
     for ax, method in zip(axes, methods):
         ax.axhline(0, color=SOFT, lw=1)
         ax.set(title=f"BIPEFT − {method}", xscale="log", xlabel="budget, of 10,000", ylim=(-9, 9))
-        ax.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+        ax.set_xticks([0.5, 1, 2, 5, 10, 20], ["½", "1", "2", "5", "10", "20"])
         ax.minorticks_off()
     axes[0].set_ylabel("points, cut at ±9; above 0\nBIPEFT is better")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)

@@ -96,8 +96,7 @@ def test_a_run_goes_on_where_it_was_and_reads_no_test_on_seeds_for_rates(tmp_pat
     asked = "--table", "main", "--methods", "BIPEFT", "LoRA", "full", "AdaLoRA"
     lines = run(tmp_path, *asked)
     trained = [x for x in lines if x["stage"] == "train"]
-    assert not any("error" in x for x in lines)
-    assert sum(not x["tuning"] for x in trained) == 2 * 4
+    assert not any("error" in x for x in lines) and sum(not x["tuning"] for x in trained) == 2 * 4
     assert all((x["test"] is None) == x["tuning"] == (x["seed"] >= 100) for x in trained)
     assert all(x["parameters"] <= 600 for x in trained if x["method"] != "full")
     assert run(tmp_path, *asked) == lines

@@ -483,7 +483,6 @@ def main(arguments=None):
     for name, draw in FIGURES.items():
         save(draw(r), args.out / f"{name}.png")
     animation(r, args.out / "search.gif")
-    plt.close("all")
     return r
 
 

@@ -63,8 +63,7 @@ def test_what_is_drawn_is_what_the_search_held(drawn):
     record, _, _ = drawn
     T, N = record.T, record.N
     assert record.smoothed.shape == record.indicator.shape == record.fixed.shape == (T, N)
-    assert record.kept.shape == (T + 1, N)
-    assert len(record.passes) == T and len(record.fired) == 5
+    assert record.kept.shape == (T + 1, N) and len(record.passes) == T and len(record.fired) == 5
     # After the last trigger p is 1 and every rank is fixed: E is the real size, which is then mended to fit B.
     real = record.sizes[np.arange(N), record.choice[-1]][record.kept[-1]].sum()
     assert record.after[-1] == real
