@@ -141,11 +141,11 @@ def draw_kinds(data):
 
 
 def draw_ratios(every):
-    """BIPEFT less each of four methods against the budget's share of the backbone, without failed trainings: means and
+    """BIPEFT less each of five methods against the budget's share of the backbone, without failed trainings: means and
     95 % t intervals over seeds, cut at the panels' edges.   every: {backbone: data}.
     """
-    methods = "LoRA", "random", "matched random", "one look"
-    fig, axes = plt.subplots(1, len(methods), figsize=(WIDTH, 2.7), sharey=True, layout="constrained")
+    methods = "LoRA", "biases on even norms", "random", "matched random", "one look"
+    fig, axes = plt.subplots(1, len(methods), figsize=(WIDTH, 2.8), sharey=True, layout="constrained")
     for (backbone, data), marker, colour in zip(every.items(), "os", (INK, BLUE)):
         budgets = sorted({x["budget"] for x in data.reported})
         found = [data.contrasts(methods, of, without=data.failed(["BIPEFT", *methods], of)) for of in budgets]
@@ -156,7 +156,7 @@ def draw_ratios(every):
                         [c.half_of_seeds for _, c in points], marker=marker, ms=4, color=colour, label=backbone)
     for ax, method in zip(axes, methods):
         ax.axhline(0, color=SOFT, lw=1)
-        ax.set(title=f"BIPEFT − {method}", xscale="log", xlabel="budget, of 10,000", ylim=(-9, 9))
+        ax.set(title=f"BIPEFT −\n{method}", xscale="log", xlabel="budget, of 10,000", xlim=(0.28, 26), ylim=(-9, 9))
         ax.set_xticks([0.5, 1, 2, 5, 10, 20], ["½", "1", "2", "5", "10", "20"])
         ax.minorticks_off()
     axes[0].set_ylabel("points, cut at ±9; above 0\nBIPEFT is better")
