@@ -76,7 +76,6 @@ try:
     import torch.nn.functional as F
     import transformers
     from torch import nn
-    from transformers import AttentionInterface, AttentionMaskInterface
 except (ImportError, OSError, KeyboardInterrupt) as error:
     if __name__ != "__main__":
         raise
@@ -392,11 +391,12 @@ class Searchable(nn.Module):
     its random initial weights.
     """
 
-    roles = ()            # the roles of the places that take this module, as in section 3
-    ranked = True       # False: there is nothing to choose a rank of, and q_n is the same for all k
+    roles = ()           # the roles of the places that take this module, as in section 3
+    ranked = True        # False: there is nothing to choose a rank of, and q_n is the same for all k
     factors = {}         # tensor's name: "gate", "mask" or "gate·mask"; the others stay as they are
-    architecture = None  # in a search, what `Space.enter` gives it for a pass: its factors, "computed", and
-                          # a copy of each of its tensors in the backbone's format
+    computed = True      # False in a pass that skips the module: what a shut gate adds is zero
+    architecture = None  # in a search, what `Space.enter` gives it for a pass: its factors, and a copy of
+                         # each of its tensors in the backbone's format
 
     def weight(self, name, x):
         """One of the module's tensors in the dtype of x; in a search, under the present architecture."""
@@ -407,17 +407,13 @@ class Searchable(nn.Module):
             w = w * self.architecture[self.factors[name]]
         return w.to(x.dtype)
 
-    def computed(self):
-        """False in a pass that skips the module: what a shut gate adds is zero."""
-        return self.architecture is None or self.architecture["computed"]
-
     def attach(self, place, role):
         """Hooks it to the place, whose output it changes.   Returns a handle, which undoes that."""
         return place.register_forward_hook(self.after, with_kwargs=True)
 
     def after(self, place, args, kwargs, output):
         """The hook.   output: the place's; a tuple has it first."""
-        if not self.computed():
+        if not self.computed:
             return output
         x = first_input(args, kwargs)
         if isinstance(output, tuple):
@@ -516,15 +512,15 @@ class ParallelAdapter(SerialAdapter):
     def attach(self, place, role):
         """BERT's block is no module of its own. Its end is handed x, as the residual, to which it adds."""
         if role == "residual":
-            return place.register_forward_pre_hook(self.before, with_kwargs=True)
+            return place.register_forward_pre_hook(self.before)
         return super().attach(place, role)
 
-    def before(self, place, args, kwargs):
+    def before(self, place, args):
         """The hook.   args: what the block computed, and x."""
-        if not self.computed():
-            return args, kwargs
+        if not self.computed:
+            return args
         hidden, x = args
-        return (hidden, self(x, x)), kwargs
+        return hidden, self(x, x)
 
 
 class BitFit(Searchable):
@@ -605,7 +601,7 @@ class Prefix(Searchable):
 
     def before(self, place, args, kwargs):
         """The hook."""
-        if self.computed():
+        if self.computed:
             kwargs = {**kwargs, "prefix": self(first_input(args, kwargs))}
         return args, kwargs
 
@@ -653,8 +649,8 @@ def additive_mask(*args, dtype=torch.float32, **more):
 
 
 # transformers' public registries are where a prefix comes in.
-AttentionInterface.register("bipeft_prefix", prefix_attention)
-AttentionMaskInterface.register("bipeft_prefix", additive_mask)
+transformers.AttentionInterface.register("bipeft_prefix", prefix_attention)
+transformers.AttentionMaskInterface.register("bipeft_prefix", additive_mask)
 
 
 def width(place):
@@ -1042,12 +1038,13 @@ class Space(Peft):
             computed = torch.ones(len(self), dtype=torch.bool)
         factors = zip(gate.unbind(), mask[:, :, None].unbind(), both[:, :, None].unbind(), computed.tolist())
         for module, (g, m, gm, on) in zip(self.modules, factors):
-            module.architecture = {"gate": g, "mask": m, "gate·mask": gm, "computed": on}
+            module.architecture = {"gate": g, "mask": m, "gate·mask": gm}
+            module.computed = on
         cast = {}
         weights = [p for _, _, p in self.entries]
         parts = flatten(weights).to(dtype).split([p.numel() for p in weights])
         for (module, name, p), part in zip(self.entries, parts):
-            if module.architecture["computed"]:
+            if module.computed:
                 cast[p] = part.view(p.shape).requires_grad_()
                 module.architecture[name] = cast[p]
         return cast
@@ -1056,6 +1053,7 @@ class Space(Peft):
         """Ends the last architecture: every attached module is whole, at the largest rank."""
         for module in self.modules:
             module.architecture = None
+            module.computed = True
 
     def structure(self, kept, choice, budget, backbone=""):
         """The Structure of the kept modules.   kept: b, N bools.   choice: k*, N indices."""

@@ -654,7 +654,7 @@ def leading(rank, most=8):
 
 def under(module, gate, mask):
     """The module as a search would have it: under a gate, a scalar, and a rank mask, [R]."""
-    module.architecture = {"gate": gate, "mask": mask[:, None], "gate·mask": gate * mask[:, None], "computed": True,
+    module.architecture = {"gate": gate, "mask": mask[:, None], "gate·mask": gate * mask[:, None],
                            **dict(module.named_parameters())}
     return module
 
@@ -1393,7 +1393,7 @@ def plain_pass(search, weights, gate, ranks, batch):
         own = {name: next(weights).clone().requires_grad_() for name, _ in module.named_parameters()}
         leaves.append(list(own.values()))
         if search.space.kinds[n] == "prefix":                                # which multiplies no weights
-            module.architecture = {**own, "gate·mask": factors["gate·mask"], "computed": True}
+            module.architecture = {**own, "gate·mask": factors["gate·mask"]}
         for name, p in module.named_parameters():
             copies[path[id(p)]] = own[name] * factors[module.factors.get(name)]
     loss = torch.func.functional_call(search.model, copies, kwargs=batch).loss
