@@ -738,6 +738,11 @@ PLACES.update(dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gem
                              "granite"), llama_places))
 
 
+def networks_in(model):
+    """{name: network} of transformers' networks in a model, itself and those inside of others included."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, transformers.PreTrainedModel)}
+
+
 def places_of(model):
     """Every place of the known backbone in a model, [(name in the base model, role, module)].
 
@@ -746,8 +751,7 @@ def places_of(model):
     own: "ffn_end", its last layer, and "residual", the module that is handed its output and its input.
     Raises UsageError if the model holds no known backbone, or two.
     """
-    known = [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)
-             and m.config.model_type in PLACES]
+    known = [m for m in networks_in(model).values() if m.config.model_type in PLACES]
     if not known or not set(known) <= set(known[0].modules()):
         raise UsageError(f"{type(model).__name__} holds no known backbone, or two: give one of "
                          f"{', '.join(PLACES)}, or a function of places of your own (docs/copying.md)")
@@ -801,8 +805,7 @@ class Bare:
 
     def use_prefix_attention(self, model):
         """Has the networks that hold prefixes compute their attention with `prefix_attention`."""
-        networks = [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
-        for m in networks:
+        for m in networks_in(model).values():
             prefixes = [part for part in m.modules() if isinstance(part, Prefix)]
             if prefixes and m.config._attn_implementation != "bipeft_prefix":
                 self.attention.append((m, m.config._attn_implementation))
@@ -893,7 +896,7 @@ class Head:
     """
 
     def __init__(self, model, paths):
-        networks = [name for name, m in model.named_modules() if isinstance(m, transformers.PreTrainedModel)]
+        networks = list(networks_in(model))
         within = f"{networks[0]}." if networks else ""          # names are without a wrapper's
         named = {name: p for name, p in model.named_parameters() if "bipeft_" not in name}
         self.parameters = {}                                    # {name: parameter}
