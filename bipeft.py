@@ -1012,13 +1012,13 @@ class Space(Peft):
             for (_, kind), (place, _) in found.items():
                 counts.append([count_of(KINDS[kind](place, rank)) for rank in ranks])
         self.param_counts = torch.tensor(counts)                                            # [N, K]
-        self.lengths = torch.tensor([count_of(module) for module in self.modules])             # [N]
+        self.lengths = self.param_counts[:, -1].contiguous()             # [N], as built at the largest rank
         self.ranked = torch.tensor([KINDS[kind].ranked for kind in self.kinds])                # [N]
         self.dim = torch.tensor(ranks)                                                         # [K]
         self.leading = (torch.arange(ranks[-1]) < self.dim[:, None]).float()                # [K, R]
         self.kept = torch.ones(len(self), dtype=torch.bool)    # [N], False once a search removed it
         self.entries = [(m, name, p) for m in self.modules for name, p in m.named_parameters()]
-        self.to(self.entries[0][2].device)
+        self.to(self.tensors[0].device)
 
     def to(self, device):
         """Moves the tables above, where the model has moved."""
@@ -1427,9 +1427,9 @@ def search(model, space, train_batches, val_batches, budget, steps, warmup=0, ba
 
 def require_attached(model, peft):
     """Raises UsageError unless a model holds all of the modules."""
-    inside = {id(p) for p in model.parameters()}
+    inside = set(model.parameters())
     for name, p in peft.named_weights().items():
-        if id(p) not in inside:
+        if p not in inside:
             raise UsageError(f"{name} is not on this model: attach the modules to the model that is to "
                              "learn, and detach them afterwards")
 
@@ -1446,24 +1446,25 @@ def give_gradients(tensors, flat):
         p.grad = part.view(p.shape)
 
 
+@torch.no_grad()
 def descend(optimizer, parameter, open_rows):
     """A step of Θ or Φ, of its open rows, [N] bool, alone: others feel neither decay nor momentum [D18]."""
-    before = parameter.detach().clone()
+    before = parameter.clone()
     optimizer.step()
-    with torch.no_grad():
-        parameter.copy_(torch.where(open_rows[:, None], parameter, before))
+    parameter.copy_(torch.where(open_rows[:, None], parameter, before))
 
 
 def budget_of(budget, space):
     """B in parameters, of a number or a share of the backbone.   UsageError: it leaves nothing to search."""
     if budget < 1:
         budget = budget * space.geometry["parameters"]
+    budget = int(budget)
     smallest = int(space.param_counts.min())
     largest = int(space.param_counts[:, -1].sum())
-    if not smallest <= int(budget) < largest:
-        raise UsageError(f"no search for a budget of {int(budget):,} parameters: the smallest module has "
+    if not smallest <= budget < largest:
+        raise UsageError(f"no search for a budget of {budget:,} parameters: the smallest module has "
                          f"{smallest:,}, the whole space {largest:,}; choose one in between")
-    return int(budget)
+    return budget
 
 
 def loss_of(output):
@@ -1482,11 +1483,11 @@ def require_finite(value, what):
                          "than float16")
 
 
+@torch.no_grad()
 def put_back(tensors, values):
     """Gives tensors other numbers, and leaves everything else of them, such as who trains them, as it is."""
-    with torch.no_grad():
-        for t, value in zip(tensors, values):
-            t.copy_(value)
+    for t, value in zip(tensors, values):
+        t.copy_(value)
 
 
 def copies(tensors):
