@@ -1152,8 +1152,12 @@ def forward_backward(model, peft, gate, ranks, batch, inputs, skip=True):
         p.grad = None                                    # nothing leaks from one pass into the next
     loss = loss_of(model(**batch))
     if loss.requires_grad:
-        with reentrant_is_refused():
+        try:
             loss.backward(inputs=[cast.get(p, p) for p in inputs])
+        except RuntimeError as error:
+            if "use_reentrant" in str(error):                   # torch tells of it in many lines
+                raise UsageError(NOT_REACHED) from None
+            raise
     if gate is not None:
         peft.leave()
     weights = [p for p in inputs if p in cast]
@@ -1166,17 +1170,6 @@ def forward_backward(model, peft, gate, ranks, batch, inputs, skip=True):
     if missing:                                                 # of skipped modules
         give_gradients(missing, torch.zeros_like(flatten(missing)))
     return loss.detach()
-
-
-@contextlib.contextmanager
-def reentrant_is_refused():
-    """torch tells of reentrant checkpointing in an error of many lines."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "use_reentrant" in str(error):
-            raise UsageError(NOT_REACHED) from None
-        raise
 
 
 class Search:
