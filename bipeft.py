@@ -1182,8 +1182,8 @@ class Search:
     nothing to search, and for modules that are not on the model.
     """
 
-    STATE = ("kept", "fixed", "open_ranks", "choice", "smoothed", "indicators", "rank_history",
-             "potential_before", "steps_done", "triggers_done")
+    STATE = ("kept", "fixed", "choice", "smoothed", "indicators", "rank_history", "steps_done",
+             "triggers_done")
 
     def __init__(self, model, space, settings, steps, warmup=0, run_pass=forward_backward):
         require_attached(model, space)
@@ -1214,13 +1214,11 @@ class Search:
         self.kept = torch.ones(n, dtype=torch.bool, device=device)
         self.fixed = ~space.ranked
         self.choice = torch.full((n,), k - 1, device=device)
-        self.open_ranks = bool(space.ranked.any())          # a step need not wait for a GPU to ask d
 
-        # History: s̄; the last H + 1 indicators I; softmax(Φ) since the last trigger, and v then; t and z.
+        # History: s̄; the last H + 1 indicators I; softmax(Φ) since the last trigger; t and z.
         self.smoothed = torch.zeros(n, device=device)
         self.indicators = []
         self.rank_history = [self.rank_weights()]
-        self.potential_before = self.potential_ranks()                                # v_{z-1}
         self.steps_done = 0
         self.triggers_done = 0
 
@@ -1228,6 +1226,7 @@ class Search:
         """One step t, the body of Algorithm 1's loop.   Batches: dicts of tensors.   Returns a log line."""
         settings, space = self.settings, self.space
         space.kept = self.kept                                  # what is removed costs nothing
+        open_ranks = not self.fixed.all()                       # asked while a GPU has nothing to do
         noise = self.draw()                                     # of one architecture a step [D8]
         # "Update ΔW by gradient descent" on D_tra (3.5, first order), the sample as constants.
         gate, ranks = self.sample(noise)
@@ -1237,7 +1236,6 @@ class Search:
         train_magnitude = self.magnitude(train_gradients)
         self.weight_optimizer.param_groups[0]["lr"] = settings.lr * (1 - self.steps_done / self.steps)
         self.weight_optimizer.step()
-
         # "Optimize Θ and Φ iteratively" (3.5): Θ on D_val, the same Φ held; it gives G(D_val), too [D8]
         theta_loss = self.run_pass(
             self.model, space, gate, ranks.detach(), theta_batch, [self.theta, *self.weights])
@@ -1246,7 +1244,7 @@ class Search:
         descend(self.theta_optimizer, self.theta, self.kept)
         # - and Φ on the next batch, with the new Θ held, under the same noise.
         phi_loss = 0
-        if self.open_ranks:
+        if open_ranks:
             gate, ranks = self.sample(noise)
             phi_loss = self.run_pass(self.model, space, gate.detach(), ranks, phi_batch, [self.phi])
             descend(self.phi_optimizer, self.phi, ~self.fixed)
@@ -1259,7 +1257,7 @@ class Search:
 
         # "Calculate module importance indicator I_t" (3.2.2) [D38]; "evaluate model stability β_t" (Eq. 5).
         indicator = importance_indicator(self.smoothed, self.expected_sizes(), self.kept, self.budget)
-        self.indicators = [*self.indicators, indicator][-(settings.window + 1):]
+        self.indicators = self.indicators[-settings.window:] + [indicator]
         beta = stability(torch.stack(self.indicators), settings.window)
         expected = expected_parameters(self.keep_probabilities(), self.expected_sizes())    # E_t, for the log
         self.steps_done += 1
@@ -1272,6 +1270,8 @@ class Search:
 
     def select(self):
         """A trigger, the body of Algorithm 1's `if`: selects modules, then ranks.   Returns R_z."""
+        potential_before = self.potential_ranks(self.rank_history[0])   # v_{z-1}, of b_{z-1} and d_{z-1}
+
         # "Estimate expected parameters E_t" (Eq. 7, 8); "calculate expected parameter reduction R_z" (Eq. 6).
         sizes = self.expected_sizes()                                                 # C_n
         probability = self.keep_probabilities()                                       # p_n
@@ -1289,8 +1289,8 @@ class Search:
 
         # "Estimate the number of modules Y_z for dimension selection" (Eq. 10); at last all are due [D5].
         remaining = self.settings.triggers - self.triggers_done                       # Z - z
-        potential = self.potential_ranks()
-        quota = rank_quota(self.potential_before, potential, self.fixed, remaining)
+        potential = self.potential_ranks(self.rank_history[-1])                       # v_z
+        quota = rank_quota(potential_before, potential, self.fixed, remaining)
         if remaining == 1:
             quota = len(self.fixed)
 
@@ -1300,9 +1300,7 @@ class Search:
         self.fixed = self.fixed | settled
 
         # "Freeze part of Θ and Φ according to b_z, d_z": `descend` passes over their rows [D18].
-        self.open_ranks = bool((~self.fixed).any())
         self.rank_history = self.rank_history[-1:]
-        self.potential_before = potential
         self.triggers_done += 1
         return reduction
 
@@ -1336,10 +1334,10 @@ class Search:
         """softmax(Φ), [N, K], float64, since Eq. 9 compares almost equal numbers [D60]."""
         return self.phi.detach().double().softmax(1)
 
-    def potential_ranks(self):
-        """v, [N]; kinds without a rank count as 0 [D5]."""
+    def potential_ranks(self, rank_weights):
+        """v, [N], of softmax(Φ), whose arg-max is Φ's; kinds without a rank count as 0 [D5]."""
         ranked = self.kept & self.space.ranked
-        return potential_ranks(self.phi.detach(), self.space.dim, ranked, self.fixed, self.choice)
+        return potential_ranks(rank_weights, self.space.dim, ranked, self.fixed, self.choice)
 
     def expected_sizes(self):
         """C_n, [N]."""
