@@ -392,11 +392,11 @@ class Searchable(nn.Module):
     """
 
     roles = ()           # the roles of the places that take this module, as in section 3
-    ranked = True        # False: there is nothing to choose a rank of, and q_n is the same for all k
+    ranked = True        # False: there is no rank to choose, and q_n is the same for all k
     factors = {}         # tensor's name: "gate", "mask" or "gate·mask"; the others stay as they are
     computed = True      # False in a pass that skips the module: what a shut gate adds is zero
-    architecture = None  # in a search, what `Space.enter` gives it for a pass: its factors, and a copy of
-                         # each of its tensors in the backbone's format
+    architecture = None  # in a search, what `Space.enter` gives it for a pass: its factors, and copies
+                         # of its tensors in the backbone's format
 
     def weight(self, name, x):
         """One of the module's tensors in the dtype of x; in a search, under the present architecture."""
@@ -602,7 +602,7 @@ class Prefix(Searchable):
     def before(self, place, args, kwargs):
         """The hook."""
         if self.computed:
-            kwargs = {**kwargs, "prefix": self(first_input(args, kwargs))}
+            kwargs["prefix"] = self(first_input(args, kwargs))
         return args, kwargs
 
 
@@ -740,7 +740,8 @@ PLACES.update(dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gem
 
 def networks_in(model):
     """{name: network} of transformers' networks in a model, itself and those inside of others included."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, transformers.PreTrainedModel)}
+    return {name: m for name, m in model.named_modules()
+            if isinstance(m, transformers.PreTrainedModel)}
 
 
 def places_of(model):
@@ -1012,7 +1013,7 @@ class Space(Peft):
             for (_, kind), (place, _) in found.items():
                 counts.append([count_of(KINDS[kind](place, rank)) for rank in ranks])
         self.param_counts = torch.tensor(counts)                                            # [N, K]
-        self.lengths = self.param_counts[:, -1].contiguous()             # [N], as built at the largest rank
+        self.lengths = self.param_counts[:, -1].contiguous()             # [N], as they are attached
         self.ranked = torch.tensor([KINDS[kind].ranked for kind in self.kinds])                # [N]
         self.dim = torch.tensor(ranks)                                                         # [K]
         self.leading = (torch.arange(ranks[-1]) < self.dim[:, None]).float()                # [K, R]
@@ -1226,7 +1227,7 @@ class Search:
         """One step t, the body of Algorithm 1's loop.   Batches: dicts of tensors.   Returns a log line."""
         settings, space = self.settings, self.space
         space.kept = self.kept                                  # what is removed costs nothing
-        open_ranks = not self.fixed.all()                       # asked while a GPU has nothing to do
+        open_ranks = not self.fixed.all()                       # asked while a GPU is idle
         noise = self.draw()                                     # of one architecture a step [D8]
         # "Update ΔW by gradient descent" on D_tra (3.5, first order), the sample as constants.
         gate, ranks = self.sample(noise)
@@ -1270,7 +1271,8 @@ class Search:
 
     def select(self):
         """A trigger, the body of Algorithm 1's `if`: selects modules, then ranks.   Returns R_z."""
-        potential_before = self.potential_ranks(self.rank_history[0])   # v_{z-1}, of b_{z-1} and d_{z-1}
+        # v_{z-1}: Φ as it was at the last trigger, with the b and d that this left.
+        potential_before = self.potential_ranks(self.rank_history[0])
 
         # "Estimate expected parameters E_t" (Eq. 7, 8); "calculate expected parameter reduction R_z" (Eq. 6).
         sizes = self.expected_sizes()                                                 # C_n
