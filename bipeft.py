@@ -76,7 +76,6 @@ try:
     import torch.nn.functional as F
     import transformers
     from torch import nn
-    from transformers import AttentionInterface, AttentionMaskInterface
 except (ImportError, OSError, KeyboardInterrupt) as error:
     if __name__ != "__main__":
         raise
@@ -392,11 +391,12 @@ class Searchable(nn.Module):
     its random initial weights.
     """
 
-    roles = ()            # the roles of the places that take this module, as in section 3
-    ranked = True       # False: there is nothing to choose a rank of, and q_n is the same for all k
+    roles = ()           # the roles of the places that take this module, as in section 3
+    ranked = True        # False: there is no rank to choose, and q_n is the same for all k
     factors = {}         # tensor's name: "gate", "mask" or "gate·mask"; the others stay as they are
-    architecture = None  # in a search, what `Space.enter` gives it for a pass: its factors, "computed", and
-                          # a copy of each of its tensors in the backbone's format
+    computed = True      # False in a pass that skips the module: what a shut gate adds is zero
+    architecture = None  # in a search, what `Space.enter` gives it for a pass: its factors, and copies
+                         # of its tensors in the backbone's format
 
     def weight(self, name, x):
         """One of the module's tensors in the dtype of x; in a search, under the present architecture."""
@@ -407,17 +407,13 @@ class Searchable(nn.Module):
             w = w * self.architecture[self.factors[name]]
         return w.to(x.dtype)
 
-    def computed(self):
-        """False in a pass that skips the module: what a shut gate adds is zero."""
-        return self.architecture is None or self.architecture["computed"]
-
     def attach(self, place, role):
         """Hooks it to the place, whose output it changes.   Returns a handle, which undoes that."""
         return place.register_forward_hook(self.after, with_kwargs=True)
 
     def after(self, place, args, kwargs, output):
         """The hook.   output: the place's; a tuple has it first."""
-        if not self.computed():
+        if not self.computed:
             return output
         x = first_input(args, kwargs)
         if isinstance(output, tuple):
@@ -516,15 +512,15 @@ class ParallelAdapter(SerialAdapter):
     def attach(self, place, role):
         """BERT's block is no module of its own. Its end is handed x, as the residual, to which it adds."""
         if role == "residual":
-            return place.register_forward_pre_hook(self.before, with_kwargs=True)
+            return place.register_forward_pre_hook(self.before)
         return super().attach(place, role)
 
-    def before(self, place, args, kwargs):
+    def before(self, place, args):
         """The hook.   args: what the block computed, and x."""
-        if not self.computed():
-            return args, kwargs
+        if not self.computed:
+            return args
         hidden, x = args
-        return (hidden, self(x, x)), kwargs
+        return hidden, self(x, x)
 
 
 class BitFit(Searchable):
@@ -605,8 +601,8 @@ class Prefix(Searchable):
 
     def before(self, place, args, kwargs):
         """The hook."""
-        if self.computed():
-            kwargs = {**kwargs, "prefix": self(first_input(args, kwargs))}
+        if self.computed:
+            kwargs["prefix"] = self(first_input(args, kwargs))
         return args, kwargs
 
 
@@ -653,8 +649,8 @@ def additive_mask(*args, dtype=torch.float32, **more):
 
 
 # transformers' public registries are where a prefix comes in.
-AttentionInterface.register("bipeft_prefix", prefix_attention)
-AttentionMaskInterface.register("bipeft_prefix", additive_mask)
+transformers.AttentionInterface.register("bipeft_prefix", prefix_attention)
+transformers.AttentionMaskInterface.register("bipeft_prefix", additive_mask)
 
 
 def width(place):
@@ -742,6 +738,12 @@ PLACES.update(dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gem
                              "granite"), llama_places))
 
 
+def networks_in(model):
+    """{name: network} of transformers' networks in a model, itself and those inside of others included."""
+    return {name: m for name, m in model.named_modules()
+            if isinstance(m, transformers.PreTrainedModel)}
+
+
 def places_of(model):
     """Every place of the known backbone in a model, [(name in the base model, role, module)].
 
@@ -750,8 +752,7 @@ def places_of(model):
     own: "ffn_end", its last layer, and "residual", the module that is handed its output and its input.
     Raises UsageError if the model holds no known backbone, or two.
     """
-    known = [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)
-             and m.config.model_type in PLACES]
+    known = [m for m in networks_in(model).values() if m.config.model_type in PLACES]
     if not known or not set(known) <= set(known[0].modules()):
         raise UsageError(f"{type(model).__name__} holds no known backbone, or two: give one of "
                          f"{', '.join(PLACES)}, or a function of places of your own (docs/copying.md)")
@@ -805,8 +806,7 @@ class Bare:
 
     def use_prefix_attention(self, model):
         """Has the networks that hold prefixes compute their attention with `prefix_attention`."""
-        networks = [m for m in model.modules() if isinstance(m, transformers.PreTrainedModel)]
-        for m in networks:
+        for m in networks_in(model).values():
             prefixes = [part for part in m.modules() if isinstance(part, Prefix)]
             if prefixes and m.config._attn_implementation != "bipeft_prefix":
                 self.attention.append((m, m.config._attn_implementation))
@@ -897,7 +897,7 @@ class Head:
     """
 
     def __init__(self, model, paths):
-        networks = [name for name, m in model.named_modules() if isinstance(m, transformers.PreTrainedModel)]
+        networks = list(networks_in(model))
         within = f"{networks[0]}." if networks else ""          # names are without a wrapper's
         named = {name: p for name, p in model.named_parameters() if "bipeft_" not in name}
         self.parameters = {}                                    # {name: parameter}
@@ -1013,13 +1013,13 @@ class Space(Peft):
             for (_, kind), (place, _) in found.items():
                 counts.append([count_of(KINDS[kind](place, rank)) for rank in ranks])
         self.param_counts = torch.tensor(counts)                                            # [N, K]
-        self.lengths = torch.tensor([count_of(module) for module in self.modules])             # [N]
+        self.lengths = self.param_counts[:, -1].contiguous()             # [N], as they are attached
         self.ranked = torch.tensor([KINDS[kind].ranked for kind in self.kinds])                # [N]
         self.dim = torch.tensor(ranks)                                                         # [K]
         self.leading = (torch.arange(ranks[-1]) < self.dim[:, None]).float()                # [K, R]
         self.kept = torch.ones(len(self), dtype=torch.bool)    # [N], False once a search removed it
         self.entries = [(m, name, p) for m in self.modules for name, p in m.named_parameters()]
-        self.to(self.entries[0][2].device)
+        self.to(self.tensors[0].device)
 
     def to(self, device):
         """Moves the tables above, where the model has moved."""
@@ -1042,12 +1042,13 @@ class Space(Peft):
             computed = torch.ones(len(self), dtype=torch.bool)
         factors = zip(gate.unbind(), mask[:, :, None].unbind(), both[:, :, None].unbind(), computed.tolist())
         for module, (g, m, gm, on) in zip(self.modules, factors):
-            module.architecture = {"gate": g, "mask": m, "gate·mask": gm, "computed": on}
+            module.architecture = {"gate": g, "mask": m, "gate·mask": gm}
+            module.computed = on
         cast = {}
         weights = [p for _, _, p in self.entries]
         parts = flatten(weights).to(dtype).split([p.numel() for p in weights])
         for (module, name, p), part in zip(self.entries, parts):
-            if module.architecture["computed"]:
+            if module.computed:
                 cast[p] = part.view(p.shape).requires_grad_()
                 module.architecture[name] = cast[p]
         return cast
@@ -1056,6 +1057,7 @@ class Space(Peft):
         """Ends the last architecture: every attached module is whole, at the largest rank."""
         for module in self.modules:
             module.architecture = None
+            module.computed = True
 
     def structure(self, kept, choice, budget, backbone=""):
         """The Structure of the kept modules.   kept: b, N bools.   choice: k*, N indices."""
@@ -1151,8 +1153,12 @@ def forward_backward(model, peft, gate, ranks, batch, inputs, skip=True):
         p.grad = None                                    # nothing leaks from one pass into the next
     loss = loss_of(model(**batch))
     if loss.requires_grad:
-        with reentrant_is_refused():
+        try:
             loss.backward(inputs=[cast.get(p, p) for p in inputs])
+        except RuntimeError as error:
+            if "use_reentrant" in str(error):                   # torch tells of it in many lines
+                raise UsageError(NOT_REACHED) from None
+            raise
     if gate is not None:
         peft.leave()
     weights = [p for p in inputs if p in cast]
@@ -1167,17 +1173,6 @@ def forward_backward(model, peft, gate, ranks, batch, inputs, skip=True):
     return loss.detach()
 
 
-@contextlib.contextmanager
-def reentrant_is_refused():
-    """torch tells of reentrant checkpointing in an error of many lines."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "use_reentrant" in str(error):
-            raise UsageError(NOT_REACHED) from None
-        raise
-
-
 class Search:
     """The state of Algorithm 1, and what it does in a step, at a trigger, and in all.
 
@@ -1188,8 +1183,8 @@ class Search:
     nothing to search, and for modules that are not on the model.
     """
 
-    STATE = ("kept", "fixed", "open_ranks", "choice", "smoothed", "indicators", "rank_history",
-             "potential_before", "steps_done", "triggers_done")
+    STATE = ("kept", "fixed", "choice", "smoothed", "indicators", "rank_history", "steps_done",
+             "triggers_done")
 
     def __init__(self, model, space, settings, steps, warmup=0, run_pass=forward_backward):
         require_attached(model, space)
@@ -1220,13 +1215,11 @@ class Search:
         self.kept = torch.ones(n, dtype=torch.bool, device=device)
         self.fixed = ~space.ranked
         self.choice = torch.full((n,), k - 1, device=device)
-        self.open_ranks = bool(space.ranked.any())          # a step need not wait for a GPU to ask d
 
-        # History: s̄; the last H + 1 indicators I; softmax(Φ) since the last trigger, and v then; t and z.
+        # History: s̄; the last H + 1 indicators I; softmax(Φ) since the last trigger; t and z.
         self.smoothed = torch.zeros(n, device=device)
         self.indicators = []
         self.rank_history = [self.rank_weights()]
-        self.potential_before = self.potential_ranks()                                # v_{z-1}
         self.steps_done = 0
         self.triggers_done = 0
 
@@ -1234,6 +1227,7 @@ class Search:
         """One step t, the body of Algorithm 1's loop.   Batches: dicts of tensors.   Returns a log line."""
         settings, space = self.settings, self.space
         space.kept = self.kept                                  # what is removed costs nothing
+        open_ranks = not self.fixed.all()                       # asked while a GPU is idle
         noise = self.draw()                                     # of one architecture a step [D8]
         # "Update ΔW by gradient descent" on D_tra (3.5, first order), the sample as constants.
         gate, ranks = self.sample(noise)
@@ -1243,7 +1237,6 @@ class Search:
         train_magnitude = self.magnitude(train_gradients)
         self.weight_optimizer.param_groups[0]["lr"] = settings.lr * (1 - self.steps_done / self.steps)
         self.weight_optimizer.step()
-
         # "Optimize Θ and Φ iteratively" (3.5): Θ on D_val, the same Φ held; it gives G(D_val), too [D8]
         theta_loss = self.run_pass(
             self.model, space, gate, ranks.detach(), theta_batch, [self.theta, *self.weights])
@@ -1252,7 +1245,7 @@ class Search:
         descend(self.theta_optimizer, self.theta, self.kept)
         # - and Φ on the next batch, with the new Θ held, under the same noise.
         phi_loss = 0
-        if self.open_ranks:
+        if open_ranks:
             gate, ranks = self.sample(noise)
             phi_loss = self.run_pass(self.model, space, gate.detach(), ranks, phi_batch, [self.phi])
             descend(self.phi_optimizer, self.phi, ~self.fixed)
@@ -1265,7 +1258,7 @@ class Search:
 
         # "Calculate module importance indicator I_t" (3.2.2) [D38]; "evaluate model stability β_t" (Eq. 5).
         indicator = importance_indicator(self.smoothed, self.expected_sizes(), self.kept, self.budget)
-        self.indicators = [*self.indicators, indicator][-(settings.window + 1):]
+        self.indicators = self.indicators[-settings.window:] + [indicator]
         beta = stability(torch.stack(self.indicators), settings.window)
         expected = expected_parameters(self.keep_probabilities(), self.expected_sizes())    # E_t, for the log
         self.steps_done += 1
@@ -1278,6 +1271,9 @@ class Search:
 
     def select(self):
         """A trigger, the body of Algorithm 1's `if`: selects modules, then ranks.   Returns R_z."""
+        # v_{z-1}: Φ as it was at the last trigger, with the b and d that this left.
+        potential_before = self.potential_ranks(self.rank_history[0])
+
         # "Estimate expected parameters E_t" (Eq. 7, 8); "calculate expected parameter reduction R_z" (Eq. 6).
         sizes = self.expected_sizes()                                                 # C_n
         probability = self.keep_probabilities()                                       # p_n
@@ -1295,8 +1291,8 @@ class Search:
 
         # "Estimate the number of modules Y_z for dimension selection" (Eq. 10); at last all are due [D5].
         remaining = self.settings.triggers - self.triggers_done                       # Z - z
-        potential = self.potential_ranks()
-        quota = rank_quota(self.potential_before, potential, self.fixed, remaining)
+        potential = self.potential_ranks(self.rank_history[-1])                       # v_z
+        quota = rank_quota(potential_before, potential, self.fixed, remaining)
         if remaining == 1:
             quota = len(self.fixed)
 
@@ -1306,9 +1302,7 @@ class Search:
         self.fixed = self.fixed | settled
 
         # "Freeze part of Θ and Φ according to b_z, d_z": `descend` passes over their rows [D18].
-        self.open_ranks = bool((~self.fixed).any())
         self.rank_history = self.rank_history[-1:]
-        self.potential_before = potential
         self.triggers_done += 1
         return reduction
 
@@ -1342,10 +1336,10 @@ class Search:
         """softmax(Φ), [N, K], float64, since Eq. 9 compares almost equal numbers [D60]."""
         return self.phi.detach().double().softmax(1)
 
-    def potential_ranks(self):
-        """v, [N]; kinds without a rank count as 0 [D5]."""
+    def potential_ranks(self, rank_weights):
+        """v, [N], of softmax(Φ), whose arg-max is Φ's; kinds without a rank count as 0 [D5]."""
         ranked = self.kept & self.space.ranked
-        return potential_ranks(self.phi.detach(), self.space.dim, ranked, self.fixed, self.choice)
+        return potential_ranks(rank_weights, self.space.dim, ranked, self.fixed, self.choice)
 
     def expected_sizes(self):
         """C_n, [N]."""
@@ -1426,9 +1420,9 @@ def search(model, space, train_batches, val_batches, budget, steps, warmup=0, ba
 
 def require_attached(model, peft):
     """Raises UsageError unless a model holds all of the modules."""
-    inside = {id(p) for p in model.parameters()}
+    inside = set(model.parameters())
     for name, p in peft.named_weights().items():
-        if id(p) not in inside:
+        if p not in inside:
             raise UsageError(f"{name} is not on this model: attach the modules to the model that is to "
                              "learn, and detach them afterwards")
 
@@ -1445,24 +1439,25 @@ def give_gradients(tensors, flat):
         p.grad = part.view(p.shape)
 
 
+@torch.no_grad()
 def descend(optimizer, parameter, open_rows):
     """A step of Θ or Φ, of its open rows, [N] bool, alone: others feel neither decay nor momentum [D18]."""
-    before = parameter.detach().clone()
+    before = parameter.clone()
     optimizer.step()
-    with torch.no_grad():
-        parameter.copy_(torch.where(open_rows[:, None], parameter, before))
+    parameter.copy_(torch.where(open_rows[:, None], parameter, before))
 
 
 def budget_of(budget, space):
     """B in parameters, of a number or a share of the backbone.   UsageError: it leaves nothing to search."""
     if budget < 1:
         budget = budget * space.geometry["parameters"]
+    budget = int(budget)
     smallest = int(space.param_counts.min())
     largest = int(space.param_counts[:, -1].sum())
-    if not smallest <= int(budget) < largest:
-        raise UsageError(f"no search for a budget of {int(budget):,} parameters: the smallest module has "
+    if not smallest <= budget < largest:
+        raise UsageError(f"no search for a budget of {budget:,} parameters: the smallest module has "
                          f"{smallest:,}, the whole space {largest:,}; choose one in between")
-    return int(budget)
+    return budget
 
 
 def loss_of(output):
@@ -1481,11 +1476,11 @@ def require_finite(value, what):
                          "than float16")
 
 
+@torch.no_grad()
 def put_back(tensors, values):
     """Gives tensors other numbers, and leaves everything else of them, such as who trains them, as it is."""
-    with torch.no_grad():
-        for t, value in zip(tensors, values):
-            t.copy_(value)
+    for t, value in zip(tensors, values):
+        t.copy_(value)
 
 
 def copies(tensors):

@@ -654,7 +654,7 @@ def leading(rank, most=8):
 
 def under(module, gate, mask):
     """The module as a search would have it: under a gate, a scalar, and a rank mask, [R]."""
-    module.architecture = {"gate": gate, "mask": mask[:, None], "gate·mask": gate * mask[:, None], "computed": True,
+    module.architecture = {"gate": gate, "mask": mask[:, None], "gate·mask": gate * mask[:, None],
                            **dict(module.named_parameters())}
     return module
 
@@ -1351,12 +1351,12 @@ def test_section_4_a_trigger_worked_by_hand():
     keep = torch.tensor([[1 / 2, 1 / 2], [1 / 4, 3 / 4], [1 / 4, 3 / 4], [1 / 2, 1 / 2]])
     bipeft.put_back([search.theta, search.phi], [keep.log(), now.log()])
     search.smoothed, search.rank_history = tensor(3.0, 2, 4, 1), [then, now]
-    search.potential_before = tensor(2.0, 1, 2, 0).double()
+    assert search.potential_ranks(then).tolist() == [2, 1, 2, 0]
     assert close(search.expected_sizes(), [10, 40, 28, 16]) and close(search.keep_probabilities(), [.5, .75, .75, .5])
     assert close(bipeft.rank_instability(torch.stack(search.rank_history))[:3], [.137326, .000724, .002381], 1e-6)
     assert float(search.select()) == pytest.approx(14)
     assert search.kept.tolist() == [True, True, True, False] and search.fixed.tolist() == [False, True, False, True]
-    assert search.choice[1] == 0 and search.potential_before.tolist() == [1, 1, 2, 0]
+    assert search.choice[1] == 0 and search.potential_ranks(now).tolist() == [1, 1, 2, 0]
     assert equal(search.rank_history, [now])
     # No step follows; the second trigger is the last: p = 1, E = 10 + 32 + 28 = 70, R = (70 - 36) / 1 = 34. B goes (32),
     # A does not fit (42). All ranks get fixed, A's at 1 and C's at 2: 8 + 32 > 36, and A, the less sensitive, is dropped.
@@ -1393,7 +1393,7 @@ def plain_pass(search, weights, gate, ranks, batch):
         own = {name: next(weights).clone().requires_grad_() for name, _ in module.named_parameters()}
         leaves.append(list(own.values()))
         if search.space.kinds[n] == "prefix":                                # which multiplies no weights
-            module.architecture = {**own, "gate·mask": factors["gate·mask"], "computed": True}
+            module.architecture = {**own, "gate·mask": factors["gate·mask"]}
         for name, p in module.named_parameters():
             copies[path[id(p)]] = own[name] * factors[module.factors.get(name)]
     loss = torch.func.functional_call(search.model, copies, kwargs=batch).loss
@@ -1546,7 +1546,7 @@ def trigger_by_hand(search, now, history):
     y = math.floor(d.count(False) * cosine / (z_max - z) + 1e-9) if z < z_max - 1 else len(d)               # Eq. 10
     for n in sorted((n for n in modules if not d[n]), key=lambda n: instability[n])[:y]:
         d[n], k_star[n] = True, best[n]
-    now.kept, now.fixed, now.choice, now.potential_before = flags(*b), flags(*d), tensor(*k_star), tensor(*v).double()
+    now.kept, now.fixed, now.choice, now.potential = flags(*b), flags(*d), tensor(*k_star), tensor(*v).double()
     now.triggers_done += 1
     return expected, reduction
 
@@ -1566,8 +1566,8 @@ def test_section_4_a_trigger_is_the_papers_by_hand(space, arch_lr):
         # where p = 1 nothing but C_n, of float64, is in E_t
         assert math.isclose(line["expected"], expected, rel_tol=1e-12 if z == 3 else 1e-6)
         assert math.isclose(search.select(), reduction, rel_tol=1e-5, abs_tol=1e-3)
-        held = "kept", "fixed", "choice", "potential_before"
-        assert equal([getattr(search, k) for k in held], [getattr(now, k) for k in held])
+        assert equal([search.kept, search.fixed, search.choice], [now.kept, now.fixed, now.choice])
+        assert torch.equal(search.potential_ranks(search.rank_history[-1]), now.potential)
         history, kept = history[-1:], [*kept, int(search.kept.sum())]
     assert search.triggers_done == 4 and search.fixed.all() and kept[-1] > 0 and len(set(kept)) > 2     # step by step
     passes, _ = watched(search), search.step(*batches[:3])
@@ -1656,7 +1656,7 @@ def test_section_4_a_search_goes_on_bit_for_bit_from_its_saved_state(space, tmp_
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     gone = [n for n, kept in enumerate(state["kept"].tolist()) if not kept]
     resumed.load_state_dict(state)
-    assert state["triggers_done"] == 1 and gone and equal([resumed.potential_before], [state["potential_before"]])
+    assert state["triggers_done"] == 1 and gone and equal(resumed.rank_history, state["rank_history"])
     for n, module in enumerate(resumed.space.modules):
         module.register_forward_hook(lambda *_, n=n: calls.update([n]))
     found, rest = followed(resumed, batches)
