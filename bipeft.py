@@ -1646,22 +1646,19 @@ def load_splits(name, data_dir, seed):
     if name == "toy":
         return toy_splits(seed)
     train = read_split(name, "train", data_dir)
-    other = read_split(name, "validation_matched" if name == "mnli" else "validation", data_dir)
+    validation = read_split(name, "validation_matched" if name == "mnli" else "validation", data_dir)
     test = None
     if name == "custom":
-        test = read_split(name, "test", data_dir, needed=False)
-    if test:
-        parts = [train, other, test]
-    elif TASKS[name].carve:
+        test = read_split(name, "test", data_dir)
+    if TASKS[name].carve:
         # Large data sets give 2,000 rows of train to validation; the original validation set is the test.
-        validation, rest = drawn(train, min(2000, len(train) // 2), seed)
-        parts = [rest, validation, other]
-    else:
+        test = validation
+        validation, train = drawn(train, min(2000, len(train) // 2), seed)
+    elif test is None:
         # Of small ones the original validation set is halved.
-        validation, test = drawn(other, len(other) // 2, seed)
-        parts = [train, validation, test]
+        validation, test = drawn(validation, len(validation) // 2, seed)
     splits = {}
-    for key, rows in zip(("train", "validation", "test"), parts):
+    for key, rows in {"train": train, "validation": validation, "test": test}.items():
         splits[key] = []
         for row in rows:
             examples = to_examples(name, row)
@@ -1680,14 +1677,14 @@ def drawn(rows, count, seed):
     return shuffled[:count], shuffled[count:]
 
 
-def read_split(name, split, data_dir, needed=True):
+def read_split(name, split, data_dir):
     """The rows of a split, [{column: value}], from the hub or a file: DIR/<task>/<split>.csv or another of
-    READERS, of custom also DIR/<split>.csv.   needed: if not, a split without a file is None.   UsageError.
+    READERS, of custom also DIR/<split>.csv.   None for a test without a file.   Raises UsageError.
     """
     where = f"{name} on the hub"
     advice = ": mend the network, or give --data-dir"
     if data_dir is not None:
-        where = find_file(name, split, data_dir, needed)
+        where = find_file(name, split, data_dir)
         advice = ": mend the file, or give another --data-dir"
     elif name == "custom":
         raise UsageError("--task custom needs --data-dir, a folder with train and validation: source, target")
@@ -1715,8 +1712,8 @@ def read_split(name, split, data_dir, needed=True):
     return rows
 
 
-def find_file(name, split, data_dir, needed):
-    """The one file of a split; None if there is none, and none is needed.   Raises UsageError."""
+def find_file(name, split, data_dir):
+    """The one file of a split; None if there is none for a test, which custom may go without.   UsageError."""
     if not Path(data_dir).is_dir():
         raise UsageError(f"--data-dir {data_dir} is no folder: give the one that holds the files")
     folder = Path(data_dir, name)
@@ -1727,7 +1724,7 @@ def find_file(name, split, data_dir, needed):
         paths += folder.glob("*")
         advice = "have just one there (a spreadsheet is exported), or give another --data-dir"
     there = sorted(path for path in paths if path.name.lower().startswith(f"{split}."))
-    if not there and not needed:
+    if not there and split == "test":
         return None
     files = [path for path in there if path.stem.lower() == split and path.suffix.lower() in READERS]
     if len(files) != 1:
@@ -1755,10 +1752,11 @@ def read_parquet(path):
     table = pyarrow.parquet.read_table(path)
     rows = table.to_pylist()
     for column in table.schema:
-        narrow = {"float": np.float32, "halffloat": np.float16}.get(str(column.type))
-        for row in rows:
-            if narrow is not None and row[column.name] is not None:
-                row[column.name] = float(str(narrow(row[column.name])))  # 3.8, not 3.7999999523
+        if pyarrow.types.is_floating(column.type):
+            number = column.type.to_pandas_dtype()              # one of NumPy's, of 16, 32 or 64 bits
+            for row in rows:
+                if row[column.name] is not None:
+                    row[column.name] = float(str(number(row[column.name])))  # 3.8, not 3.7999999523
     return rows
 
 
@@ -1794,25 +1792,24 @@ def read_csv(path):
     """[{column: text}] of a .csv file in UTF-8, with commas, semicolons or tabs; an empty cell is None."""
     csv.field_size_limit(2**31 - 1)                             # else 131,072 characters
     text = text_in(path)
-    head = "".join(text.splitlines()[:1])
+    head = text.partition("\n")[0]
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
+    rows = []
     try:
-        numbered = [(lines.line_num, cells) for cells in lines]
+        columns = next(lines, [])
+        if len(set(columns)) < len(columns):
+            raise ValueError("two columns have one name")
+        for cells in lines:
+            if len(cells) not in (0, len(columns)):
+                raise ValueError(f"line {lines.line_num} has {len(cells)} cells, the first line "
+                                 f"{len(columns)}; a text with a separator in it needs quotes")
+            if [cell.lower() for cell in cells] == [column.lower() for column in columns]:
+                raise ValueError(f"line {lines.line_num} names the columns again: take it out")
+            if cells:
+                rows.append({column: cell or None for column, cell in zip(columns, cells)})
     except csv.Error as error:
         raise ValueError(f"line {lines.line_num}: {error}; a text with a quote in it needs quotes around it, "
                          'and "" for each') from None
-    columns = numbered[0][1] if numbered else []
-    if len(set(columns)) < len(columns):
-        raise ValueError("two columns have one name")
-    rows = []
-    for number, cells in numbered[1:]:
-        if len(cells) not in (0, len(columns)):
-            raise ValueError(f"line {number} has {len(cells)} cells, the first line {len(columns)}; a text "
-                             "with a separator in it needs quotes")
-        if [cell.lower() for cell in cells] == [column.lower() for column in columns]:
-            raise ValueError(f"line {number} names the columns again: take it out")
-        if cells:
-            rows.append({column: cell or None for column, cell in zip(columns, cells)})
     return rows
 
 
@@ -1825,9 +1822,9 @@ def check_examples(splits):
 
     splits: {part: [Example]}.
     """
-    trained = {}                              # an input of train: the answers to it
+    trained = defaultdict(set)                # an input of train: the answers to it
     for e in splits["train"]:
-        trained.setdefault(e.source, set()).add(e.answers)
+        trained[e.source].add(e.answers)
     labels = Counter(e.target.strip() for e in splits["train"])
     are_labels = len({e.target for part in splits.values() for e in part}) <= 100
     lines = []
@@ -1846,7 +1843,7 @@ def check_examples(splits):
                 found[f"inputs of {part} are in {earlier}, too"].append(e.source)
             if "\n" in e.source:
                 found[f"inputs of {part} have several lines (a quote left open?)"].append(e.source)
-            if len(trained.get(e.source, ())) > 1:
+            if len(trained[e.source]) > 1:
                 found[f"inputs of {part} have several targets in train"].append(e.source)
             target = e.target.strip()
             if are_labels and target not in labels:

@@ -1926,11 +1926,11 @@ def test_section_5_which_file_of_a_split_is_read(tmp_path):
         (tmp_path / name).unlink()
     with pytest.raises(UsageError, match="rte/train.parquet.*--task custom for a file of your own"):
         bipeft.read_split("rte", "train", tmp_path)
-    assert bipeft.read_split("custom", "test", tmp_path, needed=False) is None
+    assert bipeft.read_split("custom", "test", tmp_path) is None
     (tmp_path / "Test.CSV").write_text("source,target\na,b\n")
     for copy_of_it in ("test.csv.bak", "test.old.csv"):
         (tmp_path / copy_of_it).write_text("")
-    assert bipeft.read_split("custom", "test", tmp_path, needed=False) == [{"source": "a", "target": "b"}]
+    assert bipeft.read_split("custom", "test", tmp_path) == [{"source": "a", "target": "b"}]
 
 
 def test_section_5_parquet_has_numbers_as_they_are_stored(tmp_path):
@@ -1943,7 +1943,7 @@ def test_section_5_parquet_has_numbers_as_they_are_stored(tmp_path):
         assert [(e.source, e.target) for e in found] == [("true", "3.8"), ("false", "2.0")]
     (tmp_path / "test.xlsx").write_text("source\ttarget\n")
     with pytest.raises(UsageError, match="of .*test.parquet, .* there must be one, and there is test.xlsx"):
-        bipeft.read_split("custom", "test", tmp_path, needed=False)
+        bipeft.read_split("custom", "test", tmp_path)
     with pytest.raises(UsageError, match="source that is no text: datetime"):
         bipeft.to_examples("custom", {"source": datetime.date(2020, 1, 31), "target": "x"})
 
