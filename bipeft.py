@@ -2049,7 +2049,7 @@ def without(end, ids):
     return ids
 
 
-def check_texts(tokenizer, splits, tokens, settings, causal, ends):
+def check_texts(tokenizer, splits, tokens, max_length, causal, ends):
     """Lines on what of the texts is lost on a model.   splits: {part: [Example]}.   tokens: the same, of
     `tokenize`, as the model gets them.   ends: the tokens that end an answer.   Raises UsageError where
     labels become one, and where nothing could be learnt.
@@ -2075,10 +2075,10 @@ def check_texts(tokenizer, splits, tokens, settings, causal, ends):
             lost["inputs hold what the tokenizer has no word for"].append(e.source)
         if any(token in e.source for token in special):
             lost["inputs hold a special token of the tokenizer, written out"].append(e.source)
-        if len(source) > settings.max_length:
-            lost[f"inputs are cut at --max-length {settings.max_length}"].append(e.source)
-        if len(target) > settings.max_length and not causal:
-            lost[f"targets are cut at --max-length {settings.max_length}"].append(e.target)
+        if len(source) > max_length:
+            lost[f"inputs are cut at --max-length {max_length}"].append(e.source)
+        if len(target) > max_length and not causal:
+            lost[f"targets are cut at --max-length {max_length}"].append(e.target)
         if text != e.target.strip():
             otherwise.append(f"{SHORT.repr(e.target)} as {SHORT.repr(text)}")
     for what, texts in (("inputs", [source for source, _ in tokens["train"]]),
@@ -2087,7 +2087,7 @@ def check_texts(tokenizer, splits, tokens, settings, causal, ends):
             alike = SHORT.repr(decoded(tokenizer, texts[0], ends))
             raise UsageError(f"to the model all {what} of train are alike, {alike}: there is nothing to "
                              "learn; look at the data and at --max-length")
-    if not any(text == target.strip() for text, target in said.items()):
+    if len(otherwise) == len(whole):
         raise UsageError(f"the model can say none of the targets, first {otherwise[0]}: take another model")
     lines = told(lost, len(whole))
     if otherwise:
@@ -2116,13 +2116,12 @@ class Batches:
 
     def order(self):
         """Lists of row numbers, a batch each, in the order of the present epoch [D52]."""
-        numbers = list(range(len(self.tokens)))
         if self.seed is None:
-            return cut(numbers, self.batch_size)
+            return cut(range(len(self.tokens)), self.batch_size)
         rng = torch.Generator().manual_seed(derive(self.seed, 9, self.epoch))
         batches = []
         # Of every 16 batches' worth those of like length share a batch, which halves the padding.
-        shuffled = torch.randperm(len(numbers), generator=rng).tolist()
+        shuffled = torch.randperm(len(self.tokens), generator=rng).tolist()
         for window in cut(shuffled, 16 * self.batch_size):
             window.sort(key=lambda i: len(self.tokens[i][0]))
             batches += cut(window, self.batch_size)
@@ -2153,22 +2152,22 @@ def collate(rows, device, causal=False):
         inputs = [source + target for source, target in rows]
         labels = [[-100, *target] for target in labels]
     mask = [[1] * len(ids) for ids in inputs]
-    batch = {"input_ids": padded(inputs, 0, device, 32, causal),
-             "attention_mask": padded(mask, 0, device, 32, causal),
-             "labels": padded(labels, -100, device, 4, causal)}
+    batch = {"input_ids": padded(inputs, 0, device, causal, 32),
+             "attention_mask": padded(mask, 0, device, causal, 32),
+             "labels": padded(labels, -100, device, causal, 4)}
     if causal:
         positions = [list(range(len(ids))) for ids in inputs]
-        batch["position_ids"] = padded(positions, 0, device, 32, causal)
+        batch["position_ids"] = padded(positions, 0, device, causal, 32)
         batch["logits_to_keep"] = batch["labels"].shape[1]
     return batch
 
 
-def padded(rows, filler, device, shortest, left=False):
-    """Lists as one tensor, filled up at their ends or, if told so, on the left.   shortest: on a GPU lengths
-    are powers of two from there on, so that few CUDA graphs serve all batches.
+def padded(rows, filler, device, left, shortest=None):
+    """Lists as one tensor, filled up on the left or at their ends.   shortest: if given, lengths on a GPU are
+    powers of two from there on, so that few CUDA graphs serve all batches.
     """
     longest = max(len(row) for row in rows)
-    if torch.device(device).type == "cuda":
+    if shortest is not None and torch.device(device).type == "cuda":
         longest = max(shortest, 1 << (longest - 1).bit_length())
     filled = []
     for row in rows:
@@ -2209,11 +2208,9 @@ def predict(model, tokenizer, tokens, batch_size, device, longest=None):
     try:
         for indices in cut(by_length, batch_size):
             sources = [tokens[i][0] for i in indices]
-            longer = max(len(source) for source in sources)  # padded on the left: an answer goes on
-            ids = [[0] * (longer - len(source)) + source for source in sources]
-            mask = [[0] * (longer - len(source)) + [1] * len(source) for source in sources]
-            ids = torch.tensor(ids).to(device)
-            mask = torch.tensor(mask).to(device)
+            mask = [[1] * len(source) for source in sources]
+            ids = padded(sources, 0, device, left=True)     # so that an answer goes on where an input ends
+            mask = padded(mask, 0, device, left=True)
             made = model.generate(ids, attention_mask=mask, generation_config=config)
             start = 1                                     # T5's first token is none of the answer's
             if not model.config.is_encoder_decoder:
@@ -2252,9 +2249,9 @@ def answer(model, tokenizer, texts):
     if not all(source for source, _ in tokens):
         raise UsageError("an input is empty to the model: leave it out")
     whole = tokenize(tokenizer, examples, sys.maxsize, causal)
-    cut = sum(len(source) > tokenizer.model_max_length for source, _ in whole)
-    if cut:
-        warnings.warn(f"{cut} of {len(texts)} inputs are cut at {tokenizer.model_max_length} tokens",
+    longer = sum(len(source) > tokenizer.model_max_length for source, _ in whole)
+    if longer:
+        warnings.warn(f"{longer} of {len(texts)} inputs are cut at {tokenizer.model_max_length} tokens",
                       stacklevel=2)
     longest = model.generation_config.max_new_tokens
     return predict(model, tokenizer, tokens, 32, model.device, longest)
@@ -2292,10 +2289,11 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
             require_finite(float(flatten(weights).sum()), f"a weight at training step {step + 1}")
             line = {"step": step + 1, "steps": steps, "loss": loss}
             if line["step"] % len(batches) == 0:
-                line["score"], falling = judged(evaluate())
+                result = judged(evaluate())
                 model.train()
-                if (line["score"], falling) > state["best"]:
-                    state.update(best=(line["score"], falling), best_weights=copies(weights))
+                line["score"] = result[0]
+                if result > state["best"]:
+                    state.update(best=result, best_weights=copies(weights))
             state.update(step=step + 1, weights=weights, optimizer=optimizer.state_dict())
             if after_step is not None:
                 after_step(state, line)
@@ -2892,7 +2890,7 @@ class Work:
         with failing(f"the model {settings.model} can't answer", ": mend its generation_config.json"):
             ends = greedy(self.model, self.tokenizer, self.longest).eos_token_id
         self.told = check_examples(self.splits) + check_texts(
-            self.tokenizer, self.splits, self.tokens, settings, self.causal, ends)
+            self.tokenizer, self.splits, self.tokens, settings.max_length, self.causal, ends)
 
     def lines(self, structure):
         """What a person reads before anything is computed.   structure: what is given, or None."""

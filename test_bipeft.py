@@ -2200,9 +2200,8 @@ def lost(tokenizer, targets, sources=("say 0", "say 1", "say"), causal=False, ma
     """What `check_texts` tells of three examples of train, and of targets of test."""
     examples = [bipeft.Example(source, target, ()) for source, target in zip(sources, targets)]
     tokens = bipeft.tokenize(tokenizer, examples, max_length, causal)
-    settings = bipeft.Settings(max_length=max_length)
     splits = {"train": examples, "test": [bipeft.Example("say", text, ()) for text in test]}
-    return bipeft.check_texts(tokenizer, splits, {"train": tokens}, settings, causal, {1, 19})
+    return bipeft.check_texts(tokenizer, splits, {"train": tokens}, max_length, causal, {1, 19})
 
 
 def test_section_6_what_a_model_can_not_read_or_say_is_told():
