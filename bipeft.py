@@ -58,6 +58,7 @@ import re
 import reprlib
 import string
 import sys
+import textwrap
 import time
 import types
 import warnings
@@ -2351,10 +2352,7 @@ def write_atomically(path, content):
 
 def one_line(error):
     """An exception's message on one line, cut to what a person reads."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if len(text) > 160:
-        text = text[:157] + "..."
-    return text
+    return textwrap.shorten(str(error), 160, placeholder=" ...") or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -2380,7 +2378,7 @@ def save_weights(peft, path):
     """Writes the trained weights, of the modules and of also_train, atomically, as safetensors, and beside
     them what tells the backbone from others.
     """
-    tensors = {name: p.detach().cpu().clone() for name, p in peft.named_weights().items()}
+    tensors = {name: p.detach().cpu() for name, p in peft.named_weights().items()}
     backbone = json.dumps(backbone_sample(peft.model, peft.places, peft.head.parameters.values()))
     write_atomically(path, safetensors.torch.save(tensors, {"backbone": backbone}))
 
@@ -2390,20 +2388,22 @@ def backbone_sample(model, places=None, learnt=()):
 
     places: as of `Peft`.   learnt: parameters to pass over, since they learn.
     """
-    found = {}
+    chosen = []                                # (a number's name, the tensor that it is of, its index there)
     for name, _, place in (places or places_of)(model):
         p = next(place.parameters(), None)
-        if p is not None and not p.is_meta and not any(p is other for other in learnt):
-            found[name] = float(p.detach().flatten()[p.numel() // 2])
+        if p is not None:
+            chosen.append((name, p, p.numel() // 2))
     embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    words = max(embeddings, key=len, default=None)
-    if words is not None and not words.is_meta and not any(words is other for other in learnt):
-        for row in (5, 50, 500, 5000):
-            if row < len(words):
-                found[f"word {row}"] = float(words.detach()[row, 0])
-    for name, number in found.items():
-        if not math.isfinite(number):
-            raise UsageError(f"the backbone is damaged: {name} holds {number}; get it anew")
+    words = max(embeddings, key=len, default=())
+    for row in (5, 50, 500, 5000):
+        if row < len(words):
+            chosen.append((f"word {row}", words, row * words.shape[1]))
+    found = {}
+    for name, p, at in chosen:
+        if not p.is_meta and not any(p is other for other in learnt):
+            found[name] = float(p.detach().flatten()[at])
+            if not math.isfinite(found[name]):
+                raise UsageError(f"the backbone is damaged: {name} holds {found[name]}; get it anew")
     return found
 
 
@@ -2426,8 +2426,8 @@ def load_weights(peft, path):
     with failing(f"{path} can't be read as weights of these modules"):
         stored = safetensors.torch.load_file(path)
         backbone = backbone_of(path)
-        found = {(name, *t.shape) for name, t in stored.items()}
-        wanted = {(name, *p.shape) for name, p in own.items()}
+        found = {(name, t.shape) for name, t in stored.items()}
+        wanted = {(name, p.shape) for name, p in own.items()}
         if found != wanted:
             raise ValueError(f"another structure's: names or shapes differ, first {min(found ^ wanted)}")
     now = backbone_sample(peft.model, peft.places, peft.head.parameters.values())
