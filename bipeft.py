@@ -2550,7 +2550,8 @@ def fail(message):
 
 def parse(arguments, settings_class=Settings):
     """[Settings], one for each seed of a command line, with defaults of the task.   UsageError."""
-    parser = argparse.ArgumentParser("bipeft.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser("bipeft.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)       # what is not given is not there
     parser.error = fail
     texts = help_texts(settings_class)
     for f in dataclasses.fields(settings_class):
@@ -2564,7 +2565,7 @@ def parse(arguments, settings_class=Settings):
             parser.add_argument(flag, type=int, nargs="+", help=text)
         else:
             parser.add_argument(flag, type=f.type, help=text)
-    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    given = vars(parser.parse_args(arguments))
     useless = [name for name in given if name in SEARCH_ALONE]
     if "structure" in given and useless:
         fail(f"--structure is trained without a search: leave out --{useless[0].replace('_', '-')}")
@@ -2596,9 +2597,8 @@ def parse(arguments, settings_class=Settings):
 def help_texts(settings_class):
     """{field: the comment behind it} of a dataclass and of those that it extends."""
     texts = {}
-    for base in settings_class.__mro__[:-1]:
-        found = re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.MULTILINE)
-        texts = {**dict(found), **texts}
+    for base in reversed(settings_class.__mro__[:-1]):
+        texts.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.MULTILINE))
     return texts
 
 
@@ -2615,7 +2615,7 @@ def check(settings):
         most = 1 if name in ("tau", "gamma") else 10**12
         if value == "":
             fail(f"--{name.replace('_', '-')} is empty: give it a value, or leave it out")
-        if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value <= most:
+        if type(value) in (int, float) and not least <= value <= most:
             fail(f"--{name.replace('_', '-')} {value} must lie in {least:g} .. {most:g}")
     if settings.task == "toy" and settings.data_dir is not None:
         fail("--task toy makes its own data: leave out --data-dir, or give --task custom")
@@ -2639,10 +2639,10 @@ def load_backbone(name, dtype, device, seed):
         return model.to(device, getattr(torch, dtype)), tokenizer
     loader = loader_of(name)
     with failing(f"the model {name} can't be loaded", MODEL_ADVICE):
-        model, told = loader.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
-        if told["missing_keys"]:                                     # transformers makes these up
-            raise ValueError(f"it has no {min(told['missing_keys'])}")
-        unused = told["unexpected_keys"]
+        model, loading = loader.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
+        if loading["missing_keys"]:                                     # transformers makes these up
+            raise ValueError(f"it has no {min(loading['missing_keys'])}")
+        unused = loading["unexpected_keys"]
         if unused:
             print(f"{name}: config.json has no place for {len(unused)} of its tensors, first {min(unused)}")
         if Path(name).is_dir() and not {"tokenizer.json", "spiece.model"} & set(os.listdir(name)):
@@ -2681,8 +2681,6 @@ def loader_of(name):
     with failing(what, MODEL_ADVICE):
         if Path(name, "adapter_config.json").is_file():
             raise ValueError("it is a peft adapter, not a backbone")
-        if Path(name, "metrics.json").is_file():
-            raise ValueError("it is a run's folder, not a backbone")
         config = transformers.AutoConfig.from_pretrained(name)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError("it is quantised, which the library takes, but not the command line")
@@ -2698,7 +2696,7 @@ def loader_of(name):
 def finished(folder):
     """A run's metrics.json.   Raises an error if a file of the run is missing, damaged or of another run."""
     metrics = json.loads((folder / "metrics.json").read_text())
-    for name, before in metrics.get("digests", {}).items():
+    for name, before in metrics["digests"].items():
         if digest((folder / name).read_bytes()) != before:
             raise ValueError(f"{name} was changed, or is of another run")
     return metrics
@@ -2735,12 +2733,11 @@ def choose_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     with failing(f"--device {name} can't be used", ": try cpu, or cuda for a GPU"):
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-        if device.type == "cuda":
-            device = torch.zeros(1, device=device).device  # with its number, which set_device needs
-            torch.cuda.set_device(device)  # whose graphs and random states are used
-        return device
+        tried = torch.zeros(1, device=name)
+        tried.item()
+        if tried.device.type == "cuda":
+            torch.cuda.set_device(tried.device)             # whose graphs and random states are used
+        return tried.device                                 # a GPU's with its number, which set_device needs
 
 
 def choose_pass(settings, model, device):
