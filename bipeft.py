@@ -56,6 +56,7 @@ import os
 import random
 import re
 import reprlib
+import statistics
 import string
 import sys
 import textwrap
@@ -1714,7 +1715,7 @@ def read_split(name, split, data_dir):
 
 
 def find_file(name, split, data_dir):
-    """The one file of a split; None if there is none for a test, which custom may go without.   UsageError."""
+    """The one file of a split; None for a test without a file, of which none is needed.   UsageError."""
     if not Path(data_dir).is_dir():
         raise UsageError(f"--data-dir {data_dir} is no folder: give the one that holds the files")
     folder = Path(data_dir, name)
@@ -2550,8 +2551,9 @@ def fail(message):
 
 def parse(arguments, settings_class=Settings):
     """[Settings], one for each seed of a command line, with defaults of the task.   UsageError."""
-    parser = argparse.ArgumentParser("bipeft.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)       # what is not given is not there
+    parser = argparse.ArgumentParser(
+        "bipeft.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+        argument_default=argparse.SUPPRESS)                         # a flag that is not given is left out
     parser.error = fail
     texts = help_texts(settings_class)
     for f in dataclasses.fields(settings_class):
@@ -2761,9 +2763,9 @@ class Record:
         self.path = Path(settings.out)
         if (self.path / "config.json").exists():
             raise UsageError(f"--out {self.path} is a model's folder: name another")
-        identity = {name: value for name, value in vars(settings).items() if name not in self.FREE}
-        self.identity = json.loads(json.dumps(identity))              # as a file gives it back
-        self.stored = {"settings": self.identity}
+        binding = {name: value for name, value in vars(settings).items() if name not in self.FREE}
+        binding = json.loads(json.dumps(binding))                     # as a file gives it back
+        self.stored = {"settings": binding, "log": [], "search_seconds": 0.0}
         there = [self.path / name for name in self.FILES if (self.path / name).exists()]
         if there and not settings.fresh:
             self.stored = self.read(there[0], device)             # the checkpoint, else the metrics
@@ -2783,7 +2785,7 @@ class Record:
                 backbone = backbone_of(self.path / "peft.safetensors")
                 stored["content"] = {"data": stored["data"], "backbone": backbone, "code": stored.get("code")}
             before = stored["settings"]
-        for name, now in self.identity.items():
+        for name, now in self.stored["settings"].items():
             if before.get(name) != now:
                 raise UsageError(f"{self.path} holds another run: its --{name.replace('_', '-')} is "
                                  f"{before.get(name)}, now it is {now}; {self.ADVICE}")
@@ -2800,12 +2802,10 @@ class Record:
                              f"structure.json; {self.ADVICE}")
         require_same_backbone(before["backbone"], backbone, self.path)
 
-    def begin(self, phase, **found):
-        """Starts a phase and its clock, or goes on with them.   found: what the phases before came to.
-        Returns the state from which the phase goes on, or None.
-        """
+    def begin(self, phase):
+        """Starts a phase and its clock, or goes on with them.   Returns the state to go on from, or None."""
         if self.stored.get("phase") != phase:
-            self.stored.update(phase=phase, state=None, elapsed=0.0, **found)
+            self.stored.update(phase=phase, state=None, elapsed=0.0)
         self.started = time.monotonic() - self.stored["elapsed"]
         self.shown_at = -math.inf
         self.save(self.stored["state"])
@@ -2822,7 +2822,7 @@ class Record:
         torch.save(self.stored, stream)
         write_atomically(self.path / "checkpoint.pt", stream.getvalue())
         (self.path / "metrics.json").unlink(missing_ok=True)
-        log = "".join(json.dumps(line) + "\n" for line in self.stored.get("log", []))
+        log = "".join(json.dumps(line) + "\n" for line in self.stored["log"])
         write_atomically(self.path / "search.jsonl", log)
         self.saved_at = time.monotonic()
 
@@ -2834,10 +2834,10 @@ class Record:
     def after_step(self, step, left, text, state, show):
         """Shows how it goes every ten seconds, and if told to show it; saves at times.
 
-        step: done in this phase.   left: steps to go.   state: a function that gives the state.
+        step: done in this phase.   left: steps to go.   state: from which the phase could go on.
         """
         if step % self.settings.save_every == 0 or time.monotonic() - self.saved_at > 60:
-            self.save(state())
+            self.save(state)
         if show or time.monotonic() - self.shown_at > 10:
             self.shown_at = time.monotonic()
             print(f"{text}  left {clock(left * self.elapsed() / step)}", flush=True)
@@ -2901,11 +2901,7 @@ class Work:
 
     def data_digest(self, structure):
         """16 hexadecimal digits that tell these texts and tokens, and a given Structure, from others."""
-        examples = [[dataclasses.astuple(e) for e in part] for part in self.splits.values()]
-        content = [examples, self.tokens]
-        if structure is not None:
-            content.append(dataclasses.asdict(structure))
-        return digest(json.dumps(content).encode())
+        return digest(repr([self.splits, self.tokens, structure]).encode())
 
     def batches(self, tokens, number):
         """Batches of some tokens, in an order of their own."""
@@ -2922,8 +2918,7 @@ class Work:
     def validate(self):
         """(score, mean loss) on the validation split, without dropout: an epoch's judgement [D53]."""
         self.model.eval()
-        tokens = self.tokens["validation"]
-        batches = Batches(tokens, self.settings.batch_size, self.device, None, self.causal)
+        batches = Batches(self.tokens["validation"], self.settings.batch_size, self.device, None, self.causal)
         losses = [float(self.model(**batch).loss) for batch in batches]
         return self.score("validation"), float(np.mean(losses))
 
@@ -2949,7 +2944,7 @@ def run_search(work, record, run_pass):
           f"{space.param_counts[:, -1].sum():,} parameters at rank {settings.ranks[-1]}\n"
           f"budget {search.budget:,} ({1e4 * search.budget / work.size:.2f} of 10,000), at most {steps} "
           f"steps, triggers from step {search.first_trigger} on", flush=True)
-    state = record.begin("search", log=[])
+    state = record.begin("search")
     if state is not None:
         search.load_state_dict(state)
 
@@ -2962,7 +2957,7 @@ def run_search(work, record, run_pass):
         text = (f"search {line['step']}/{steps}  loss {line['loss_train']:.3f}  beta {line['beta']:.2f}  "
                 f"E {line['expected']:,.0f}/{search.budget:,}  kept {line['kept']}  "
                 f"triggers {line['triggers']}/{settings.triggers}")
-        record.after_step(line["step"], left, text, search.state_dict, show=left == 0)
+        record.after_step(line["step"], left, text, search.state_dict(), left == 0)
 
     structure = search.run(weight_half, architecture_half, settings.model, after_step)
     missing = settings.triggers - record.stored["log"][-1]["triggers"]
@@ -2986,7 +2981,7 @@ def run_training(work, record, peft, state, run_pass):
         if "score" in line:
             text += (f"  epoch {line['step'] // len(batches)}/{settings.epochs}: validation "
                      f"{work.metric} {line['score']:.2f}, best {state['best'][0]:.2f}")
-        record.after_step(line["step"], line["steps"] - line["step"], text, lambda: state, "score" in line)
+        record.after_step(line["step"], line["steps"] - line["step"], text, state, "score" in line)
 
     return train(work.model, peft, batches, work.validate, settings.epochs, settings.lr,
                  weight_decay=settings.weight_decay, seed=settings.seed, run_pass=run_pass, state=state,
@@ -3011,26 +3006,27 @@ def run(settings, choose_pass):
     print(*work.lines(given), sep="\n", flush=True)
 
     # The search, unless a structure is there: found before the run was killed, or given.
-    search_seconds = record.stored.get("search_seconds", 0.0)
     if "structure" in record.stored:
         structure = Structure(**record.stored["structure"])
     elif given is not None:
         structure = given
     else:
         structure = run_search(work, record, choose_pass(settings, work.model, device))
-        search_seconds = record.elapsed()
+        record.stored["search_seconds"] = record.elapsed()
 
     # Fresh modules of that structure, trained on all of train.
     peft = apply(work.model, structure, derive(settings.seed, 14))
-    state = record.begin("train", structure=dataclasses.asdict(structure), search_seconds=search_seconds)
+    record.stored["structure"] = dataclasses.asdict(structure)
+    state = record.begin("train")
     save_structure(structure, record.path / "structure.json")
     print(picture(structure, work.model), flush=True)
     validation = run_training(work, record, peft, state, choose_pass(settings, work.model, device))
     save_weights(peft, record.path / "peft.safetensors")
 
     # The one look at the test set.
-    metrics = {**facts(work, record, structure, search_seconds), "validation": validation,
-               **test_scores(work, peft)}
+    metrics = facts(work, record, structure)
+    metrics["validation"] = validation
+    metrics.update(test_scores(work, peft))
     if settings.model == "toy":                                 # its backbone is nowhere else
         with failing(f"{record.path}/backbone can't be written", ": make room, or change --out"):
             work.model.save_pretrained(record.path / "backbone")
@@ -3040,9 +3036,10 @@ def run(settings, choose_pass):
     return metrics
 
 
-def facts(work, record, structure, search_seconds):
+def facts(work, record, structure):
     """What metrics.json says of a run besides its scores."""
     settings = work.settings
+    search_seconds = record.stored["search_seconds"]
     train_seconds = record.elapsed()
     return {"task": settings.task, "seed": settings.seed, "space": structure.space,
             "modules": len(structure.modules), "parameters": structure.parameters,
@@ -3054,18 +3051,17 @@ def facts(work, record, structure, search_seconds):
             "code": record.stored["content"]["code"],
             "digests": {name: digest((record.path / name).read_bytes())
                         for name in ("structure.json", "peft.safetensors")},
-            "settings": record.identity, "versions": versions(work.device)}
+            "settings": record.stored["settings"], "versions": versions(work.device)}
 
 
 def test_scores(work, peft):
     """Test scores: with the modules, without them, and of the most frequent answer. Takes the modules off."""
-    metric = METRICS[work.metric]
     scores = {"metric": work.metric, "test": work.score("test")}
     peft.detach()
     scores["test_untouched"] = work.score("test")
-    frequent = Counter(e.target.strip() for e in work.splits["train"]).most_common(1)[0][0]
+    frequent = statistics.mode(e.target.strip() for e in work.splits["train"])
     answers = [e.answers for e in work.splits["test"]]
-    scores["test_most_frequent"] = metric([frequent] * len(answers), answers)
+    scores["test_most_frequent"] = METRICS[work.metric]([frequent] * len(answers), answers)
     return scores
 
 

@@ -2926,7 +2926,7 @@ def test_section_8_a_checkpoint_is_written_every_minute_too(tmp_path):
     record.begin("search")
     for age, saved in ((0, None), (61, 2)):
         record.saved_at -= age
-        record.after_step(2, 1, "text", lambda: 2, show=False)
+        record.after_step(2, 1, "text", 2, show=False)
         assert torch.load(tmp_path / "checkpoint.pt")["state"] == saved
     record.save(torch.zeros(1000))
     content = bytearray((tmp_path / "checkpoint.pt").read_bytes())
