@@ -1719,7 +1719,7 @@ def find_file(name, split, data_dir):
     if not Path(data_dir).is_dir():
         raise UsageError(f"--data-dir {data_dir} is no folder: give the one that holds the files")
     folder = Path(data_dir, name)
-    paths = [*folder.glob("*")]
+    paths = list(folder.glob("*"))
     advice = "give another --data-dir, or --task custom for a file of your own"
     if name == "custom":
         folder = Path(data_dir)
@@ -2083,8 +2083,8 @@ def check_texts(tokenizer, splits, tokens, max_length, causal, ends):
             lost[f"targets are cut at --max-length {max_length}"].append(e.target)
         if text != e.target.strip():
             otherwise.append(f"{SHORT.repr(e.target)} as {SHORT.repr(text)}")
-    for what, texts in (("inputs", [source for source, _ in tokens["train"]]),
-                        ("targets", [target for _, target in tokens["train"]])):
+    for what, at in (("inputs", 0), ("targets", 1)):
+        texts = [pair[at] for pair in tokens["train"]]
         if all(text == texts[0] for text in texts):
             alike = SHORT.repr(decoded(tokenizer, texts[0], ends))
             raise UsageError(f"to the model all {what} of train are alike, {alike}: there is nothing to "
@@ -2783,7 +2783,7 @@ class Record:
             else:
                 stored = finished(self.path)
                 backbone = backbone_of(self.path / "peft.safetensors")
-                stored["content"] = {"data": stored["data"], "backbone": backbone, "code": stored.get("code")}
+                stored["content"] = {"data": stored["data"], "backbone": backbone, "code": stored["code"]}
             before = stored["settings"]
         for name, now in self.stored["settings"].items():
             if before.get(name) != now:
@@ -2792,10 +2792,13 @@ class Record:
         return stored
 
     def require_same_content(self, data, backbone):
-        """Raises UsageError if the run began with other data, structure.json, backbone or code."""
+        """Raises UsageError if the run began with other data, structure.json, backbone or code.
+
+        data: a digest of texts, tokens and a given Structure.   backbone: of `backbone_sample`.
+        """
         code = digest(Path(__file__).read_bytes())
         before = self.stored.setdefault("content", {"data": data, "backbone": backbone, "code": code})
-        if before.get("code") != code:
+        if before["code"] != code:
             raise UsageError(f"{self.path} holds a run of another version of bipeft.py; {self.ADVICE}")
         if before["data"] != data:
             raise UsageError(f"{self.path} holds a run that began with other data, or with another "
@@ -2858,9 +2861,8 @@ def locked(folder):
                 yield
             finally:
                 lock.unlink()
-                if made:
-                    with contextlib.suppress(OSError):           # it holds a run
-                        lock.parent.rmdir()
+                if made and not any(lock.parent.iterdir()):
+                    lock.parent.rmdir()
     except filelock.Timeout:
         raise UsageError(f"another process works in {folder}: wait for it, or name another --out") from None
 
@@ -2898,10 +2900,6 @@ class Work:
             lines.append("the structure was found on another backbone, of "
                          f"{structure.geometry['parameters']:,} parameters")
         return lines
-
-    def data_digest(self, structure):
-        """16 hexadecimal digits that tell these texts and tokens, and a given Structure, from others."""
-        return digest(repr([self.splits, self.tokens, structure]).encode())
 
     def batches(self, tokens, number):
         """Batches of some tokens, in an order of their own."""
@@ -2998,7 +2996,8 @@ def run(settings, choose_pass):
 
     # The data as text, and the backbone.
     work = Work(settings, device)
-    record.require_same_content(work.data_digest(given), backbone_sample(work.model))
+    data = digest(repr([work.splits, work.tokens, given]).encode())
+    record.require_same_content(data, backbone_sample(work.model))
     if "test" in record.stored:
         print(f"{record.path} holds this run, finished: nothing to do (--fresh starts over)\n"
               f"{results(record.stored)}")
