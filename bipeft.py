@@ -2098,16 +2098,16 @@ def check_texts(tokenizer, splits, tokens, max_length, causal, ends):
     return lines
 
 
+@dataclass
 class Batches:
     """Padded batches of what `tokenize` returns; seed and epoch decide their order, no seed keeps it."""
 
-    def __init__(self, tokens, batch_size, device, seed=None, causal=False):
-        self.tokens = tokens
-        self.batch_size = batch_size
-        self.device = torch.device(device)
-        self.seed = seed
-        self.causal = causal
-        self.epoch = 0
+    tokens: list
+    batch_size: int
+    device: torch.device            # or its name
+    seed: int = None
+    causal: bool = False
+    epoch: int = 0
 
     def set_epoch(self, epoch):
         """Chooses the order of the next pass."""
@@ -2132,7 +2132,7 @@ class Batches:
     def __iter__(self):
         for indices in self.order():
             rows = [self.tokens[i] for i in indices]
-            if self.device.type == "cuda":  # rows without a label: few CUDA graphs serve all
+            if torch.device(self.device).type == "cuda":  # rows without a label: few CUDA graphs serve all
                 rows += [([1], [])] * (min(self.batch_size, len(self.tokens)) - len(rows))
             yield collate(rows, self.device, self.causal)
 
@@ -2194,7 +2194,7 @@ def greedy(model, tokenizer, longest):
         eos_token_id=sorted({tokenizer.eos_token_id, *ends}), pad_token_id=tokenizer.pad_token_id)
 
 
-def predict(model, tokenizer, tokens, batch_size, device, longest=None):
+def predict(model, tokenizer, tokens, batch_size, longest=None):
     """The texts that a model generates for tokenised inputs, in their order.
 
     tokens: of `tokenize`; inputs of like length share a batch.   batch_size: inputs at a time.   longest:
@@ -2211,8 +2211,8 @@ def predict(model, tokenizer, tokens, batch_size, device, longest=None):
         for indices in cut(by_length, batch_size):
             sources = [tokens[i][0] for i in indices]
             mask = [[1] * len(source) for source in sources]
-            ids = padded(sources, 0, device, left=True)     # so that an answer goes on where an input ends
-            mask = padded(mask, 0, device, left=True)
+            ids = padded(sources, 0, model.device, left=True)   # so that an answer goes on where inputs end
+            mask = padded(mask, 0, model.device, left=True)
             made = model.generate(ids, attention_mask=mask, generation_config=config)
             start = 1                                     # T5's first token is none of the answer's
             if not model.config.is_encoder_decoder:
@@ -2256,7 +2256,7 @@ def answer(model, tokenizer, texts):
         warnings.warn(f"{longer} of {len(texts)} inputs are cut at {tokenizer.model_max_length} tokens",
                       stacklevel=2)
     longest = model.generation_config.max_new_tokens
-    return predict(model, tokenizer, tokens, 32, model.device, longest)
+    return predict(model, tokenizer, tokens, 32, longest)
 
 
 def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed=0,
@@ -2908,8 +2908,8 @@ class Work:
 
     def score(self, split):
         """The task's score, in per cent, of what the model, with what is attached, generates for a split."""
-        texts = predict(self.model, self.tokenizer, self.tokens[split],
-                        8 * self.settings.batch_size, self.device, self.longest)
+        texts = predict(self.model, self.tokenizer, self.tokens[split], 8 * self.settings.batch_size,
+                        self.longest)
         return METRICS[self.metric](texts, [e.answers for e in self.splits[split]])
 
     @torch.no_grad()

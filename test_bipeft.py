@@ -2276,7 +2276,7 @@ def test_section_6_predictions_are_those_of_each_input_alone(name, folders):
     given = model.generation_config.to_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        together = bipeft.predict(model, tokenizer, tokens, 4, "cpu")
+        together = bipeft.predict(model, tokenizer, tokens, 4)
     assert model.training and model.generation_config.to_dict() == given                 # as they were found
     model.eval()
     ends = {1, *folders.get("eos_token_id", [])}
@@ -2689,9 +2689,9 @@ def assert_answers(run, examples, model=None):
     """A run, loaded from its folder, gives its two test scores again, with its modules and without them."""
     model, tokenizer, peft = bipeft.load_run(run, model=model)
     tokens = bipeft.tokenize(tokenizer, examples, 128, not model.config.is_encoder_decoder)
-    said = bipeft.predict(model, tokenizer, tokens, 4, "cpu")
+    said = bipeft.predict(model, tokenizer, tokens, 4)
     peft.detach()
-    untouched = bipeft.predict(model, tokenizer, tokens, 4, "cpu")
+    untouched = bipeft.predict(model, tokenizer, tokens, 4)
     answers, metrics = [e.answers for e in examples], metrics_of(run)
     assert untouched != said and not model.training
     assert bipeft.accuracy(said, answers) == metrics["test"]
