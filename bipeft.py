@@ -1592,7 +1592,7 @@ def to_examples(name, row):
         return [Example(texts["source"], texts["target"], (texts["target"].strip(),))]
     if name == "multirc":                                       # its paragraphs have HTML marks
         texts["paragraph"] = " ".join(re.sub(r"</?[a-zA-Z][^<>]*>", " ", texts["paragraph"]).split())
-    source = " ".join([name, *(f"{key}: {texts[key]}" for key in task.fields)])
+    source = name + "".join(f" {key}: {texts[key]}" for key in task.fields)
     target = label_of(name, texts[task.answer])
     return [Example(source, target, (target,))]
 
@@ -2542,6 +2542,8 @@ def fuse_norms(model):
 # Settings that act in a search alone; with --structure they would do nothing, in silence.
 SEARCH_ALONE = ("space", "ranks", "budget", "triggers", "tau", "gamma", "window", "search_epochs",
                 "warmup_epochs", "arch_lr")
+# Those that are one of a few names.
+CHOICES = {"task": TASKS, "metric": METRICS, "dtype": ("float32", "bfloat16", "float16")}
 
 
 def fail(message):
@@ -2566,14 +2568,13 @@ def parse(arguments, settings_class=Settings):
         elif f.name in ("ranks", "seed"):
             parser.add_argument(flag, type=int, nargs="+", help=text)
         else:
-            parser.add_argument(flag, type=f.type, help=text)
+            parser.add_argument(flag, type=f.type, help=text, metavar=f.name.upper(),
+                                choices=CHOICES.get(f.name))
     given = vars(parser.parse_args(arguments))
     useless = [name for name in given if name in SEARCH_ALONE]
     if "structure" in given and useless:
         fail(f"--structure is trained without a search: leave out --{useless[0].replace('_', '-')}")
-    task = TASKS.get(given.get("task", Settings.task))
-    if task is None:
-        fail(f"unknown task '{given['task']}': choose one of {', '.join(TASKS)}")
+    task = TASKS[given.get("task", Settings.task)]
     values = {name: getattr(task, name) for name in ("epochs", "warmup_epochs", "max_length", "batch_size")}
     values.update(task.defaults)
     values.update(given)
@@ -2623,10 +2624,6 @@ def check(settings):
         fail("--task toy makes its own data: leave out --data-dir, or give --task custom")
     if settings.metric is not None and settings.task != "custom":
         fail("--metric is for --task custom: the other tasks have their own")
-    if settings.metric not in (None, *METRICS):
-        fail(f"--metric {settings.metric} must be one of {', '.join(METRICS)}")
-    if settings.dtype not in ("float32", "bfloat16", "float16"):
-        fail(f"--dtype {settings.dtype} must be float32, bfloat16 or float16")
 
 
 # What ends a line about a backbone that can't be loaded.
@@ -2715,7 +2712,6 @@ def load_run(folder, model=None, device="cpu"):
     with failing(f"{folder} holds no finished run", ": name its --out, of several seeds OUT/seed-N"):
         metrics = finished(Path(folder))
         settings = metrics["settings"]
-        longest = metrics["longest_answer"]
     name = str(model or settings["model"])
     device = choose_device(str(device))
     if name == "toy":
@@ -2725,7 +2721,7 @@ def load_run(folder, model=None, device="cpu"):
     model, tokenizer = load_backbone(name, settings["dtype"], device, settings["seed"])
     peft = apply(model.eval(), load_structure(Path(folder, "structure.json")))
     load_weights(peft, Path(folder, "peft.safetensors"))
-    model.generation_config = greedy(model, tokenizer, longest)
+    model.generation_config = greedy(model, tokenizer, metrics["longest_answer"])
     tokenizer.model_max_length = settings["max_length"]
     return model, tokenizer, peft
 

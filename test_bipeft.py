@@ -2538,7 +2538,7 @@ def world(tmp_path_factory):
 
 RTE = "--task rte --data-dir {root}/data --model {root}/model "
 BAD = [  # arguments, and words that the message must hold
-    ("--task sst3", "unknown task 'sst3' rte --help"),
+    ("--task sst3", "invalid --task 'sst3' rte --help"),
     ("--space s3", "unknown space 's3' s1 lora"),
     ("--no-such-flag 1", "unrecognized --no-such-flag --help"),
     ("--seed 0 0", "--seed different"),
