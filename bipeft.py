@@ -1674,9 +1674,14 @@ def load_splits(name, data_dir, seed):
 
 def drawn(rows, count, seed):
     """(some rows drawn by the seed, the rest)."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(derive(seed, 5))).tolist()
-    shuffled = [rows[i] for i in order]
-    return shuffled[:count], shuffled[count:]
+    rows = shuffled(rows, derive(seed, 5))
+    return rows[:count], rows[count:]
+
+
+def shuffled(rows, seed):
+    """Rows in an order that the seed decides."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return [rows[i] for i in order]
 
 
 def read_split(name, split, data_dir):
@@ -2123,8 +2128,8 @@ class Batches:
         rng = torch.Generator().manual_seed(derive(self.seed, 9, self.epoch))
         batches = []
         # Of every 16 batches' worth those of like length share a batch, which halves the padding.
-        shuffled = torch.randperm(len(self.tokens), generator=rng).tolist()
-        for window in cut(shuffled, 16 * self.batch_size):
+        numbers = torch.randperm(len(self.tokens), generator=rng).tolist()
+        for window in cut(numbers, 16 * self.batch_size):
             window.sort(key=lambda i: len(self.tokens[i][0]))
             batches += cut(window, self.batch_size)
         return [batches[i] for i in torch.randperm(len(batches), generator=rng).tolist()]
@@ -2925,10 +2930,9 @@ def run_search(work, record, run_pass):
     """
     settings = work.settings
     # "We equally split the original training set into two parts" (appendix B): for ΔW, and for Θ and Φ.
-    tokens = work.tokens["train"]
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(derive(settings.seed, 11)))
-    weight_half = work.batches([tokens[i] for i in order[0::2]], 12)
-    architecture_half = work.batches([tokens[i] for i in order[1::2]], 13)
+    tokens = shuffled(work.tokens["train"], derive(settings.seed, 11))
+    weight_half = work.batches(tokens[0::2], 12)
+    architecture_half = work.batches(tokens[1::2], 13)
     steps = settings.search_epochs * len(weight_half)
     warmup = settings.warmup_epochs * len(weight_half)
 
