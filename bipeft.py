@@ -1680,7 +1680,7 @@ def drawn(rows, count, seed):
 
 def shuffled(rows, seed):
     """Rows in an order that the seed decides."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     return [rows[i] for i in order]
 
 
@@ -1688,13 +1688,14 @@ def read_split(name, split, data_dir):
     """The rows of a split, [{column: value}], from the hub or a file: DIR/<task>/<split>.csv or another of
     READERS, of custom also DIR/<split>.csv.   None for a test without a file.   Raises UsageError.
     """
-    where = f"{name} on the hub"
-    advice = ": mend the network, or give --data-dir"
     if data_dir is not None:
         where = find_file(name, split, data_dir)
         advice = ": mend the file, or give another --data-dir"
     elif name == "custom":
         raise UsageError("--task custom needs --data-dir, a folder with train and validation: source, target")
+    else:
+        where = f"{name} on the hub"
+        advice = ": mend the network, or give --data-dir"
     if where is None:
         return None
     with failing(f"{where} can't be read", advice):
