@@ -1747,11 +1747,11 @@ def read_hub(name, split):
     try_hub()
     import datasets        # only here: the rest of the file works without it
     datasets.disable_progress_bars()
-    source = {"path": "nyu-mll/glue", "name": name}
-    if name in SUPERGLUE:                                    # its files are in a branch of a script
-        source = {"path": "aps/super_glue", "revision": "refs/convert/parquet",
-                  "data_files": {split: f"{name}/{split}/*.parquet"}}
-    return datasets.load_dataset(split=split, **source).to_list()
+    if name not in SUPERGLUE:
+        return datasets.load_dataset("nyu-mll/glue", name=name, split=split).to_list()
+    files = {split: f"{name}/{split}/*.parquet"}             # converted, in a branch of their own
+    return datasets.load_dataset(
+        "aps/super_glue", revision="refs/convert/parquet", data_files=files, split=split).to_list()
 
 
 def read_parquet(path):
@@ -2188,8 +2188,7 @@ def greedy(model, tokenizer, longest):
     """A GenerationConfig for the likeliest answer of at most `longest` tokens. Of the model's own it takes
     nothing but the tokens that end an answer [D49].
     """
-    own = model.generation_config
-    ends = own.eos_token_id or []
+    ends = model.generation_config.eos_token_id or []
     if isinstance(ends, int):
         ends = [ends]
     # transformers makes a cache as deep as T5's encoder.
@@ -2757,7 +2756,7 @@ class Record:
 
     FILES = ("checkpoint.pt", "metrics.json", "structure.json", "search.jsonl", "peft.safetensors")
     FREE = ("out", "device", "eager", "save_every", "fresh",     # these may change
-            "accumulate", "checkpointing")
+            "accumulate", "checkpointing")                       # and these, of docs/examples/scale.py
     ADVICE = "name another --out, or use --fresh, which writes over it"
 
     def __init__(self, settings, device):
