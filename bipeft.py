@@ -2700,7 +2700,7 @@ def loader_of(name):
 def finished(folder):
     """A run's metrics.json.   Raises an error if a file of the run is missing, damaged or of another run."""
     metrics = json.loads((folder / "metrics.json").read_text())
-    for name, before in metrics["digests"].items():
+    for name, before in metrics.get("digests", {}).items():
         if digest((folder / name).read_bytes()) != before:
             raise ValueError(f"{name} was changed, or is of another run")
     return metrics
@@ -2717,6 +2717,7 @@ def load_run(folder, model=None, device="cpu"):
     with failing(f"{folder} holds no finished run", ": name its --out, of several seeds OUT/seed-N"):
         metrics = finished(Path(folder))
         settings = metrics["settings"]
+        longest = metrics["longest_answer"]
     name = str(model or settings["model"])
     device = choose_device(str(device))
     if name == "toy":
@@ -2726,7 +2727,7 @@ def load_run(folder, model=None, device="cpu"):
     model, tokenizer = load_backbone(name, settings["dtype"], device, settings["seed"])
     peft = apply(model.eval(), load_structure(Path(folder, "structure.json")))
     load_weights(peft, Path(folder, "peft.safetensors"))
-    model.generation_config = greedy(model, tokenizer, metrics["longest_answer"])
+    model.generation_config = greedy(model, tokenizer, longest)
     tokenizer.model_max_length = settings["max_length"]
     return model, tokenizer, peft
 
@@ -2784,7 +2785,7 @@ class Record:
             else:
                 stored = finished(self.path)
                 backbone = backbone_of(self.path / "peft.safetensors")
-                stored["content"] = {"data": stored["data"], "backbone": backbone, "code": stored["code"]}
+                stored["content"] = {"data": stored["data"], "backbone": backbone, "code": stored.get("code")}
             before = stored["settings"]
         for name, now in self.stored["settings"].items():
             if before.get(name) != now:
@@ -2799,7 +2800,7 @@ class Record:
         """
         code = digest(Path(__file__).read_bytes())
         before = self.stored.setdefault("content", {"data": data, "backbone": backbone, "code": code})
-        if before["code"] != code:
+        if before.get("code") != code:
             raise UsageError(f"{self.path} holds a run of another version of bipeft.py; {self.ADVICE}")
         if before["data"] != data:
             raise UsageError(f"{self.path} holds a run that began with other data, or with another "
