@@ -1761,7 +1761,7 @@ def read_parquet(path):
     rows = table.to_pylist()
     for column in table.schema:
         if pyarrow.types.is_floating(column.type):
-            number = column.type.to_pandas_dtype()              # one of NumPy's, of 16, 32 or 64 bits
+            number = column.type.to_pandas_dtype()      # one of NumPy's, of 16, 32 or 64 bits
             for row in rows:
                 if row[column.name] is not None:
                     row[column.name] = float(str(number(row[column.name])))  # 3.8, not 3.7999999523
@@ -2138,7 +2138,8 @@ class Batches:
     def __iter__(self):
         for indices in self.order():
             rows = [self.tokens[i] for i in indices]
-            if torch.device(self.device).type == "cuda":  # rows without a label: few CUDA graphs serve all
+            if torch.device(self.device).type == "cuda":
+                # Rows without a label fill the last batch up, so that few CUDA graphs serve all.
                 rows += [([1], [])] * (min(self.batch_size, len(self.tokens)) - len(rows))
             yield collate(rows, self.device, self.causal)
 
@@ -2216,7 +2217,7 @@ def predict(model, tokenizer, tokens, batch_size, longest=None):
         for indices in cut(by_length, batch_size):
             sources = [tokens[i][0] for i in indices]
             mask = [[1] * len(source) for source in sources]
-            ids = padded(sources, 0, model.device, left=True)   # so that an answer goes on where inputs end
+            ids = padded(sources, 0, model.device, left=True)   # an answer follows its input
             mask = padded(mask, 0, model.device, left=True)
             made = model.generate(ids, attention_mask=mask, generation_config=config)
             start = 1                                     # T5's first token is none of the answer's
@@ -2256,9 +2257,9 @@ def answer(model, tokenizer, texts):
     if not all(source for source, _ in tokens):
         raise UsageError("an input is empty to the model: leave it out")
     whole = tokenize(tokenizer, examples, sys.maxsize, causal)
-    longer = sum(len(source) > tokenizer.model_max_length for source, _ in whole)
-    if longer:
-        warnings.warn(f"{longer} of {len(texts)} inputs are cut at {tokenizer.model_max_length} tokens",
+    many = sum(len(source) > tokenizer.model_max_length for source, _ in whole)
+    if many:
+        warnings.warn(f"{many} of {len(texts)} inputs are cut at {tokenizer.model_max_length} tokens",
                       stacklevel=2)
     longest = model.generation_config.max_new_tokens
     return predict(model, tokenizer, tokens, 32, longest)
@@ -2394,7 +2395,7 @@ def backbone_sample(model, places=None, learnt=()):
 
     places: as of `Peft`.   learnt: parameters to pass over, since they learn.
     """
-    chosen = []                                # (a number's name, the tensor that it is of, its index there)
+    chosen = []                             # (a number's name, its tensor, its index there)
     for name, _, place in (places or places_of)(model):
         p = next(place.parameters(), None)
         if p is not None:
@@ -2407,9 +2408,10 @@ def backbone_sample(model, places=None, learnt=()):
     found = {}
     for name, p, at in chosen:
         if not p.is_meta and not any(p is other for other in learnt):
-            found[name] = float(p.detach().flatten()[at])
-            if not math.isfinite(found[name]):
-                raise UsageError(f"the backbone is damaged: {name} holds {found[name]}; get it anew")
+            number = float(p.detach().flatten()[at])
+            if not math.isfinite(number):
+                raise UsageError(f"the backbone is damaged: {name} holds {number}; get it anew")
+            found[name] = number
     return found
 
 
@@ -2560,7 +2562,7 @@ def parse(arguments, settings_class=Settings):
     """[Settings], one for each seed of a command line, with defaults of the task.   UsageError."""
     parser = argparse.ArgumentParser(
         "bipeft.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        argument_default=argparse.SUPPRESS)                         # a flag that is not given is left out
+        argument_default=argparse.SUPPRESS)                 # a flag that is not given is left out
     parser.error = fail
     texts = help_texts(settings_class)
     for f in dataclasses.fields(settings_class):
@@ -2644,7 +2646,7 @@ def load_backbone(name, dtype, device, seed):
     loader = loader_of(name)
     with failing(f"the model {name} can't be loaded", MODEL_ADVICE):
         model, loading = loader.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
-        if loading["missing_keys"]:                                     # transformers makes these up
+        if loading["missing_keys"]:                             # transformers makes these up
             raise ValueError(f"it has no {min(loading['missing_keys'])}")
         unused = loading["unexpected_keys"]
         if unused:
@@ -2740,8 +2742,8 @@ def choose_device(name):
         tried = torch.zeros(1, device=name)
         tried.item()
         if tried.device.type == "cuda":
-            torch.cuda.set_device(tried.device)             # whose graphs and random states are used
-        return tried.device                                 # a GPU's with its number, which set_device needs
+            torch.cuda.set_device(tried.device)         # whose graphs and random states are used
+        return tried.device                             # of a GPU it has a number, which that needs
 
 
 def choose_pass(settings, model, device):
@@ -2757,7 +2759,7 @@ class Record:
 
     FILES = ("checkpoint.pt", "metrics.json", "structure.json", "search.jsonl", "peft.safetensors")
     FREE = ("out", "device", "eager", "save_every", "fresh",     # these may change
-            "accumulate", "checkpointing")                       # and these, of docs/examples/scale.py
+            "accumulate", "checkpointing")               # and these, of docs/examples/scale.py
     ADVICE = "name another --out, or use --fresh, which writes over it"
 
     def __init__(self, settings, device):
@@ -2910,15 +2912,16 @@ class Work:
 
     def score(self, split):
         """The task's score, in per cent, of what the model, with what is attached, generates for a split."""
-        texts = predict(self.model, self.tokenizer, self.tokens[split], 8 * self.settings.batch_size,
-                        self.longest)
+        tokens = self.tokens[split]
+        texts = predict(self.model, self.tokenizer, tokens, 8 * self.settings.batch_size, self.longest)
         return METRICS[self.metric](texts, [e.answers for e in self.splits[split]])
 
     @torch.no_grad()
     def validate(self):
         """(score, mean loss) on the validation split, without dropout: an epoch's judgement [D53]."""
         self.model.eval()
-        batches = Batches(self.tokens["validation"], self.settings.batch_size, self.device, None, self.causal)
+        tokens = self.tokens["validation"]
+        batches = Batches(tokens, self.settings.batch_size, self.device, None, self.causal)
         losses = [float(self.model(**batch).loss) for batch in batches]
         return self.score("validation"), float(np.mean(losses))
 
