@@ -56,8 +56,10 @@ import os
 import random
 import re
 import reprlib
+import statistics
 import string
 import sys
+import textwrap
 import time
 import types
 import warnings
@@ -1585,7 +1587,7 @@ def to_examples(name, row):
         return [Example(texts["source"], texts["target"], (texts["target"].strip(),))]
     if name == "multirc":                                       # its paragraphs have HTML marks
         texts["paragraph"] = " ".join(re.sub(r"</?[a-zA-Z][^<>]*>", " ", texts["paragraph"]).split())
-    source = " ".join([name, *(f"{key}: {texts[key]}" for key in task.fields)])
+    source = name + "".join(f" {key}: {texts[key]}" for key in task.fields)
     target = label_of(name, texts[task.answer])
     return [Example(source, target, (target,))]
 
@@ -1641,22 +1643,19 @@ def load_splits(name, data_dir, seed):
     if name == "toy":
         return toy_splits(seed)
     train = read_split(name, "train", data_dir)
-    other = read_split(name, "validation_matched" if name == "mnli" else "validation", data_dir)
+    validation = read_split(name, "validation_matched" if name == "mnli" else "validation", data_dir)
     test = None
     if name == "custom":
-        test = read_split(name, "test", data_dir, needed=False)
-    if test:
-        parts = [train, other, test]
-    elif TASKS[name].carve:
+        test = read_split(name, "test", data_dir)
+    if TASKS[name].carve:
         # Large data sets give 2,000 rows of train to validation; the original validation set is the test.
-        validation, rest = drawn(train, min(2000, len(train) // 2), seed)
-        parts = [rest, validation, other]
-    else:
+        test = validation
+        validation, train = drawn(train, min(2000, len(train) // 2), seed)
+    elif test is None:
         # Of small ones the original validation set is halved.
-        validation, test = drawn(other, len(other) // 2, seed)
-        parts = [train, validation, test]
+        validation, test = drawn(validation, len(validation) // 2, seed)
     splits = {}
-    for key, rows in zip(("train", "validation", "test"), parts):
+    for key, rows in {"train": train, "validation": validation, "test": test}.items():
         splits[key] = []
         for row in rows:
             examples = to_examples(name, row)
@@ -1670,22 +1669,28 @@ def load_splits(name, data_dir, seed):
 
 def drawn(rows, count, seed):
     """(some rows drawn by the seed, the rest)."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(derive(seed, 5))).tolist()
-    shuffled = [rows[i] for i in order]
-    return shuffled[:count], shuffled[count:]
+    rows = shuffled(rows, derive(seed, 5))
+    return rows[:count], rows[count:]
 
 
-def read_split(name, split, data_dir, needed=True):
+def shuffled(rows, seed):
+    """Rows in an order that the seed decides."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [rows[i] for i in order]
+
+
+def read_split(name, split, data_dir):
     """The rows of a split, [{column: value}], from the hub or a file: DIR/<task>/<split>.csv or another of
-    READERS, of custom also DIR/<split>.csv.   needed: if not, a split without a file is None.   UsageError.
+    READERS, of custom also DIR/<split>.csv.   None for a test without a file.   Raises UsageError.
     """
-    where = f"{name} on the hub"
-    advice = ": mend the network, or give --data-dir"
     if data_dir is not None:
-        where = find_file(name, split, data_dir, needed)
+        where = find_file(name, split, data_dir)
         advice = ": mend the file, or give another --data-dir"
     elif name == "custom":
         raise UsageError("--task custom needs --data-dir, a folder with train and validation: source, target")
+    else:
+        where = f"{name} on the hub"
+        advice = ": mend the network, or give --data-dir"
     if where is None:
         return None
     with failing(f"{where} can't be read", advice):
@@ -1710,19 +1715,19 @@ def read_split(name, split, data_dir, needed=True):
     return rows
 
 
-def find_file(name, split, data_dir, needed):
-    """The one file of a split; None if there is none, and none is needed.   Raises UsageError."""
+def find_file(name, split, data_dir):
+    """The one file of a split; None for a test without a file, of which none is needed.   UsageError."""
     if not Path(data_dir).is_dir():
         raise UsageError(f"--data-dir {data_dir} is no folder: give the one that holds the files")
     folder = Path(data_dir, name)
-    paths = [*folder.glob("*")]
+    paths = list(folder.glob("*"))
     advice = "give another --data-dir, or --task custom for a file of your own"
     if name == "custom":
         folder = Path(data_dir)
         paths += folder.glob("*")
         advice = "have just one there (a spreadsheet is exported), or give another --data-dir"
     there = sorted(path for path in paths if path.name.lower().startswith(f"{split}."))
-    if not there and not needed:
+    if not there and split == "test":
         return None
     files = [path for path in there if path.stem.lower() == split and path.suffix.lower() in READERS]
     if len(files) != 1:
@@ -1737,11 +1742,11 @@ def read_hub(name, split):
     try_hub()
     import datasets        # only here: the rest of the file works without it
     datasets.disable_progress_bars()
-    source = {"path": "nyu-mll/glue", "name": name}
-    if name in SUPERGLUE:                                    # its files are in a branch of a script
-        source = {"path": "aps/super_glue", "revision": "refs/convert/parquet",
-                  "data_files": {split: f"{name}/{split}/*.parquet"}}
-    return datasets.load_dataset(split=split, **source).to_list()
+    if name not in SUPERGLUE:
+        return datasets.load_dataset("nyu-mll/glue", name=name, split=split).to_list()
+    files = {split: f"{name}/{split}/*.parquet"}             # converted, in a branch of their own
+    return datasets.load_dataset(
+        "aps/super_glue", revision="refs/convert/parquet", data_files=files, split=split).to_list()
 
 
 def read_parquet(path):
@@ -1750,10 +1755,11 @@ def read_parquet(path):
     table = pyarrow.parquet.read_table(path)
     rows = table.to_pylist()
     for column in table.schema:
-        narrow = {"float": np.float32, "halffloat": np.float16}.get(str(column.type))
-        for row in rows:
-            if narrow is not None and row[column.name] is not None:
-                row[column.name] = float(str(narrow(row[column.name])))  # 3.8, not 3.7999999523
+        if pyarrow.types.is_floating(column.type):
+            number = column.type.to_pandas_dtype()      # one of NumPy's, of 16, 32 or 64 bits
+            for row in rows:
+                if row[column.name] is not None:
+                    row[column.name] = float(str(number(row[column.name])))  # 3.8, not 3.7999999523
     return rows
 
 
@@ -1789,25 +1795,24 @@ def read_csv(path):
     """[{column: text}] of a .csv file in UTF-8, with commas, semicolons or tabs; an empty cell is None."""
     csv.field_size_limit(2**31 - 1)                             # else 131,072 characters
     text = text_in(path)
-    head = "".join(text.splitlines()[:1])
+    head = text.partition("\n")[0]
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
+    rows = []
     try:
-        numbered = [(lines.line_num, cells) for cells in lines]
+        columns = next(lines, [])
+        if len(set(columns)) < len(columns):
+            raise ValueError("two columns have one name")
+        for cells in lines:
+            if len(cells) not in (0, len(columns)):
+                raise ValueError(f"line {lines.line_num} has {len(cells)} cells, the first line "
+                                 f"{len(columns)}; a text with a separator in it needs quotes")
+            if [cell.lower() for cell in cells] == [column.lower() for column in columns]:
+                raise ValueError(f"line {lines.line_num} names the columns again: take it out")
+            if cells:
+                rows.append({column: cell or None for column, cell in zip(columns, cells)})
     except csv.Error as error:
         raise ValueError(f"line {lines.line_num}: {error}; a text with a quote in it needs quotes around it, "
                          'and "" for each') from None
-    columns = numbered[0][1] if numbered else []
-    if len(set(columns)) < len(columns):
-        raise ValueError("two columns have one name")
-    rows = []
-    for number, cells in numbered[1:]:
-        if len(cells) not in (0, len(columns)):
-            raise ValueError(f"line {number} has {len(cells)} cells, the first line {len(columns)}; a text "
-                             "with a separator in it needs quotes")
-        if [cell.lower() for cell in cells] == [column.lower() for column in columns]:
-            raise ValueError(f"line {number} names the columns again: take it out")
-        if cells:
-            rows.append({column: cell or None for column, cell in zip(columns, cells)})
     return rows
 
 
@@ -1820,9 +1825,9 @@ def check_examples(splits):
 
     splits: {part: [Example]}.
     """
-    trained = {}                              # an input of train: the answers to it
+    trained = defaultdict(set)                # an input of train: the answers to it
     for e in splits["train"]:
-        trained.setdefault(e.source, set()).add(e.answers)
+        trained[e.source].add(e.answers)
     labels = Counter(e.target.strip() for e in splits["train"])
     are_labels = len({e.target for part in splits.values() for e in part}) <= 100
     lines = []
@@ -1841,7 +1846,7 @@ def check_examples(splits):
                 found[f"inputs of {part} are in {earlier}, too"].append(e.source)
             if "\n" in e.source:
                 found[f"inputs of {part} have several lines (a quote left open?)"].append(e.source)
-            if len(trained.get(e.source, ())) > 1:
+            if len(trained[e.source]) > 1:
                 found[f"inputs of {part} have several targets in train"].append(e.source)
             target = e.target.strip()
             if are_labels and target not in labels:
@@ -2047,7 +2052,7 @@ def without(end, ids):
     return ids
 
 
-def check_texts(tokenizer, splits, tokens, settings, causal, ends):
+def check_texts(tokenizer, splits, tokens, max_length, causal, ends):
     """Lines on what of the texts is lost on a model.   splits: {part: [Example]}.   tokens: the same, of
     `tokenize`, as the model gets them.   ends: the tokens that end an answer.   Raises UsageError where
     labels become one, and where nothing could be learnt.
@@ -2073,19 +2078,19 @@ def check_texts(tokenizer, splits, tokens, settings, causal, ends):
             lost["inputs hold what the tokenizer has no word for"].append(e.source)
         if any(token in e.source for token in special):
             lost["inputs hold a special token of the tokenizer, written out"].append(e.source)
-        if len(source) > settings.max_length:
-            lost[f"inputs are cut at --max-length {settings.max_length}"].append(e.source)
-        if len(target) > settings.max_length and not causal:
-            lost[f"targets are cut at --max-length {settings.max_length}"].append(e.target)
+        if len(source) > max_length:
+            lost[f"inputs are cut at --max-length {max_length}"].append(e.source)
+        if len(target) > max_length and not causal:
+            lost[f"targets are cut at --max-length {max_length}"].append(e.target)
         if text != e.target.strip():
             otherwise.append(f"{SHORT.repr(e.target)} as {SHORT.repr(text)}")
-    for what, texts in (("inputs", [source for source, _ in tokens["train"]]),
-                        ("targets", [target for _, target in tokens["train"]])):
+    for what, at in (("inputs", 0), ("targets", 1)):
+        texts = [pair[at] for pair in tokens["train"]]
         if all(text == texts[0] for text in texts):
             alike = SHORT.repr(decoded(tokenizer, texts[0], ends))
             raise UsageError(f"to the model all {what} of train are alike, {alike}: there is nothing to "
                              "learn; look at the data and at --max-length")
-    if not any(text == target.strip() for text, target in said.items()):
+    if len(otherwise) == len(whole):
         raise UsageError(f"the model can say none of the targets, first {otherwise[0]}: take another model")
     lines = told(lost, len(whole))
     if otherwise:
@@ -2094,16 +2099,16 @@ def check_texts(tokenizer, splits, tokens, settings, causal, ends):
     return lines
 
 
+@dataclass
 class Batches:
     """Padded batches of what `tokenize` returns; seed and epoch decide their order, no seed keeps it."""
 
-    def __init__(self, tokens, batch_size, device, seed=None, causal=False):
-        self.tokens = tokens
-        self.batch_size = batch_size
-        self.device = torch.device(device)
-        self.seed = seed
-        self.causal = causal
-        self.epoch = 0
+    tokens: list
+    batch_size: int
+    device: torch.device            # or its name
+    seed: int = None
+    causal: bool = False
+    epoch: int = 0
 
     def set_epoch(self, epoch):
         """Chooses the order of the next pass."""
@@ -2114,14 +2119,13 @@ class Batches:
 
     def order(self):
         """Lists of row numbers, a batch each, in the order of the present epoch [D52]."""
-        numbers = list(range(len(self.tokens)))
         if self.seed is None:
-            return cut(numbers, self.batch_size)
+            return cut(range(len(self.tokens)), self.batch_size)
         rng = torch.Generator().manual_seed(derive(self.seed, 9, self.epoch))
         batches = []
         # Of every 16 batches' worth those of like length share a batch, which halves the padding.
-        shuffled = torch.randperm(len(numbers), generator=rng).tolist()
-        for window in cut(shuffled, 16 * self.batch_size):
+        numbers = torch.randperm(len(self.tokens), generator=rng).tolist()
+        for window in cut(numbers, 16 * self.batch_size):
             window.sort(key=lambda i: len(self.tokens[i][0]))
             batches += cut(window, self.batch_size)
         return [batches[i] for i in torch.randperm(len(batches), generator=rng).tolist()]
@@ -2129,7 +2133,8 @@ class Batches:
     def __iter__(self):
         for indices in self.order():
             rows = [self.tokens[i] for i in indices]
-            if self.device.type == "cuda":  # rows without a label: few CUDA graphs serve all
+            if torch.device(self.device).type == "cuda":
+                # Rows without a label fill the last batch up, so that few CUDA graphs serve all.
                 rows += [([1], [])] * (min(self.batch_size, len(self.tokens)) - len(rows))
             yield collate(rows, self.device, self.causal)
 
@@ -2151,22 +2156,22 @@ def collate(rows, device, causal=False):
         inputs = [source + target for source, target in rows]
         labels = [[-100, *target] for target in labels]
     mask = [[1] * len(ids) for ids in inputs]
-    batch = {"input_ids": padded(inputs, 0, device, 32, causal),
-             "attention_mask": padded(mask, 0, device, 32, causal),
-             "labels": padded(labels, -100, device, 4, causal)}
+    batch = {"input_ids": padded(inputs, 0, device, causal, 32),
+             "attention_mask": padded(mask, 0, device, causal, 32),
+             "labels": padded(labels, -100, device, causal, 4)}
     if causal:
         positions = [list(range(len(ids))) for ids in inputs]
-        batch["position_ids"] = padded(positions, 0, device, 32, causal)
+        batch["position_ids"] = padded(positions, 0, device, causal, 32)
         batch["logits_to_keep"] = batch["labels"].shape[1]
     return batch
 
 
-def padded(rows, filler, device, shortest, left=False):
-    """Lists as one tensor, filled up at their ends or, if told so, on the left.   shortest: on a GPU lengths
-    are powers of two from there on, so that few CUDA graphs serve all batches.
+def padded(rows, filler, device, left, shortest=None):
+    """Lists as one tensor, filled up on the left or at their ends.   shortest: if given, lengths on a GPU are
+    powers of two from there on, so that few CUDA graphs serve all batches.
     """
     longest = max(len(row) for row in rows)
-    if torch.device(device).type == "cuda":
+    if shortest is not None and torch.device(device).type == "cuda":
         longest = max(shortest, 1 << (longest - 1).bit_length())
     filled = []
     for row in rows:
@@ -2179,8 +2184,7 @@ def greedy(model, tokenizer, longest):
     """A GenerationConfig for the likeliest answer of at most `longest` tokens. Of the model's own it takes
     nothing but the tokens that end an answer [D49].
     """
-    own = model.generation_config
-    ends = own.eos_token_id or []
+    ends = model.generation_config.eos_token_id or []
     if isinstance(ends, int):
         ends = [ends]
     # transformers makes a cache as deep as T5's encoder.
@@ -2191,7 +2195,7 @@ def greedy(model, tokenizer, longest):
         eos_token_id=sorted({tokenizer.eos_token_id, *ends}), pad_token_id=tokenizer.pad_token_id)
 
 
-def predict(model, tokenizer, tokens, batch_size, device, longest=None):
+def predict(model, tokenizer, tokens, batch_size, longest=None):
     """The texts that a model generates for tokenised inputs, in their order.
 
     tokens: of `tokenize`; inputs of like length share a batch.   batch_size: inputs at a time.   longest:
@@ -2207,11 +2211,9 @@ def predict(model, tokenizer, tokens, batch_size, device, longest=None):
     try:
         for indices in cut(by_length, batch_size):
             sources = [tokens[i][0] for i in indices]
-            longer = max(len(source) for source in sources)  # padded on the left: an answer goes on
-            ids = [[0] * (longer - len(source)) + source for source in sources]
-            mask = [[0] * (longer - len(source)) + [1] * len(source) for source in sources]
-            ids = torch.tensor(ids).to(device)
-            mask = torch.tensor(mask).to(device)
+            mask = [[1] * len(source) for source in sources]
+            ids = padded(sources, 0, model.device, left=True)   # an answer follows its input
+            mask = padded(mask, 0, model.device, left=True)
             made = model.generate(ids, attention_mask=mask, generation_config=config)
             start = 1                                     # T5's first token is none of the answer's
             if not model.config.is_encoder_decoder:
@@ -2250,12 +2252,12 @@ def answer(model, tokenizer, texts):
     if not all(source for source, _ in tokens):
         raise UsageError("an input is empty to the model: leave it out")
     whole = tokenize(tokenizer, examples, sys.maxsize, causal)
-    cut = sum(len(source) > tokenizer.model_max_length for source, _ in whole)
-    if cut:
-        warnings.warn(f"{cut} of {len(texts)} inputs are cut at {tokenizer.model_max_length} tokens",
+    many = sum(len(source) > tokenizer.model_max_length for source, _ in whole)
+    if many:
+        warnings.warn(f"{many} of {len(texts)} inputs are cut at {tokenizer.model_max_length} tokens",
                       stacklevel=2)
     longest = model.generation_config.max_new_tokens
-    return predict(model, tokenizer, tokens, 32, model.device, longest)
+    return predict(model, tokenizer, tokens, 32, longest)
 
 
 def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed=0,
@@ -2290,10 +2292,11 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
             require_finite(float(flatten(weights).sum()), f"a weight at training step {step + 1}")
             line = {"step": step + 1, "steps": steps, "loss": loss}
             if line["step"] % len(batches) == 0:
-                line["score"], falling = judged(evaluate())
+                result = judged(evaluate())
                 model.train()
-                if (line["score"], falling) > state["best"]:
-                    state.update(best=(line["score"], falling), best_weights=copies(weights))
+                line["score"] = result[0]
+                if result > state["best"]:
+                    state.update(best=result, best_weights=copies(weights))
             state.update(step=step + 1, weights=weights, optimizer=optimizer.state_dict())
             if after_step is not None:
                 after_step(state, line)
@@ -2351,10 +2354,7 @@ def write_atomically(path, content):
 
 def one_line(error):
     """An exception's message on one line, cut to what a person reads."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if len(text) > 160:
-        text = text[:157] + "..."
-    return text
+    return textwrap.shorten(str(error), 160, placeholder=" ...") or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -2380,7 +2380,7 @@ def save_weights(peft, path):
     """Writes the trained weights, of the modules and of also_train, atomically, as safetensors, and beside
     them what tells the backbone from others.
     """
-    tensors = {name: p.detach().cpu().clone() for name, p in peft.named_weights().items()}
+    tensors = {name: p.detach().cpu() for name, p in peft.named_weights().items()}
     backbone = json.dumps(backbone_sample(peft.model, peft.places, peft.head.parameters.values()))
     write_atomically(path, safetensors.torch.save(tensors, {"backbone": backbone}))
 
@@ -2390,20 +2390,23 @@ def backbone_sample(model, places=None, learnt=()):
 
     places: as of `Peft`.   learnt: parameters to pass over, since they learn.
     """
-    found = {}
+    chosen = []                             # (a number's name, its tensor, its index there)
     for name, _, place in (places or places_of)(model):
         p = next(place.parameters(), None)
-        if p is not None and not p.is_meta and not any(p is other for other in learnt):
-            found[name] = float(p.detach().flatten()[p.numel() // 2])
+        if p is not None:
+            chosen.append((name, p, p.numel() // 2))
     embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    words = max(embeddings, key=len, default=None)
-    if words is not None and not words.is_meta and not any(words is other for other in learnt):
-        for row in (5, 50, 500, 5000):
-            if row < len(words):
-                found[f"word {row}"] = float(words.detach()[row, 0])
-    for name, number in found.items():
-        if not math.isfinite(number):
-            raise UsageError(f"the backbone is damaged: {name} holds {number}; get it anew")
+    words = max(embeddings, key=len, default=())
+    for row in (5, 50, 500, 5000):
+        if row < len(words):
+            chosen.append((f"word {row}", words, row * words.shape[1]))
+    found = {}
+    for name, p, at in chosen:
+        if not p.is_meta and not any(p is other for other in learnt):
+            number = float(p.detach().flatten()[at])
+            if not math.isfinite(number):
+                raise UsageError(f"the backbone is damaged: {name} holds {number}; get it anew")
+            found[name] = number
     return found
 
 
@@ -2426,8 +2429,8 @@ def load_weights(peft, path):
     with failing(f"{path} can't be read as weights of these modules"):
         stored = safetensors.torch.load_file(path)
         backbone = backbone_of(path)
-        found = {(name, *t.shape) for name, t in stored.items()}
-        wanted = {(name, *p.shape) for name, p in own.items()}
+        found = {(name, t.shape) for name, t in stored.items()}
+        wanted = {(name, p.shape) for name, p in own.items()}
         if found != wanted:
             raise ValueError(f"another structure's: names or shapes differ, first {min(found ^ wanted)}")
     now = backbone_sample(peft.model, peft.places, peft.head.parameters.values())
@@ -2541,6 +2544,8 @@ def fuse_norms(model):
 # Settings that act in a search alone; with --structure they would do nothing, in silence.
 SEARCH_ALONE = ("space", "ranks", "budget", "triggers", "tau", "gamma", "window", "search_epochs",
                 "warmup_epochs", "arch_lr")
+# Those that are one of a few names.
+CHOICES = {"task": TASKS, "metric": METRICS, "dtype": ("float32", "bfloat16", "float16")}
 
 
 def fail(message):
@@ -2550,7 +2555,9 @@ def fail(message):
 
 def parse(arguments, settings_class=Settings):
     """[Settings], one for each seed of a command line, with defaults of the task.   UsageError."""
-    parser = argparse.ArgumentParser("bipeft.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "bipeft.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+        argument_default=argparse.SUPPRESS)                 # a flag that is not given is left out
     parser.error = fail
     texts = help_texts(settings_class)
     for f in dataclasses.fields(settings_class):
@@ -2563,14 +2570,13 @@ def parse(arguments, settings_class=Settings):
         elif f.name in ("ranks", "seed"):
             parser.add_argument(flag, type=int, nargs="+", help=text)
         else:
-            parser.add_argument(flag, type=f.type, help=text)
-    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+            parser.add_argument(flag, type=f.type, help=text, metavar=f.name.upper(),
+                                choices=CHOICES.get(f.name))
+    given = vars(parser.parse_args(arguments))
     useless = [name for name in given if name in SEARCH_ALONE]
     if "structure" in given and useless:
         fail(f"--structure is trained without a search: leave out --{useless[0].replace('_', '-')}")
-    task = TASKS.get(given.get("task", Settings.task))
-    if task is None:
-        fail(f"unknown task '{given['task']}': choose one of {', '.join(TASKS)}")
+    task = TASKS[given.get("task", Settings.task)]
     values = {name: getattr(task, name) for name in ("epochs", "warmup_epochs", "max_length", "batch_size")}
     values.update(task.defaults)
     values.update(given)
@@ -2596,9 +2602,8 @@ def parse(arguments, settings_class=Settings):
 def help_texts(settings_class):
     """{field: the comment behind it} of a dataclass and of those that it extends."""
     texts = {}
-    for base in settings_class.__mro__[:-1]:
-        found = re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.MULTILINE)
-        texts = {**dict(found), **texts}
+    for base in reversed(settings_class.__mro__[:-1]):
+        texts.update(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.MULTILINE))
     return texts
 
 
@@ -2615,16 +2620,12 @@ def check(settings):
         most = 1 if name in ("tau", "gamma") else 10**12
         if value == "":
             fail(f"--{name.replace('_', '-')} is empty: give it a value, or leave it out")
-        if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value <= most:
+        if type(value) in (int, float) and not least <= value <= most:
             fail(f"--{name.replace('_', '-')} {value} must lie in {least:g} .. {most:g}")
     if settings.task == "toy" and settings.data_dir is not None:
         fail("--task toy makes its own data: leave out --data-dir, or give --task custom")
     if settings.metric is not None and settings.task != "custom":
         fail("--metric is for --task custom: the other tasks have their own")
-    if settings.metric not in (None, *METRICS):
-        fail(f"--metric {settings.metric} must be one of {', '.join(METRICS)}")
-    if settings.dtype not in ("float32", "bfloat16", "float16"):
-        fail(f"--dtype {settings.dtype} must be float32, bfloat16 or float16")
 
 
 # What ends a line about a backbone that can't be loaded.
@@ -2639,10 +2640,10 @@ def load_backbone(name, dtype, device, seed):
         return model.to(device, getattr(torch, dtype)), tokenizer
     loader = loader_of(name)
     with failing(f"the model {name} can't be loaded", MODEL_ADVICE):
-        model, told = loader.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
-        if told["missing_keys"]:                                     # transformers makes these up
-            raise ValueError(f"it has no {min(told['missing_keys'])}")
-        unused = told["unexpected_keys"]
+        model, loading = loader.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True)
+        if loading["missing_keys"]:                             # transformers makes these up
+            raise ValueError(f"it has no {min(loading['missing_keys'])}")
+        unused = loading["unexpected_keys"]
         if unused:
             print(f"{name}: config.json has no place for {len(unused)} of its tensors, first {min(unused)}")
         if Path(name).is_dir() and not {"tokenizer.json", "spiece.model"} & set(os.listdir(name)):
@@ -2681,8 +2682,6 @@ def loader_of(name):
     with failing(what, MODEL_ADVICE):
         if Path(name, "adapter_config.json").is_file():
             raise ValueError("it is a peft adapter, not a backbone")
-        if Path(name, "metrics.json").is_file():
-            raise ValueError("it is a run's folder, not a backbone")
         config = transformers.AutoConfig.from_pretrained(name)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError("it is quantised, which the library takes, but not the command line")
@@ -2735,12 +2734,11 @@ def choose_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     with failing(f"--device {name} can't be used", ": try cpu, or cuda for a GPU"):
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-        if device.type == "cuda":
-            device = torch.zeros(1, device=device).device  # with its number, which set_device needs
-            torch.cuda.set_device(device)  # whose graphs and random states are used
-        return device
+        tried = torch.zeros(1, device=name)
+        tried.item()
+        if tried.device.type == "cuda":
+            torch.cuda.set_device(tried.device)         # whose graphs and random states are used
+        return tried.device                             # of a GPU it has a number, which that needs
 
 
 def choose_pass(settings, model, device):
@@ -2756,7 +2754,7 @@ class Record:
 
     FILES = ("checkpoint.pt", "metrics.json", "structure.json", "search.jsonl", "peft.safetensors")
     FREE = ("out", "device", "eager", "save_every", "fresh",     # these may change
-            "accumulate", "checkpointing")
+            "accumulate", "checkpointing")               # and these, of docs/examples/scale.py
     ADVICE = "name another --out, or use --fresh, which writes over it"
 
     def __init__(self, settings, device):
@@ -2764,9 +2762,9 @@ class Record:
         self.path = Path(settings.out)
         if (self.path / "config.json").exists():
             raise UsageError(f"--out {self.path} is a model's folder: name another")
-        identity = {name: value for name, value in vars(settings).items() if name not in self.FREE}
-        self.identity = json.loads(json.dumps(identity))              # as a file gives it back
-        self.stored = {"settings": self.identity}
+        binding = {name: value for name, value in vars(settings).items() if name not in self.FREE}
+        binding = json.loads(json.dumps(binding))                     # as a file gives it back
+        self.stored = {"settings": binding, "log": [], "search_seconds": 0.0}
         there = [self.path / name for name in self.FILES if (self.path / name).exists()]
         if there and not settings.fresh:
             self.stored = self.read(there[0], device)             # the checkpoint, else the metrics
@@ -2786,14 +2784,17 @@ class Record:
                 backbone = backbone_of(self.path / "peft.safetensors")
                 stored["content"] = {"data": stored["data"], "backbone": backbone, "code": stored.get("code")}
             before = stored["settings"]
-        for name, now in self.identity.items():
+        for name, now in self.stored["settings"].items():
             if before.get(name) != now:
                 raise UsageError(f"{self.path} holds another run: its --{name.replace('_', '-')} is "
                                  f"{before.get(name)}, now it is {now}; {self.ADVICE}")
         return stored
 
     def require_same_content(self, data, backbone):
-        """Raises UsageError if the run began with other data, structure.json, backbone or code."""
+        """Raises UsageError if the run began with other data, structure.json, backbone or code.
+
+        data: a digest of texts, tokens and a given Structure.   backbone: of `backbone_sample`.
+        """
         code = digest(Path(__file__).read_bytes())
         before = self.stored.setdefault("content", {"data": data, "backbone": backbone, "code": code})
         if before.get("code") != code:
@@ -2803,12 +2804,10 @@ class Record:
                              f"structure.json; {self.ADVICE}")
         require_same_backbone(before["backbone"], backbone, self.path)
 
-    def begin(self, phase, **found):
-        """Starts a phase and its clock, or goes on with them.   found: what the phases before came to.
-        Returns the state from which the phase goes on, or None.
-        """
+    def begin(self, phase):
+        """Starts a phase and its clock, or goes on with them.   Returns the state to go on from, or None."""
         if self.stored.get("phase") != phase:
-            self.stored.update(phase=phase, state=None, elapsed=0.0, **found)
+            self.stored.update(phase=phase, state=None, elapsed=0.0)
         self.started = time.monotonic() - self.stored["elapsed"]
         self.shown_at = -math.inf
         self.save(self.stored["state"])
@@ -2825,7 +2824,7 @@ class Record:
         torch.save(self.stored, stream)
         write_atomically(self.path / "checkpoint.pt", stream.getvalue())
         (self.path / "metrics.json").unlink(missing_ok=True)
-        log = "".join(json.dumps(line) + "\n" for line in self.stored.get("log", []))
+        log = "".join(json.dumps(line) + "\n" for line in self.stored["log"])
         write_atomically(self.path / "search.jsonl", log)
         self.saved_at = time.monotonic()
 
@@ -2837,10 +2836,10 @@ class Record:
     def after_step(self, step, left, text, state, show):
         """Shows how it goes every ten seconds, and if told to show it; saves at times.
 
-        step: done in this phase.   left: steps to go.   state: a function that gives the state.
+        step: done in this phase.   left: steps to go.   state: from which the phase could go on.
         """
         if step % self.settings.save_every == 0 or time.monotonic() - self.saved_at > 60:
-            self.save(state())
+            self.save(state)
         if show or time.monotonic() - self.shown_at > 10:
             self.shown_at = time.monotonic()
             print(f"{text}  left {clock(left * self.elapsed() / step)}", flush=True)
@@ -2861,9 +2860,8 @@ def locked(folder):
                 yield
             finally:
                 lock.unlink()
-                if made:
-                    with contextlib.suppress(OSError):           # it holds a run
-                        lock.parent.rmdir()
+                if made and not any(lock.parent.iterdir()):
+                    lock.parent.rmdir()
     except filelock.Timeout:
         raise UsageError(f"another process works in {folder}: wait for it, or name another --out") from None
 
@@ -2890,7 +2888,7 @@ class Work:
         with failing(f"the model {settings.model} can't answer", ": mend its generation_config.json"):
             ends = greedy(self.model, self.tokenizer, self.longest).eos_token_id
         self.told = check_examples(self.splits) + check_texts(
-            self.tokenizer, self.splits, self.tokens, settings, self.causal, ends)
+            self.tokenizer, self.splits, self.tokens, settings.max_length, self.causal, ends)
 
     def lines(self, structure):
         """What a person reads before anything is computed.   structure: what is given, or None."""
@@ -2902,14 +2900,6 @@ class Work:
                          f"{structure.geometry['parameters']:,} parameters")
         return lines
 
-    def data_digest(self, structure):
-        """16 hexadecimal digits that tell these texts and tokens, and a given Structure, from others."""
-        examples = [[dataclasses.astuple(e) for e in part] for part in self.splits.values()]
-        content = [examples, self.tokens]
-        if structure is not None:
-            content.append(dataclasses.asdict(structure))
-        return digest(json.dumps(content).encode())
-
     def batches(self, tokens, number):
         """Batches of some tokens, in an order of their own."""
         seed = derive(self.settings.seed, number)
@@ -2917,8 +2907,8 @@ class Work:
 
     def score(self, split):
         """The task's score, in per cent, of what the model, with what is attached, generates for a split."""
-        texts = predict(self.model, self.tokenizer, self.tokens[split],
-                        8 * self.settings.batch_size, self.device, self.longest)
+        tokens = self.tokens[split]
+        texts = predict(self.model, self.tokenizer, tokens, 8 * self.settings.batch_size, self.longest)
         return METRICS[self.metric](texts, [e.answers for e in self.splits[split]])
 
     @torch.no_grad()
@@ -2939,10 +2929,9 @@ def run_search(work, record, run_pass):
     """
     settings = work.settings
     # "We equally split the original training set into two parts" (appendix B): for ΔW, and for Θ and Φ.
-    tokens = work.tokens["train"]
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(derive(settings.seed, 11)))
-    weight_half = work.batches([tokens[i] for i in order[0::2]], 12)
-    architecture_half = work.batches([tokens[i] for i in order[1::2]], 13)
+    tokens = shuffled(work.tokens["train"], derive(settings.seed, 11))
+    weight_half = work.batches(tokens[0::2], 12)
+    architecture_half = work.batches(tokens[1::2], 13)
     steps = settings.search_epochs * len(weight_half)
     warmup = settings.warmup_epochs * len(weight_half)
 
@@ -2952,7 +2941,7 @@ def run_search(work, record, run_pass):
           f"{space.param_counts[:, -1].sum():,} parameters at rank {settings.ranks[-1]}\n"
           f"budget {search.budget:,} ({1e4 * search.budget / work.size:.2f} of 10,000), at most {steps} "
           f"steps, triggers from step {search.first_trigger} on", flush=True)
-    state = record.begin("search", log=[])
+    state = record.begin("search")
     if state is not None:
         search.load_state_dict(state)
 
@@ -2965,7 +2954,7 @@ def run_search(work, record, run_pass):
         text = (f"search {line['step']}/{steps}  loss {line['loss_train']:.3f}  beta {line['beta']:.2f}  "
                 f"E {line['expected']:,.0f}/{search.budget:,}  kept {line['kept']}  "
                 f"triggers {line['triggers']}/{settings.triggers}")
-        record.after_step(line["step"], left, text, search.state_dict, show=left == 0)
+        record.after_step(line["step"], left, text, search.state_dict(), left == 0)
 
     structure = search.run(weight_half, architecture_half, settings.model, after_step)
     missing = settings.triggers - record.stored["log"][-1]["triggers"]
@@ -2989,7 +2978,7 @@ def run_training(work, record, peft, state, run_pass):
         if "score" in line:
             text += (f"  epoch {line['step'] // len(batches)}/{settings.epochs}: validation "
                      f"{work.metric} {line['score']:.2f}, best {state['best'][0]:.2f}")
-        record.after_step(line["step"], line["steps"] - line["step"], text, lambda: state, "score" in line)
+        record.after_step(line["step"], line["steps"] - line["step"], text, state, "score" in line)
 
     return train(work.model, peft, batches, work.validate, settings.epochs, settings.lr,
                  weight_decay=settings.weight_decay, seed=settings.seed, run_pass=run_pass, state=state,
@@ -3006,7 +2995,8 @@ def run(settings, choose_pass):
 
     # The data as text, and the backbone.
     work = Work(settings, device)
-    record.require_same_content(work.data_digest(given), backbone_sample(work.model))
+    data = digest(repr([work.splits, work.tokens, given]).encode())
+    record.require_same_content(data, backbone_sample(work.model))
     if "test" in record.stored:
         print(f"{record.path} holds this run, finished: nothing to do (--fresh starts over)\n"
               f"{results(record.stored)}")
@@ -3014,26 +3004,27 @@ def run(settings, choose_pass):
     print(*work.lines(given), sep="\n", flush=True)
 
     # The search, unless a structure is there: found before the run was killed, or given.
-    search_seconds = record.stored.get("search_seconds", 0.0)
     if "structure" in record.stored:
         structure = Structure(**record.stored["structure"])
     elif given is not None:
         structure = given
     else:
         structure = run_search(work, record, choose_pass(settings, work.model, device))
-        search_seconds = record.elapsed()
+        record.stored["search_seconds"] = record.elapsed()
 
     # Fresh modules of that structure, trained on all of train.
     peft = apply(work.model, structure, derive(settings.seed, 14))
-    state = record.begin("train", structure=dataclasses.asdict(structure), search_seconds=search_seconds)
+    record.stored["structure"] = dataclasses.asdict(structure)
+    state = record.begin("train")
     save_structure(structure, record.path / "structure.json")
     print(picture(structure, work.model), flush=True)
     validation = run_training(work, record, peft, state, choose_pass(settings, work.model, device))
     save_weights(peft, record.path / "peft.safetensors")
 
     # The one look at the test set.
-    metrics = {**facts(work, record, structure, search_seconds), "validation": validation,
-               **test_scores(work, peft)}
+    metrics = facts(work, record, structure)
+    metrics["validation"] = validation
+    metrics.update(test_scores(work, peft))
     if settings.model == "toy":                                 # its backbone is nowhere else
         with failing(f"{record.path}/backbone can't be written", ": make room, or change --out"):
             work.model.save_pretrained(record.path / "backbone")
@@ -3043,9 +3034,10 @@ def run(settings, choose_pass):
     return metrics
 
 
-def facts(work, record, structure, search_seconds):
+def facts(work, record, structure):
     """What metrics.json says of a run besides its scores."""
     settings = work.settings
+    search_seconds = record.stored["search_seconds"]
     train_seconds = record.elapsed()
     return {"task": settings.task, "seed": settings.seed, "space": structure.space,
             "modules": len(structure.modules), "parameters": structure.parameters,
@@ -3057,18 +3049,17 @@ def facts(work, record, structure, search_seconds):
             "code": record.stored["content"]["code"],
             "digests": {name: digest((record.path / name).read_bytes())
                         for name in ("structure.json", "peft.safetensors")},
-            "settings": record.identity, "versions": versions(work.device)}
+            "settings": record.stored["settings"], "versions": versions(work.device)}
 
 
 def test_scores(work, peft):
     """Test scores: with the modules, without them, and of the most frequent answer. Takes the modules off."""
-    metric = METRICS[work.metric]
     scores = {"metric": work.metric, "test": work.score("test")}
     peft.detach()
     scores["test_untouched"] = work.score("test")
-    frequent = Counter(e.target.strip() for e in work.splits["train"]).most_common(1)[0][0]
+    frequent = statistics.mode(e.target.strip() for e in work.splits["train"])
     answers = [e.answers for e in work.splits["test"]]
-    scores["test_most_frequent"] = metric([frequent] * len(answers), answers)
+    scores["test_most_frequent"] = METRICS[work.metric]([frequent] * len(answers), answers)
     return scores
 
 

@@ -1926,11 +1926,11 @@ def test_section_5_which_file_of_a_split_is_read(tmp_path):
         (tmp_path / name).unlink()
     with pytest.raises(UsageError, match="rte/train.parquet.*--task custom for a file of your own"):
         bipeft.read_split("rte", "train", tmp_path)
-    assert bipeft.read_split("custom", "test", tmp_path, needed=False) is None
+    assert bipeft.read_split("custom", "test", tmp_path) is None
     (tmp_path / "Test.CSV").write_text("source,target\na,b\n")
     for copy_of_it in ("test.csv.bak", "test.old.csv"):
         (tmp_path / copy_of_it).write_text("")
-    assert bipeft.read_split("custom", "test", tmp_path, needed=False) == [{"source": "a", "target": "b"}]
+    assert bipeft.read_split("custom", "test", tmp_path) == [{"source": "a", "target": "b"}]
 
 
 def test_section_5_parquet_has_numbers_as_they_are_stored(tmp_path):
@@ -1943,7 +1943,7 @@ def test_section_5_parquet_has_numbers_as_they_are_stored(tmp_path):
         assert [(e.source, e.target) for e in found] == [("true", "3.8"), ("false", "2.0")]
     (tmp_path / "test.xlsx").write_text("source\ttarget\n")
     with pytest.raises(UsageError, match="of .*test.parquet, .* there must be one, and there is test.xlsx"):
-        bipeft.read_split("custom", "test", tmp_path, needed=False)
+        bipeft.read_split("custom", "test", tmp_path)
     with pytest.raises(UsageError, match="source that is no text: datetime"):
         bipeft.to_examples("custom", {"source": datetime.date(2020, 1, 31), "target": "x"})
 
@@ -2200,9 +2200,8 @@ def lost(tokenizer, targets, sources=("say 0", "say 1", "say"), causal=False, ma
     """What `check_texts` tells of three examples of train, and of targets of test."""
     examples = [bipeft.Example(source, target, ()) for source, target in zip(sources, targets)]
     tokens = bipeft.tokenize(tokenizer, examples, max_length, causal)
-    settings = bipeft.Settings(max_length=max_length)
     splits = {"train": examples, "test": [bipeft.Example("say", text, ()) for text in test]}
-    return bipeft.check_texts(tokenizer, splits, {"train": tokens}, settings, causal, {1, 19})
+    return bipeft.check_texts(tokenizer, splits, {"train": tokens}, max_length, causal, {1, 19})
 
 
 def test_section_6_what_a_model_can_not_read_or_say_is_told():
@@ -2277,7 +2276,7 @@ def test_section_6_predictions_are_those_of_each_input_alone(name, folders):
     given = model.generation_config.to_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        together = bipeft.predict(model, tokenizer, tokens, 4, "cpu")
+        together = bipeft.predict(model, tokenizer, tokens, 4)
     assert model.training and model.generation_config.to_dict() == given                 # as they were found
     model.eval()
     ends = {1, *folders.get("eos_token_id", [])}
@@ -2539,7 +2538,7 @@ def world(tmp_path_factory):
 
 RTE = "--task rte --data-dir {root}/data --model {root}/model "
 BAD = [  # arguments, and words that the message must hold
-    ("--task sst3", "unknown task 'sst3' rte --help"),
+    ("--task sst3", "invalid --task 'sst3' rte --help"),
     ("--space s3", "unknown space 's3' s1 lora"),
     ("--no-such-flag 1", "unrecognized --no-such-flag --help"),
     ("--seed 0 0", "--seed different"),
@@ -2690,9 +2689,9 @@ def assert_answers(run, examples, model=None):
     """A run, loaded from its folder, gives its two test scores again, with its modules and without them."""
     model, tokenizer, peft = bipeft.load_run(run, model=model)
     tokens = bipeft.tokenize(tokenizer, examples, 128, not model.config.is_encoder_decoder)
-    said = bipeft.predict(model, tokenizer, tokens, 4, "cpu")
+    said = bipeft.predict(model, tokenizer, tokens, 4)
     peft.detach()
-    untouched = bipeft.predict(model, tokenizer, tokens, 4, "cpu")
+    untouched = bipeft.predict(model, tokenizer, tokens, 4)
     answers, metrics = [e.answers for e in examples], metrics_of(run)
     assert untouched != said and not model.training
     assert bipeft.accuracy(said, answers) == metrics["test"]
@@ -2927,7 +2926,7 @@ def test_section_8_a_checkpoint_is_written_every_minute_too(tmp_path):
     record.begin("search")
     for age, saved in ((0, None), (61, 2)):
         record.saved_at -= age
-        record.after_step(2, 1, "text", lambda: 2, show=False)
+        record.after_step(2, 1, "text", 2, show=False)
         assert torch.load(tmp_path / "checkpoint.pt")["state"] == saved
     record.save(torch.zeros(1000))
     content = bytearray((tmp_path / "checkpoint.pt").read_bytes())

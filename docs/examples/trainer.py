@@ -32,7 +32,7 @@ def found(model, tokens, args):
 def score(model, tokenizer, examples):
     """Accuracy of what a model answers to examples, in per cent."""
     tokens = bipeft.tokenize(tokenizer, examples, 32)
-    said = bipeft.predict(model, tokenizer, tokens, 256, model.device)
+    said = bipeft.predict(model, tokenizer, tokens, 256)
     return bipeft.accuracy(said, [e.answers for e in examples])
 
 
