@@ -59,7 +59,6 @@ import reprlib
 import statistics
 import string
 import sys
-import textwrap
 import time
 import types
 import warnings
@@ -2354,7 +2353,10 @@ def write_atomically(path, content):
 
 def one_line(error):
     """An exception's message on one line, cut to what a person reads."""
-    return textwrap.shorten(str(error), 160, placeholder=" ...") or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) > 160:
+        text = text[:157] + "..."
+    return text
 
 
 @contextlib.contextmanager
@@ -2682,6 +2684,8 @@ def loader_of(name):
     with failing(what, MODEL_ADVICE):
         if Path(name, "adapter_config.json").is_file():
             raise ValueError("it is a peft adapter, not a backbone")
+        if Path(name, "metrics.json").is_file():
+            raise ValueError("it is a run's folder, not a backbone")
         config = transformers.AutoConfig.from_pretrained(name)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError("it is quantised, which the library takes, but not the command line")

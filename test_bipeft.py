@@ -2533,6 +2533,9 @@ def world(tmp_path_factory):
     bipeft.save_structure(a_structure(), root / "structure.json")
     (root / "runs" / "structure_alone").mkdir(parents=True)
     (root / "runs" / "structure_alone" / "structure.json").write_text("{}")
+    for name, file in (("a_run", "metrics.json"), ("an_adapter", "adapter_config.json")):
+        (root / name).mkdir()
+        (root / name / file).write_text("{}")
     return root
 
 
@@ -2561,6 +2564,8 @@ BAD = [  # arguments, and words that the message must hold
     ("--task rte --data-dir {root}/data --model {root}/no_weights", "no_weights can't be loaded"),
     ("--task rte --data-dir {root}/data --model {root}/no_start", "can't be loaded decoder_start_token_id"),
     ("--task rte --data-dir {root}/data --model {root}/damaged", "backbone is damaged encoder.block.0 nan"),
+    ("--task rte --data-dir {root}/data --model {root}/a_run", "a_run can't be loaded a run's folder"),
+    ("--task rte --data-dir {root}/data --model {root}/an_adapter", "an_adapter can't be loaded a peft adapter"),
     ("--task rte --data-dir {root}/data --model ./models/t5", "./models/t5 no such folder"),
     ("--task custom --data-dir {root}/data --model {root}/model --metric F1", "metric F1 target none --metric"),
     ("--task rte --metric F1", "--metric custom"),
