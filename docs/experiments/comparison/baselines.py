@@ -721,8 +721,7 @@ FINDERS = {
     "full": lambda bench, budget: {"full": bench.structure([], budget)},
     "whole": lambda bench, budget: {"all of S2": everywhere(bench, is_in_s2, 8, budget)},
     # LoRA within the budget, and as it is mostly used; adapters by Houlsby et al. 2019, at Pfeiffer's places.
-    "lora": lora,
-    "lora-8": lambda bench, budget: {"LoRA, r = 8": everywhere(bench, is_query_or_value, 8, budget)},
+    "lora": lora, "lora-8": lambda bench, budget: {"LoRA, r = 8": everywhere(bench, is_query_or_value, 8, budget)},
     "serial": lambda bench, budget: {"serial adapter": spread(bench, budget, is_kind("serial"))},
     # Ben Zaken et al. 2022, y + b, within the budget and everywhere; a kind of S2, S3Delta's space.
     "bitfit": lambda bench, budget: {"BitFit": spread(bench, budget, is_kind("bitfit"))},
@@ -740,23 +739,19 @@ FINDERS = {
     "b-d": lambda bench, budget: differential(bench, budget, "b → d", ("theta", "phi")),
     "d-b": lambda bench, budget: differential(bench, budget, "d → b", ("phi", "theta")),
 }
-CORE = {
-    "BIPEFT": Method("bipeft"), "one look": Method("bipeft"), "random": Method("chance", cheap=True),
-    "matched random": Method("bipeft"), "LoRA": Method("lora", cheap=True),
-    "all of S2": Method("whole", cheap=True, free=True), "head alone": Method("head", True, True, HEAD_RATES),
-    "full": Method("full", True, True, FULL_RATES, whole=True),
-}
-MORE = {
-    "S3Delta-M": Method("s3delta"), "PrunePEFT": Method("prunepeft"), "BitFit": Method("bitfit", cheap=True),
-    "LNFit": Method("lnfit", cheap=True), "biases on even norms": Method("even-norms", cheap=True),
-    "LoRA, r = 8": Method("lora-8", cheap=True, free=True),
-    "all biases": Method("all-biases", cheap=True, free=True), "serial adapter": Method("serial", cheap=True),
-    "BIPEFT, S1": Method("bipeft-s1"), "BIPEFT, all": Method("bipeft-all"),
-    "S3Delta-M, hard": Method("s3delta-hard"), "S3Delta-M, lr 3e-3": Method("s3delta-lr"),
-    "S3Delta-M, scale 16": Method("s3delta-16"), "PrunePEFT, 4 rounds": Method("prunepeft-4"),
-    "AdaLoRA": Method("adalora", cheap=True),
-    "random, best of 3": Method("best-random"), "AutoPEFT": Method("autopeft"),
-}
+CORE = {"BIPEFT": Method("bipeft"), "one look": Method("bipeft"), "random": Method("chance", cheap=True),
+        "matched random": Method("bipeft"), "LoRA": Method("lora", cheap=True),
+        "all of S2": Method("whole", cheap=True, free=True), "head alone": Method("head", True, True, HEAD_RATES),
+        "full": Method("full", True, True, FULL_RATES, whole=True)}
+MORE = {"S3Delta-M": Method("s3delta"), "PrunePEFT": Method("prunepeft"), "BitFit": Method("bitfit", cheap=True),
+        "LNFit": Method("lnfit", cheap=True), "biases on even norms": Method("even-norms", cheap=True),
+        "LoRA, r = 8": Method("lora-8", cheap=True, free=True),
+        "all biases": Method("all-biases", cheap=True, free=True), "serial adapter": Method("serial", cheap=True),
+        "BIPEFT, S1": Method("bipeft-s1"), "BIPEFT, all": Method("bipeft-all"),
+        "S3Delta-M, hard": Method("s3delta-hard"), "S3Delta-M, lr 3e-3": Method("s3delta-lr"),
+        "S3Delta-M, scale 16": Method("s3delta-16"), "PrunePEFT, 4 rounds": Method("prunepeft-4"),
+        "AdaLoRA": Method("adalora", cheap=True), "random, best of 3": Method("best-random"),
+        "AutoPEFT": Method("autopeft")}
 LLAMA_CORE = ("BIPEFT", "LoRA", "biases on even norms", "matched random", "random", "one look", "BitFit",
               "LNFit", "LoRA, r = 8", "all biases")                                      # first on a Llama
 ACROSS = ("BIPEFT", "one look", "random", "LoRA", "S3Delta-M, hard", "matched random", "serial adapter",
@@ -767,8 +762,7 @@ ABLATIONS = {name: Method(finder) for name, finder in {
 VARIANTS = {           # Tables 6-10, and readings that are ours; in each one thing differs from BIPEFT
     **{f"Z = {z}": {"triggers": z} for z in (10, 50, 200)},
     **{f"gamma = {g:g}": {"gamma": g} for g in (0.5, 0.75, 1.0)},
-    **{f"H = {h}": {"window": h} for h in (3, 10, 20)},
-    **{f"tau = {t:g}": {"tau": t} for t in (0.1, 0.5, 0.95)},
+    **{f"H = {h}": {"window": h} for h in (3, 10, 20)}, **{f"tau = {t:g}": {"tau": t} for t in (0.1, 0.5, 0.95)},
     **{f"warm-up {share:.0%}": {"warmup_share": share} for share in (0.0, 0.17, 0.75)},
     **{f"search lr {lr:g}": {"lr": lr} for lr in (3e-4, 3e-3, 6e-3)},
     "Eq. 2 as a sum": {"cls": SummedSensitivity}, "temperature to 0.1": {"cls": OtherTemperature},

@@ -99,13 +99,17 @@ class Data:
         return {name: cells for name, cells in found.items() if cells}
 
     def contrasts(self, names, budget=None, seeds=None, without=None):
-        """Of BIPEFT against each of a family; what is not under the budget is a family of its own for Holm.
+        """Of BIPEFT against each of a family; what is not under the budget is a family of its own for Holm. Of a run
+        that was cut off a seed that lacks a task doesn't count: its mean would be of other tasks.
 
         seeds: which alone count, if not all.   without: {name: cells} that don't count.
         """
-        scores = {name: {cell: score for cell, score in cells.items() if (seeds is None or cell[1] in seeds)
-                         and cell not in (without or {}).get(name, ())}
-                  for name, cells in self.scores(["BIPEFT", *names], budget).items()}
+        scores = {}
+        for name, cells in self.scores(["BIPEFT", *names], budget).items():
+            tasks, held = {task for task, _ in cells}, Counter(seed for _, seed in cells)
+            scores[name] = {(task, seed): score for (task, seed), score in cells.items()
+                            if (seeds is None or seed in seeds) and (task, seed) not in (without or {}).get(name, ())
+                            and (held[seed] == len(tasks) or name == "BIPEFT")}
         base = scores.pop("BIPEFT", {})
         free = {name: scores.pop(name) for name in list(scores) if METHODS[name].free}
         return {**contrasts(base, scores), **contrasts(base, free)}

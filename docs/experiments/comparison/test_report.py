@@ -106,6 +106,8 @@ def test_tables_by_hand():
     # 1 and 3: mean 2, 12.706 · 1.414 / 1.414 to each side; 2 of 4 sign vectors.
     told = report.contrast_table(data.contrasts(["LoRA"]), data.tasks)
     assert "| LoRA | +2.00 | +2.00 | −10.71 to +14.71 | +2.00 [−10.71, +14.71] | 2 of 2 | 0.5 | 0.5 |" in told
+    # Seed 1 of random lacks sst2: 80 - 70 and 90 - 70 alone are pairs.
+    assert data.contrasts(["random"])["random"].pairs == {("qnli", 0): 10.0, ("sst2", 0): 20.0}
     # 80 - 78 and 84 - 82: what was found on qnli itself is better.
     assert "| sst2 | +2.00 | +2.00 | +2.00 to +2.00 | +2.00 [+2.00, +2.00] | 2 of 2 | 0.5 | 0.5 |" in report.transfer(data)
 
