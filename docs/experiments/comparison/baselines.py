@@ -766,8 +766,7 @@ VARIANTS = {           # Tables 6-10, and readings that are ours; in each one th
     **{f"warm-up {share:.0%}": {"warmup_share": share} for share in (0.0, 0.17, 0.75)},
     **{f"search lr {lr:g}": {"lr": lr} for lr in (3e-4, 3e-3, 6e-3)},
     "Eq. 2 as a sum": {"cls": SummedSensitivity}, "temperature to 0.1": {"cls": OtherTemperature},
-    "gates open for s": {"cls": OpenSensitivity}, "LoRA scale 16": {},
-}
+    "gates open for s": {"cls": OpenSensitivity}, "LoRA scale 16": {}}
 SENSITIVITY = {name: Method(f"variant:{name}", rate_of=None if "scale" in name else "BIPEFT") for name in VARIANTS}
 SCALES = {"variant:LoRA scale 16": 16.0, "s3delta-16": 16.0}              # of LoRA, 1 elsewhere
 METHODS = {**CORE, **MORE, **ABLATIONS, **SENSITIVITY}

@@ -2,8 +2,7 @@
 
     python docs/experiments/comparison/compare.py --small                               all of it, tiny, on a CPU
     python docs/experiments/comparison/compare.py --prepare --model DIR --data-dir DIR  once: runs/compare, 48 MB
-    python docs/experiments/comparison/compare.py --table main --workers 14             the comparison, on a GPU
-    python docs/experiments/comparison/compare.py --table budgets                       or another of TABLES
+    python docs/experiments/comparison/compare.py --table main --workers 14             or another of TABLES, on a GPU
     python docs/experiments/comparison/compare.py --table cost --workers 1              Table 3: nothing beside it
     python docs/experiments/comparison/report.py                                        tables and figures
 

@@ -285,8 +285,7 @@ def table_1(data, budget):
     told = "; ".join(f"{name} on {task}, seed {seed} ({score:.1f})" for name, cells in failed.items()
                      for (task, seed), score in cells.items())
     whole = ["### Pairs without failed trainings",
-             textwrap.fill(f"Within {FAILED} points of always the most frequent answer end: "
-                           f"{told}.", 110),
+             textwrap.fill(f"Within {FAILED} points of always the most frequent answer end: {told}.", 110),
              contrast_table(data.contrasts(RIVALS, budget, without=failed), data.tasks)] if failed else []
     later = [f"### Pairs on seeds {min(LATER)} to {max(LATER)} alone",
              contrast_table(data.contrasts(RIVALS, budget, seeds=LATER), data.tasks)] if seeds >= LATER else []
@@ -314,6 +313,9 @@ def report(data):
     budgets = {x["budget"] for x in data.reported if x["method"] == "BIPEFT"}
     for budget in sorted(budgets, key=data.order) or [0]:
         parts += table_1(data, budget)
+    own = {size(data, of): cells for of in sorted(budgets) for cells in data.scores(["BIPEFT"], of).values()}
+    base, head = own.pop(size(data, data.budget), {}), f"BIPEFT at {size(data, data.budget)} − at"
+    parts += ["## BIPEFT's budgets", contrast_table(contrasts(base, own), data.tasks, head)]
     parts += family(data, "Table 2: ablations", ABLATIONS, uncut)
     parts += ["## Table 3: cost, alone on the device", cost(data), "## Table 4: transfer", transfer(data)]
     used = [("steps", lambda of: mean([x.get("steps") for x in of], 0)),
