@@ -77,6 +77,7 @@ try:
     import torch.nn.functional as F
     import transformers
     from torch import nn
+    from transformers import AttentionInterface, AttentionMaskInterface     # which loads most of it
 except (ImportError, OSError, KeyboardInterrupt) as error:
     if __name__ != "__main__":
         raise
@@ -617,7 +618,7 @@ def prefix_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     prefix: of `Prefix.forward`, or None: plain attention.   Returns ([batch, q, heads, d_kv], None).
     """
     if prefix is None:
-        plain = transformers.AttentionInterface()["sdpa"]
+        plain = AttentionInterface()["sdpa"]
         return plain(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                      position_bias=position_bias, **kwargs)
     keys, values, openness = prefix
@@ -650,8 +651,8 @@ def additive_mask(*args, dtype=torch.float32, **more):
 
 
 # transformers' public registries are where a prefix comes in.
-transformers.AttentionInterface.register("bipeft_prefix", prefix_attention)
-transformers.AttentionMaskInterface.register("bipeft_prefix", additive_mask)
+AttentionInterface.register("bipeft_prefix", prefix_attention)
+AttentionMaskInterface.register("bipeft_prefix", additive_mask)
 
 
 def width(place):
@@ -1338,7 +1339,7 @@ class Search:
         return self.phi.detach().double().softmax(1)
 
     def potential_ranks(self, rank_weights):
-        """v, [N], of softmax(Φ), whose arg-max is Φ's; kinds without a rank count as 0 [D5]."""
+        """v, [N], at a step, of its softmax(Φ), [N, K]; kinds without a rank count as 0 [D5]."""
         ranked = self.kept & self.space.ranked
         return potential_ranks(rank_weights, self.space.dim, ranked, self.fixed, self.choice)
 
@@ -1642,17 +1643,19 @@ def load_splits(name, data_dir, seed):
     if name == "toy":
         return toy_splits(seed)
     train = read_split(name, "train", data_dir)
-    validation = read_split(name, "validation_matched" if name == "mnli" else "validation", data_dir)
+    original = read_split(name, "validation_matched" if name == "mnli" else "validation", data_dir)
     test = None
     if name == "custom":
         test = read_split(name, "test", data_dir)
-    if TASKS[name].carve:
+    if test is not None:
+        validation = original
+    elif TASKS[name].carve:
         # Large data sets give 2,000 rows of train to validation; the original validation set is the test.
-        test = validation
         validation, train = drawn(train, min(2000, len(train) // 2), seed)
-    elif test is None:
+        test = original
+    else:
         # Of small ones the original validation set is halved.
-        validation, test = drawn(validation, len(validation) // 2, seed)
+        validation, test = drawn(original, len(original) // 2, seed)
     splits = {}
     for key, rows in {"train": train, "validation": validation, "test": test}.items():
         splits[key] = []
@@ -1680,7 +1683,7 @@ def shuffled(rows, seed):
 
 def read_split(name, split, data_dir):
     """The rows of a split, [{column: value}], from the hub or a file: DIR/<task>/<split>.csv or another of
-    READERS, of custom also DIR/<split>.csv.   None for a test without a file.   Raises UsageError.
+    READERS, of custom also DIR/<split>.csv.   None for custom's test without a file.   UsageError.
     """
     if data_dir is not None:
         where = find_file(name, split, data_dir)
@@ -1715,7 +1718,7 @@ def read_split(name, split, data_dir):
 
 
 def find_file(name, split, data_dir):
-    """The one file of a split; None for a test without a file, of which none is needed.   UsageError."""
+    """The one file of a split; None if custom has no test, which it needs not.   Raises UsageError."""
     if not Path(data_dir).is_dir():
         raise UsageError(f"--data-dir {data_dir} is no folder: give the one that holds the files")
     folder = Path(data_dir, name)
@@ -1726,7 +1729,7 @@ def find_file(name, split, data_dir):
         paths += folder.glob("*")
         advice = "have just one there (a spreadsheet is exported), or give another --data-dir"
     there = sorted(path for path in paths if path.name.lower().startswith(f"{split}."))
-    if not there and split == "test":
+    if not there and (name, split) == ("custom", "test"):
         return None
     files = [path for path in there if path.stem.lower() == split and path.suffix.lower() in READERS]
     if len(files) != 1:
@@ -1794,7 +1797,7 @@ def read_csv(path):
     """[{column: text}] of a .csv file in UTF-8, with commas, semicolons or tabs; an empty cell is None."""
     csv.field_size_limit(2**31 - 1)                             # else 131,072 characters
     text = text_in(path)
-    head = text.partition("\n")[0]
+    head = re.split("[\r\n]", text, maxsplit=1)[0]
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
     rows = []
     try:
@@ -2083,8 +2086,8 @@ def check_texts(tokenizer, splits, tokens, max_length, causal, ends):
             lost[f"targets are cut at --max-length {max_length}"].append(e.target)
         if text != e.target.strip():
             otherwise.append(f"{SHORT.repr(e.target)} as {SHORT.repr(text)}")
-    for what, at in (("inputs", 0), ("targets", 1)):
-        texts = [pair[at] for pair in tokens["train"]]
+    for what, texts in (("inputs", [source for source, _ in tokens["train"]]),
+                        ("targets", [target for _, target in tokens["train"]])):
         if all(text == texts[0] for text in texts):
             alike = SHORT.repr(decoded(tokenizer, texts[0], ends))
             raise UsageError(f"to the model all {what} of train are alike, {alike}: there is nothing to "
@@ -2098,16 +2101,16 @@ def check_texts(tokenizer, splits, tokens, max_length, causal, ends):
     return lines
 
 
-@dataclass
 class Batches:
     """Padded batches of what `tokenize` returns; seed and epoch decide their order, no seed keeps it."""
 
-    tokens: list
-    batch_size: int
-    device: torch.device            # or its name
-    seed: int = None
-    causal: bool = False
-    epoch: int = 0
+    def __init__(self, tokens, batch_size, device, seed=None, causal=False):
+        self.tokens = tokens
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self.seed = seed
+        self.causal = causal
+        self.epoch = 0
 
     def set_epoch(self, epoch):
         """Chooses the order of the next pass."""
@@ -2118,12 +2121,13 @@ class Batches:
 
     def order(self):
         """Lists of row numbers, a batch each, in the order of the present epoch [D52]."""
+        numbers = list(range(len(self.tokens)))
         if self.seed is None:
-            return cut(range(len(self.tokens)), self.batch_size)
+            return cut(numbers, self.batch_size)
         rng = torch.Generator().manual_seed(derive(self.seed, 9, self.epoch))
         batches = []
         # Of every 16 batches' worth those of like length share a batch, which halves the padding.
-        numbers = torch.randperm(len(self.tokens), generator=rng).tolist()
+        numbers = torch.randperm(len(numbers), generator=rng).tolist()
         for window in cut(numbers, 16 * self.batch_size):
             window.sort(key=lambda i: len(self.tokens[i][0]))
             batches += cut(window, self.batch_size)
@@ -2132,7 +2136,7 @@ class Batches:
     def __iter__(self):
         for indices in self.order():
             rows = [self.tokens[i] for i in indices]
-            if torch.device(self.device).type == "cuda":
+            if self.device.type == "cuda":
                 # Rows without a label fill the last batch up, so that few CUDA graphs serve all.
                 rows += [([1], [])] * (min(self.batch_size, len(self.tokens)) - len(rows))
             yield collate(rows, self.device, self.causal)
@@ -2382,7 +2386,9 @@ def save_weights(peft, path):
     """Writes the trained weights, of the modules and of also_train, atomically, as safetensors, and beside
     them what tells the backbone from others.
     """
-    tensors = {name: p.detach().cpu() for name, p in peft.named_weights().items()}
+    tensors = {}
+    for name, p in peft.named_weights().items():                # safetensors takes no views of others
+        tensors[name] = p.detach().cpu().clone(memory_format=torch.contiguous_format)
     backbone = json.dumps(backbone_sample(peft.model, peft.places, peft.head.parameters.values()))
     write_atomically(path, safetensors.torch.save(tensors, {"backbone": backbone}))
 
@@ -2392,23 +2398,23 @@ def backbone_sample(model, places=None, learnt=()):
 
     places: as of `Peft`.   learnt: parameters to pass over, since they learn.
     """
-    chosen = []                             # (a number's name, its tensor, its index there)
+    chosen = []                             # (a number's name, its tensor, the number)
     for name, _, place in (places or places_of)(model):
         p = next(place.parameters(), None)
         if p is not None:
-            chosen.append((name, p, p.numel() // 2))
+            chosen.append((name, p, p.detach().flatten()[p.numel() // 2]))
     embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    words = max(embeddings, key=len, default=())
-    for row in (5, 50, 500, 5000):
-        if row < len(words):
-            chosen.append((f"word {row}", words, row * words.shape[1]))
+    if embeddings:
+        words = max(embeddings, key=len)
+        for row in (5, 50, 500, 5000):
+            if row < len(words):
+                chosen.append((f"word {row}", words, words.detach()[row, 0]))
     found = {}
-    for name, p, at in chosen:
+    for name, p, number in chosen:
         if not p.is_meta and not any(p is other for other in learnt):
-            number = float(p.detach().flatten()[at])
-            if not math.isfinite(number):
-                raise UsageError(f"the backbone is damaged: {name} holds {number}; get it anew")
-            found[name] = number
+            found[name] = float(number)
+            if not math.isfinite(found[name]):
+                raise UsageError(f"the backbone is damaged: {name} holds {found[name]}; get it anew")
     return found
 
 
@@ -2431,8 +2437,8 @@ def load_weights(peft, path):
     with failing(f"{path} can't be read as weights of these modules"):
         stored = safetensors.torch.load_file(path)
         backbone = backbone_of(path)
-        found = {(name, t.shape) for name, t in stored.items()}
-        wanted = {(name, p.shape) for name, p in own.items()}
+        found = {(name, *t.shape) for name, t in stored.items()}
+        wanted = {(name, *p.shape) for name, p in own.items()}
         if found != wanted:
             raise ValueError(f"another structure's: names or shapes differ, first {min(found ^ wanted)}")
     now = backbone_sample(peft.model, peft.places, peft.head.parameters.values())
@@ -2741,8 +2747,9 @@ def choose_device(name):
         tried = torch.zeros(1, device=name)
         tried.item()
         if tried.device.type == "cuda":
-            torch.cuda.set_device(tried.device)         # whose graphs and random states are used
-        return tried.device                             # of a GPU it has a number, which that needs
+            # Its graphs and random states are used; that takes a number, as cuda:0 has.
+            torch.cuda.set_device(tried.device)
+        return tried.device
 
 
 def choose_pass(settings, model, device):
@@ -2788,7 +2795,7 @@ class Record:
                 backbone = backbone_of(self.path / "peft.safetensors")
                 stored["content"] = {"data": stored["data"], "backbone": backbone, "code": stored.get("code")}
             before = stored["settings"]
-        for name, now in self.stored["settings"].items():
+        for name, now in self.stored["settings"].items():      # this run's, until what is read replaces them
             if before.get(name) != now:
                 raise UsageError(f"{self.path} holds another run: its --{name.replace('_', '-')} is "
                                  f"{before.get(name)}, now it is {now}; {self.ADVICE}")
@@ -2864,8 +2871,9 @@ def locked(folder):
                 yield
             finally:
                 lock.unlink()
-                if made and not any(lock.parent.iterdir()):
-                    lock.parent.rmdir()
+                if made:
+                    with contextlib.suppress(OSError):           # it holds a run
+                        lock.parent.rmdir()
     except filelock.Timeout:
         raise UsageError(f"another process works in {folder}: wait for it, or name another --out") from None
 
@@ -2958,7 +2966,7 @@ def run_search(work, record, run_pass):
         text = (f"search {line['step']}/{steps}  loss {line['loss_train']:.3f}  beta {line['beta']:.2f}  "
                 f"E {line['expected']:,.0f}/{search.budget:,}  kept {line['kept']}  "
                 f"triggers {line['triggers']}/{settings.triggers}")
-        record.after_step(line["step"], left, text, search.state_dict(), left == 0)
+        record.after_step(line["step"], left, text, search.state_dict(), show=left == 0)
 
     structure = search.run(weight_half, architecture_half, settings.model, after_step)
     missing = settings.triggers - record.stored["log"][-1]["triggers"]
@@ -2982,7 +2990,7 @@ def run_training(work, record, peft, state, run_pass):
         if "score" in line:
             text += (f"  epoch {line['step'] // len(batches)}/{settings.epochs}: validation "
                      f"{work.metric} {line['score']:.2f}, best {state['best'][0]:.2f}")
-        record.after_step(line["step"], line["steps"] - line["step"], text, state, "score" in line)
+        record.after_step(line["step"], line["steps"] - line["step"], text, state, show="score" in line)
 
     return train(work.model, peft, batches, work.validate, settings.epochs, settings.lr,
                  weight_decay=settings.weight_decay, seed=settings.seed, run_pass=run_pass, state=state,
@@ -2999,8 +3007,8 @@ def run(settings, choose_pass):
 
     # The data as text, and the backbone.
     work = Work(settings, device)
-    data = digest(repr([work.splits, work.tokens, given]).encode())
-    record.require_same_content(data, backbone_sample(work.model))
+    content = json.dumps([work.splits, work.tokens, given], default=dataclasses.asdict)
+    record.require_same_content(digest(content.encode()), backbone_sample(work.model))
     if "test" in record.stored:
         print(f"{record.path} holds this run, finished: nothing to do (--fresh starts over)\n"
               f"{results(record.stored)}")
