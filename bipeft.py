@@ -2564,7 +2564,7 @@ def fail(message):
 def parse(arguments, settings_class=Settings):
     """[Settings], one for each seed of a command line, with defaults of the task.   UsageError."""
     parser = argparse.ArgumentParser(
-        "bipeft.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+        program_of(settings_class), description=__doc__.split("\n\n")[0], allow_abbrev=False,
         argument_default=argparse.SUPPRESS)                 # a flag that is not given is left out
     parser.error = fail
     texts = help_texts(settings_class)
@@ -2605,6 +2605,11 @@ def parse(arguments, settings_class=Settings):
             settings.out = f"{settings.out}/seed-{seed}"
         several.append(settings)
     return several
+
+
+def program_of(settings_class):
+    """The name of the file that a class of settings stands in: bipeft.py, or another program's."""
+    return Path(inspect.getfile(settings_class)).name
 
 
 def help_texts(settings_class):
@@ -3159,7 +3164,7 @@ def main(arguments=None, settings_class=Settings, choose_pass=choose_pass):
                    "another --out; then the same command goes on")
     except KeyboardInterrupt:
         message = "stopped: the same command, without --fresh, goes on from the last checkpoint"
-    print(f"bipeft.py: {message}", file=sys.stderr)
+    print(f"{program_of(settings_class)}: {message}", file=sys.stderr)
     return 2
 
 

@@ -162,7 +162,7 @@ def test_killed_processes_go_on_to_what_one_undisturbed_finds(tmp_path):
     assert small_toy(tmp_path, 0, "one") == 0
     codes, line, _ = two_processes(tmp_path, small_toy, "run", True)
     assert codes == [2, -signal.SIGKILL] and line.count("\n") == 1, line
-    assert line.startswith("bipeft.py: another process of this run is lost") and "the same command goes on" in line
+    assert line.startswith("scale.py: another process of this run is lost") and "the same command goes on" in line
     assert torch.load(tmp_path / "run" / "checkpoint.pt")["state"]["steps_done"] == 4
     assert two_processes(tmp_path, small_toy, "run", False, "--accumulate", "3")[0] == [0, 0]
     assert "going on from" in (tmp_path / "out-0").read_text() and (tmp_path / "out-1").read_text() == ""
@@ -181,5 +181,5 @@ def test_torchrun_tells_a_mistake_of_all_once(tmp_path):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                            HERE / "scale.py", "--task", "toy", "--accumulate", "0", "--out", tmp_path],
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
-    assert done.stderr.count("bipeft.py: --accumulate 0 must lie in") == 1 and "exitcode  : 2" in done.stderr
+    assert done.stderr.count("scale.py: --accumulate 0 must lie in") == 1 and "exitcode  : 2" in done.stderr
     assert done.returncode != 0 and done.stdout == "" and list(tmp_path.iterdir()) == []
