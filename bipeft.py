@@ -77,7 +77,7 @@ try:
     import torch.nn.functional as F
     import transformers
     from torch import nn
-    from transformers import AttentionInterface, AttentionMaskInterface     # which loads most of it
+    from transformers import AttentionInterface, AttentionMaskInterface     # loads most of transformers
 except (ImportError, OSError, KeyboardInterrupt) as error:
     if __name__ != "__main__":
         raise
@@ -1718,7 +1718,7 @@ def read_split(name, split, data_dir):
 
 
 def find_file(name, split, data_dir):
-    """The one file of a split; None if custom has no test, which it needs not.   Raises UsageError."""
+    """The one file of a split; None for custom's test, which is optional, if there is none.   UsageError."""
     if not Path(data_dir).is_dir():
         raise UsageError(f"--data-dir {data_dir} is no folder: give the one that holds the files")
     folder = Path(data_dir, name)
@@ -2752,7 +2752,7 @@ def choose_device(name):
         tried = torch.zeros(1, device=name)
         tried.item()
         if tried.device.type == "cuda":
-            # Its graphs and random states are used; that takes a number, as cuda:0 has.
+            # Graphs and random states are the current GPU's; a tensor's device has its number, as cuda:0.
             torch.cuda.set_device(tried.device)
         return tried.device
 

@@ -294,7 +294,7 @@ def table_1(data, budget):
             "Of the cells (task, seed) that all rows with a mean have.", score_table(data, RIVALS, budget),
             f"### Pairs at {budget:,} parameters",
             "Plus: BIPEFT is better. 95 %: t interval of the mean over pairs; over seeds: of seeds' means, in brackets.\n"
-            "p: exact sign-flip test over pairs. Holm: over the methods within the budget.",
+            "p: exact sign-flip test over pairs (of seeds with all tasks). Holm: over the methods within the budget.",
             contrast_table(data.contrasts(RIVALS, budget), data.tasks), *whole, *later]
 
 
