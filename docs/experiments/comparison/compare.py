@@ -294,12 +294,11 @@ def attempt(job):
 
 
 class Run:
-    """The plan's jobs, given out while there is time, and their lines, taken into --out and plan."""
+    """The plan, and the lines of its jobs, taken into --out and the plan."""
 
     def __init__(self, args):
         self.out, self.lines, self.started = args.out, read(args.out), time.time()
         self.plan = Plan(wanted_of(args), self.lines, args)
-        self.minutes = args.minutes
         if not self.plan.wanted:
             raise bipeft.UsageError("no training is asked for: --table has none of --methods that can be run here")
         if self.out.exists() and not self.out.read_bytes().endswith(b"\n"):
@@ -307,10 +306,6 @@ class Run:
                 file.write("\n")                                    # of a run that was killed in a line
         print(f"{len(self.plan.wanted)} trainings asked for, "
               f"{sum(line.get('stage') == 'train' for line in self.lines)} lines there")
-
-    def next(self):
-        """As Plan.next: None if all wait for others, False if none is left, or no time."""
-        return self.plan.next() if time.time() - self.started < 60 * self.minutes else False
 
     def take(self, job, lines):
         """The lines of a job, which is over; of no job, None, a worker's first."""
@@ -339,12 +334,12 @@ class Run:
 
 
 def carry_out_all(args, settings):
-    """Does the plan's jobs, here or on workers; hands none out when time is over."""
+    """Does the plan's jobs, here or on workers."""
     run = Run(args)
     if args.workers == 0:
         begin(settings)
         run.take(None, first_line())
-        while job := run.next():
+        while job := run.plan.next():
             run.take(job, attempt(job))
     else:
         context = multiprocessing.get_context("spawn")
@@ -356,7 +351,7 @@ def carry_out_all(args, settings):
             while running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     run.take(running.pop(future), future.result())
-                while len(running) < args.workers and (job := run.next()):
+                while len(running) < args.workers and (job := run.plan.next()):
                     running[pool.submit(attempt, job)] = job
     print(f"{time.time() - run.started:.0f} s; not done: {run.plan.missing()} trainings")
 
@@ -448,7 +443,6 @@ def parser_of():
     add("--budget", type=int, default=10_000)
     add("--budgets", nargs="+", type=int, default=[3_000, 25_000, 45_000], help="of --table budgets")
     add("--workers", type=int, default=0)
-    add("--minutes", type=float, default=1e9, help="then stop: the same command goes on")
     for field in dataclasses.fields(Settings):
         if field.name != "workers":
             kind = {"action": "store_true"} if field.type is bool else {"default": field.default, "type": field.type}

@@ -6,8 +6,7 @@
 Needs the project's packages, matplotlib and scipy. The comparison's rules are in compare.py, its methods in
 baselines.py, formulas in stats.py. Reported are trainings on seeds that no rate was chosen on, each at its method's
 chosen rate. A cell is a task and a seed; a pair is BIPEFT and another method in one cell, its difference BIPEFT's score
-less the other's: plus means that BIPEFT is better, in every table and figure. Intervals are t intervals. A part whose
-lines are not there says so in a line.
+less the other's: plus means that BIPEFT is better, in every table and figure. What lacks its lines says so in a line.
 """
 
 import argparse
@@ -132,11 +131,6 @@ def table(head, rows):
     return "\n".join(lines) if rows else "no data yet"
 
 
-def span(mean, half):
-    """An interval as text."""
-    return f"{signed(mean - half)} to {signed(mean + half)}" if half == half else "–"
-
-
 # 2. Tables
 
 def rates(data):
@@ -192,8 +186,9 @@ def contrast_table(found, tasks, head="BIPEFT −"):
     tasks, rows = [task for task in tasks if any(task == of for c in found.values() for of, *_ in c.pairs)], []
     for name, c in found.items():
         by_task = [[d for (of, *_), d in c.pairs.items() if of == task] for task in tasks]
-        rows.append([name, *(signed(np.mean(d)) if d else "–" for d in by_task), signed(c.mean), span(c.mean, c.half),
-                     interval(c), f"{c.above} of {len(c.pairs)}", f"{c.p:.2g}", f"{c.holm:.2g}"])
+        rows.append([name, *(signed(np.mean(d)) if d else "–" for d in by_task), signed(c.mean),
+                     f"{signed(c.mean - c.half)} to {signed(c.mean + c.half)}", interval(c),
+                     f"{c.above} of {len(c.pairs)}", f"{c.p:.2g}", f"{c.holm:.2g}"])
     return table([head, *tasks, "mean", "95 %", "mean over seeds", "above", "p", "Holm"], rows)
 
 
@@ -289,9 +284,13 @@ def table_1(data, budget):
              contrast_table(data.contrasts(RIVALS, budget, without=failed), data.tasks)] if failed else []
     later = [f"### Pairs on seeds {min(LATER)} to {max(LATER)} alone",
              contrast_table(data.contrasts(RIVALS, budget, seeds=LATER), data.tasks)] if seeds >= LATER else []
+    counts = {name: len(cells) for name, cells in data.scores(RIVALS, budget).items()}
+    longest = [name for name, count in counts.items() if count == max(counts.values())]
+    more = ["### Scores of the methods with the most seeds",
+            score_table(data, longest, budget)] if 2 * len(longest) < len(counts) else []
     share = f", {1e4 * budget / data.backbone:.2f} of 10,000" if data.backbone else ""
     return [f"## Table 1: test scores at {budget:,} parameters{share}",
-            "Of the cells (task, seed) that all rows with a mean have.", score_table(data, RIVALS, budget),
+            "Of the cells (task, seed) that all rows with a mean have.", score_table(data, RIVALS, budget), *more,
             f"### Pairs at {budget:,} parameters",
             "Plus: BIPEFT is better. 95 %: t interval of the mean over pairs; over seeds: of seeds' means, in brackets.\n"
             "p: exact sign-flip test over pairs (of seeds with all tasks). Holm: over the methods within the budget.",
@@ -314,8 +313,10 @@ def report(data):
     for budget in sorted(budgets, key=data.order) or [0]:
         parts += table_1(data, budget)
     own = {size(data, of): cells for of in sorted(budgets) for cells in data.scores(["BIPEFT"], of).values()}
+    own |= {f"random, {size(data, of)}": data.scores(["random"], of)["random"]             # Table 10
+            for of in sorted(budgets) if of > data.budget and data.of("random", of)}
     base, head = own.pop(size(data, data.budget), {}), f"BIPEFT at {size(data, data.budget)} − at"
-    parts += ["## BIPEFT's budgets", contrast_table(contrasts(base, own), data.tasks, head)]
+    parts += ["## Tables 5 and 10: other budgets", contrast_table(contrasts(base, own), data.tasks, head)]
     parts += family(data, "Table 2: ablations", ABLATIONS, uncut)
     parts += ["## Table 3: cost, alone on the device", cost(data), "## Table 4: transfer", transfer(data)]
     used = [("steps", lambda of: mean([x.get("steps") for x in of], 0)),
@@ -330,8 +331,7 @@ def report(data):
 
 
 def main(arguments=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = compare.Parser(description=__doc__, formatter_class=raw)
+    parser = compare.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=Path, default=HERE / "results" / "compare.jsonl")
     parser.add_argument("--figures", type=Path, default=HERE.parents[1] / "figures", help="the figures' folder")
     parser.add_argument("--beside", type=Path, help="another file of lines: a figure of both over their budgets")

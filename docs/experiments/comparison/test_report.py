@@ -125,6 +125,16 @@ def test_failed_trainings_are_named_and_left_out_of_pairs_of_their_own():
     assert "| random | +6.97 |" in before and "| random | +6.97 |" in whole
 
 
+def test_larger_budgets_and_more_seeds_have_tables_of_their_own():
+    lines = [line(name, "qnli", seed, 1e-3, 70.0 + seed) for name, seeds in (
+        ("BIPEFT", 3), ("LoRA", 3), ("random", 2), ("BitFit", 2), ("LNFit", 2)) for seed in range(seeds)]
+    lines += [line(name, "qnli", seed, 1e-3, 60.0, 20_000) for name in ("BIPEFT", "random") for seed in range(2)]
+    told = report.report(report.Data(lines))
+    first, more = told.partition("### Pairs")[0].split("### Scores of the methods with the most seeds")
+    assert "| BIPEFT | 70.5 ± 0.7 |" in first and "| BIPEFT | 71.0 ± 1.0 |" in more and "| BitFit |" not in more
+    assert "| random, 20,000 | +10.50 |" in told and "most seeds" not in told.partition("at 20,000 parameters")[2]
+
+
 def test_cost_is_of_what_ran_alone():
     timed = [find("BIPEFT", "qnli", 900, workers=1, seconds=30.0), find("BIPEFT", "qnli", 900, seconds=99.0),
              line("BIPEFT", "qnli", 900, 1e-3, 70.0, workers=1, seconds=20.0, memory=650),
