@@ -109,7 +109,7 @@ def draw_places(data):
             ax.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if share > 0.5 else INK)
     ax.set_xticks(range(len(layers)), layers)
     ax.set_yticks(range(len(GROUPS)), GROUPS)
-    ax.set_xlabel("layer; a number: modules kept there per search (·: none); shade: the share kept of the places there")
+    ax.set_xlabel("layer; a number: modules kept per search (·: below 0.1); shade: the share kept of the places there")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(True)
     return fig
