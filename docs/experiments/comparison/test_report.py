@@ -188,7 +188,8 @@ def unknown_numbers(text):
     cells = {cell for row in known for cell in row}
     unknown = [found for found in re.findall(r"\d+\.\d ± \d+\.\d", text) if found not in cells]
     for mean, low, high in re.findall(r"([+−][\d.]+)\s\[([+−][\d.]+),\s([+−][\d.]+)\]", text):
-        unknown += [f"{mean} [{low}, {high}]"] if f"{mean} [{low}, {high}]" not in cells else []
+        turned = f"{mean} [{high}, {low}]".translate(str.maketrans("+−", "−+"))         # the other less it
+        unknown += [f"{mean} [{low}, {high}]"] if not {f"{mean} [{low}, {high}]", turned} & cells else []
     for name, *rest in rows_of(text):
         if name in of:
             unknown += [f"{name}: {number}" for number in re.findall(NUMBER, str(rest)) if number not in of[name]]
