@@ -48,12 +48,8 @@ def is_query_or_value(kind, name):
     return kind == "lora" and name.split(".")[-1] in ("query", "value", "q", "v", "q_proj", "v_proj")
 
 
-def is_in_s2(kind, name):
-    return kind in bipeft.SPACES["s2"]
-
-
-def is_kind(wanted):
-    return lambda kind, name: kind == wanted
+def is_kind(*wanted):
+    return lambda kind, name: kind in wanted
 
 
 def even_norms(bench, budget):
@@ -131,17 +127,19 @@ def bipeft_search(bench, budget, kinds="s2", cls=bipeft.Search, name="BIPEFT", *
     s = bench.settings
     warmup = settings.pop("warmup", s.warmup)
     settings = bipeft.Settings(**{"budget": budget, "lr": s.search_lr, "seed": bench.seed, **settings})
-    looks, started = {}, time.perf_counter()
+    looks, losses, started = {}, [], time.perf_counter()
 
     def look(run, line):
         if line["step"] == warmup:
             looks["s"], looks["passes"] = run.smoothed.tolist(), bench.passes
             looks["seconds"] = round(time.perf_counter() - started, 2)
         looks["steps"], looks["missing"] = line["step"], settings.triggers - line["triggers"]
+        losses.append(line["loss_train"])
     with Supernet(bench, kinds) as net:
         run = cls(bench.model, net.space, settings, s.search_steps, warmup, net.run_pass)
         found = run.run(*net.batches, after_step=look)
-        told = {"steps": looks["steps"], "made_up": looks["missing"]}
+        told = {"steps": looks["steps"], "made_up": looks["missing"],
+                "losses": [round(sum(part) / len(part), 3) for part in (losses[:warmup], losses[warmup:]) if part]}
         if name != "BIPEFT":
             return {name: (found, told)}
         n = len(net.space)
@@ -719,7 +717,7 @@ FINDERS = {
     # Linear probing, full fine-tuning, and what BIPEFT picks from.
     "head": lambda bench, budget: {"head alone": bench.structure([], budget)},
     "full": lambda bench, budget: {"full": bench.structure([], budget)},
-    "whole": lambda bench, budget: {"all of S2": everywhere(bench, is_in_s2, 8, budget)},
+    "whole": lambda bench, budget: {"all of S2": everywhere(bench, is_kind(*bipeft.SPACES["s2"]), 8, budget)},
     # LoRA within the budget, and as it is mostly used; adapters by Houlsby et al. 2019, at Pfeiffer's places.
     "lora": lora, "lora-8": lambda bench, budget: {"LoRA, r = 8": everywhere(bench, is_query_or_value, 8, budget)},
     "serial": lambda bench, budget: {"serial adapter": spread(bench, budget, is_kind("serial"))},

@@ -85,6 +85,7 @@ def test_matched_structures_have_the_same_kinds_ranks_and_sizes(bench):
     alike = [sorted((m["kind"], m["rank"] or 0, m["parameters"]) for m in found[name][0].modules)
              for name in ("BIPEFT", "matched random")]
     assert alike[0] == alike[1]
+    assert [0 < loss < 5 for loss in found["BIPEFT"][1]["losses"]] == [True, True]        # in the warm-up, and after it
 
 
 def test_pruning_takes_a_later_slice_only_after_the_earlier():
