@@ -19,8 +19,8 @@ import torch
 
 from harness import Supernet, bipeft, first_fit
 
-# Of trainings within a search, from an earlier run: of random structures, by family, and of BIPEFT's in S1.
-INNER_RATES, S1_RATE = {"bert": 6e-3, "llama": 3e-3}, 2.5e-3
+# Of trainings within a search, by family, from an earlier run: of random structures, and of BIPEFT's in S1.
+INNER_RATES, S1_RATES = {"bert": 6e-3, "llama": 3e-3}, {"bert": 2.5e-3, "llama": 1e-2}
 
 
 # 1. Fixed and random structures
@@ -416,35 +416,31 @@ def autopeft(bench, budget):
     """AutoPEFT (Zhou et al. 2024), S1 under one budget: a size of {0, 1, 4, 8} each for serial adapter, parallel
     adapter and prefix, shared by all layers, and a switch a layer; of 0.9 B .. B. Random evaluations, then
     batches of 4 by the expected improvement of a Gaussian process (propose), each training a tenth of the
-    steps at INNER_RATES in the entangled space; the best 3 are trained in full at S1_RATE, and the best on validation
-    wins.
-
-    So few layers have few configurations: every admissible one is scored, where the paper walks to neighbours.
+    steps at INNER_RATES in the entangled space; the best 3 are trained in full at S1_RATES, and the best on validation
+    wins. Where the paper walks to neighbours, every admissible configuration of few layers is scored, and of many
+    those of 1,500 random sets of layers, the size of a set drawn first.
     """
     s = bench.settings
     steps = max(1, round(s.bo_share * s.steps))
     with Supernet(bench, "s1", lr=INNER_RATES[s.family], search=False) as net:
         configurations = Configurations(net)
-        admitted = configurations.admitted(budget)
-        fresh = net.weights()
-
-        def evaluate(config):
-            return short_training(net, *configurations.arrange(config), fresh, steps)
-        cheap = optimise(evaluate, admitted, s, bench.seed)
+        admitted, fresh = configurations.admitted(budget), net.weights()
+        cheap = optimise(lambda config: short_training(net, *configurations.arrange(config), fresh, steps), admitted, s,
+                         bench.seed)
         structures = [net.chosen(*configurations.arrange(config), budget)
                       for config in sorted(cheap, key=cheap.get, reverse=True)[:s.bo_full]]
     scored = []
     for structure in structures:
-        peft, best, _ = bench.train(structure, S1_RATE)
+        peft, best, _ = bench.train(structure, S1_RATES[s.family])
         peft.detach()
         scored.append(best)
     return {"AutoPEFT": structures[scored.index(max(scored))]}
 
 
 class Configurations:
-    """AutoPEFT's space on a supernet of S1: tuples of a size each kind, 0 to 3 for {0, 1, 4, 8}, and a switch each
-    layer.
-    """
+    """AutoPEFT's space on a supernet of S1: tuples of a size a kind, 0 to 3 for {0, 1, 4, 8}, and a switch a layer."""
+
+    few = 8                                                         # so many layers are few
 
     def __init__(self, net):
         self.net, self.kinds = net, bipeft.SPACES["s1"]
@@ -462,7 +458,13 @@ class Configurations:
 
     def admitted(self, budget):
         """Those of 0.9 B .. B or, if none comes to 0.9 B, of 0.9 to 1 times the largest."""
-        every = itertools.product(*[range(4)] * len(self.kinds), *[(0, 1)] * len(self.ordered))
+        layers, rng = len(self.ordered), random.Random(bipeft.derive(self.net.bench.seed, 29))
+        if layers <= self.few:
+            sets = list(itertools.product((0, 1), repeat=layers))
+        else:
+            counts = rng.choices(range(1, layers + 1), k=1500)
+            sets = [[int(i < count) for i in rng.sample(range(layers), layers)] for count in counts]
+        every = ((*sizes, *on) for sizes in itertools.product(range(4), repeat=len(self.kinds)) for on in sets)
         priced = {config: size for config in every if 0 < (size := self.cost(config)) <= budget}
         highest = max(priced.values())
         low = 0.9 * (budget if highest >= 0.9 * budget else highest)

@@ -228,9 +228,7 @@ def wanted_of(args):
         if name in names and not importlib.util.find_spec(package):
             print(f"{name} is left out: {package} is not installed")
             names.remove(name)
-    installed = set(names)
-    if args.family == "llama":                                      # it has no head, and many layers
-        installed -= {"head alone", "AutoPEFT"}
+    installed = set(names) - ({"head alone"} if args.family == "llama" else set())             # a Llama has none
 
     def of(names, seeds, budget=args.budget, tasks=args.tasks, **more):
         for seed, name, task in itertools.product(seeds, [n for n in names if n in installed], tasks):

@@ -69,7 +69,7 @@ def test_a_rate_without_finite_numbers_is_not_chosen_and_chance_does_not_choose(
     ("--prepare --model nowhere", "--prepare needs --model"),
     ("--prepare --model HERE --data-dir HERE", "can't be loaded"),
     ("--small --table none", "--table: invalid choice"), ("--small --seeds 100", "must differ"),
-    ("--small --family llama --table main --methods AutoPEFT", "no training is asked for"),
+    ("--small --family llama --table main --methods entangled", "no training is asked for"),
     ("--small --family t5", "--family is bert or llama, not t5"),
     ("--small --out HERE/code.py", "does not hold compare.py's lines"), ("--small --out HERE", "can't be read"),
     ("--table main --folder HERE --tasks wic", "holds no task wic")])

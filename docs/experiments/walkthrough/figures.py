@@ -99,10 +99,9 @@ class Record:
         self.gone = np.where(self.kept[-1], self.T + 1, (~self.kept).argmax(0))               # [N], the step
         self.cells = [where(name) for name in self.names]
         self.found = {f"{m['name']}.{m['kind']}": m["rank"] or "x" for m in structure.modules}
-        flips = [t for t in range(self.first - 1) if len(self.passes[t]) == 3
-                 and (self.passes[t][0]["gate"] != self.passes[t][2]["gate"]).any()]
-        self.flips = flips
-        self.told = 1 + min(flips or range(self.first - 1), key=lambda t: abs(t - self.first / 2))   # a step, 1 .. T
+        self.flips = [t for t in range(self.first - 1) if len(self.passes[t]) == 3
+                      and (self.passes[t][0]["gate"] != self.passes[t][2]["gate"]).any()]
+        self.told = 1 + min(self.flips or range(self.first - 1), key=lambda t: abs(t - self.first / 2))   # a step, 1 .. T
         self.changed = [n for n in range(self.N) if self.names[n] in self.found and not (       # by the repair
             self.kept[-1, n] and self.found[self.names[n]] in ("x", self.ranks[self.choice[-1, n]]))]
         z = settings.triggers - -(-settings.triggers // 10)                     # triggers before p = 1 [D4]
