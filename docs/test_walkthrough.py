@@ -1,7 +1,4 @@
-"""docs/walkthrough.md against bipeft.py, its figures and the runs that made them.
-
-    python -m pytest -q docs/test_walkthrough.py
-"""
+"""docs/walkthrough.md against bipeft.py, its figures and the runs that made them."""
 
 import json
 import re

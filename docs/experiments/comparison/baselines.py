@@ -424,9 +424,12 @@ def autopeft(bench, budget):
     steps = max(1, round(s.bo_share * s.steps))
     with Supernet(bench, "s1", lr=INNER_RATES[s.family], search=False) as net:
         configurations = Configurations(net)
-        admitted, fresh = configurations.admitted(budget), net.weights()
-        cheap = optimise(lambda config: short_training(net, *configurations.arrange(config), fresh, steps), admitted, s,
-                         bench.seed)
+        admitted = configurations.admitted(budget)
+        fresh = net.weights()
+
+        def evaluate(config):
+            return short_training(net, *configurations.arrange(config), fresh, steps)
+        cheap = optimise(evaluate, admitted, s, bench.seed)
         structures = [net.chosen(*configurations.arrange(config), budget)
                       for config in sorted(cheap, key=cheap.get, reverse=True)[:s.bo_full]]
     scored = []
@@ -440,7 +443,7 @@ def autopeft(bench, budget):
 class Configurations:
     """AutoPEFT's space on a supernet of S1: tuples of a size a kind, 0 to 3 for {0, 1, 4, 8}, and a switch a layer."""
 
-    few = 8                                                         # so many layers are few
+    few = 8             # up to so many layers all sets of them are looked at
 
     def __init__(self, net):
         self.net, self.kinds = net, bipeft.SPACES["s1"]

@@ -222,16 +222,15 @@ def key_of(job):
 
 
 def wanted_of(args):
-    """All trainings of the tables asked for, the important ones first; those for rates follow from them."""
-    names = list(args.methods or METHODS)
+    """The trainings of the tables asked for, important ones first; those for rates follow. A Llama has no head."""
+    names = [name for name in args.methods or METHODS if name != "head alone" or args.family != "llama"]
     for name, package in {"AdaLoRA": "peft", "AutoPEFT": "botorch"}.items():
         if name in names and not importlib.util.find_spec(package):
             print(f"{name} is left out: {package} is not installed")
             names.remove(name)
-    installed = set(names) - ({"head alone"} if args.family == "llama" else set())             # a Llama has none
 
-    def of(names, seeds, budget=args.budget, tasks=args.tasks, **more):
-        for seed, name, task in itertools.product(seeds, [n for n in names if n in installed], tasks):
+    def of(some, seeds, budget=args.budget, tasks=args.tasks, **more):
+        for seed, name, task in itertools.product(seeds, [n for n in some if n in names], tasks):
             yield {"method": name, "task": task, "budget": budget, "seed": seed, "source": None, "tuning": False,
                    **more}
     for table in args.table:
@@ -248,7 +247,7 @@ def wanted_of(args):
                 yield from of(["BIPEFT", *(ABLATIONS if table == "ablations" else SENSITIVITY)], [seed])
         elif table == "budgets":
             for seed, budget in itertools.product(args.seeds, args.budgets):
-                yield from of([name for name in ACROSS if name in installed], [seed], budget=budget)
+                yield from of([name for name in ACROSS if name in names], [seed], budget=budget)
         elif table == "transfer":
             for seed, source in itertools.product(args.seeds, args.tasks):
                 yield from of(["BIPEFT"], [seed], tasks=[t for t in args.tasks if t != source], **{"source": source})

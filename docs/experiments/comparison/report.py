@@ -316,8 +316,8 @@ def report(data):
             for of in sorted(budgets) if of > data.budget and data.of("random", of)}
     base, head = own.pop(size(data, data.budget), {}), f"BIPEFT at {size(data, data.budget)} − at"
     parts += ["## Tables 5 and 10: other budgets", contrast_table(contrasts(base, own), data.tasks, head)]
-    uncut = "uncut", lambda of: shown([x.get("uncut") for x in of], 0)
-    parts += family(data, "Table 2: ablations", ABLATIONS, [uncut])
+    uncut = [("uncut", lambda of: shown([x.get("uncut") for x in of], 0))]
+    parts += family(data, "Table 2: ablations", ABLATIONS, uncut)
     parts += ["## Table 3: cost, alone on the device", cost(data), "## Table 4: transfer", transfer(data)]
     used = [("steps", lambda of: mean([x.get("steps") for x in of], 0)),
             ("made up", lambda of: mean([x.get("made_up") for x in of], 0)),

@@ -1,7 +1,4 @@
-"""Each method of the comparison, and what they stand on, on a tiny random encoder.
-
-    python -m pytest docs/experiments/comparison/test_baselines.py
-"""
+"""Each method of the comparison, and what they stand on, on a tiny random encoder."""
 
 import itertools
 import re
@@ -80,13 +77,25 @@ def test_the_method_of_copying_md_is_one_like_any_other(bench):
     assert names["by_gradient"](bench, 600)["gradients"] == structure
 
 
-def test_matched_structures_have_the_same_kinds_ranks_and_sizes(bench):
+def test_matched_structures_have_the_same_kinds_ranks_and_sizes(bench, monkeypatch):
     bench.open("toy", 3)
+    told, log_line = [], bipeft.Search.log_line
+    monkeypatch.setattr(bipeft.Search, "log_line", lambda *given: told.append(log_line(*given)) or told[-1])
     found = baselines.find(bench, "bipeft", 600)
     alike = [sorted((m["kind"], m["rank"] or 0, m["parameters"]) for m in found[name][0].modules)
              for name in ("BIPEFT", "matched random")]
     assert alike[0] == alike[1]
-    assert [0 < loss < 5 for loss in found["BIPEFT"][1]["losses"]] == [True, True]        # in the warm-up, and after it
+    parts = [[line["loss_train"] for line in part] for part in (told[:6], told[6:])]           # a warm-up of six steps
+    assert found["BIPEFT"][1]["losses"] == pytest.approx([sum(part) / len(part) for part in parts], abs=1e-3)
+
+
+def test_of_many_layers_autopeft_prices_random_sets(llama, monkeypatch):
+    llama.open("toy", 0)
+    with Supernet(llama, "s1") as net:
+        space = baselines.Configurations(net)
+        every = space.admitted(600)
+        monkeypatch.setattr(baselines.Configurations, "few", 3)
+        assert set(space.admitted(600)) == set(every)                          # 1,500 find all 15 sets of four layers
 
 
 def test_pruning_takes_a_later_slice_only_after_the_earlier():

@@ -1,7 +1,4 @@
-"""The comparison's harness: rates, the plan, the command line, workers; on a tiny random encoder.
-
-    python -m pytest docs/experiments/comparison/test_compare.py
-"""
+"""The comparison's harness: rates, the plan, the command line, workers; on a tiny random encoder."""
 
 import argparse
 import gzip

@@ -1,7 +1,4 @@
-"""The report's statistics by hand, and the report of lines made up here.
-
-    python -m pytest docs/experiments/comparison/test_report.py
-"""
+"""The report's statistics by hand, and the report of lines made up here."""
 
 import itertools
 import re

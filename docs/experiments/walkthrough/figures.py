@@ -32,6 +32,7 @@ from matplotlib.colors import ListedColormap                                    
 from matplotlib.patches import Patch, Rectangle                                    # noqa: E402
 
 import bipeft                                                                      # noqa: E402
+import compare                                                                     # noqa: E402
 from palette import BLUE, COLOUR, INK, KINDS, ORANGE, PALE, SOFT, STYLE, WIDTH, save, where    # noqa: E402
 
 RESULTS = Path(__file__).resolve().parents[1] / "comparison" / "results"
@@ -101,7 +102,7 @@ class Record:
         self.found = {f"{m['name']}.{m['kind']}": m["rank"] or "x" for m in structure.modules}
         self.flips = [t for t in range(self.first - 1) if len(self.passes[t]) == 3
                       and (self.passes[t][0]["gate"] != self.passes[t][2]["gate"]).any()]
-        self.told = 1 + min(self.flips or range(self.first - 1), key=lambda t: abs(t - self.first / 2))   # a step, 1 .. T
+        self.told = 1 + min(self.flips or range(self.first - 1), key=lambda t: abs(t - self.first / 2))    # 1 .. T
         self.changed = [n for n in range(self.N) if self.names[n] in self.found and not (       # by the repair
             self.kept[-1, n] and self.found[self.names[n]] in ("x", self.ranks[self.choice[-1, n]]))]
         z = settings.triggers - -(-settings.triggers // 10)                     # triggers before p = 1 [D4]
@@ -470,7 +471,7 @@ def main(arguments=None):
     args.out.mkdir(parents=True, exist_ok=True)                         # before the work, not after it
     plt.rcParams.update(STYLE)
     real = recorded(RESULTS / "smollm2_search")
-    lines = map(json.loads, (RESULTS / "compare_smollm2.jsonl").read_text().splitlines())
+    lines = compare.read(RESULTS / "compare_smollm2.jsonl")
     places = next(x["places"] for x in lines if x["stage"] == "places")
     save(real_search(*real), args.out / "smollm2-search.png")
     save(real_structure(places, real[1]), args.out / "smollm2-structure.png")

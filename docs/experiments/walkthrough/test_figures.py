@@ -1,7 +1,4 @@
-"""The walk's figures at a small size: all come out, and what is drawn is the program's own search.
-
-    python -m pytest docs/experiments/walkthrough/test_figures.py         skipped without matplotlib
-"""
+"""The walk's figures at a small size: all come out, and what is drawn is the program's own search."""
 
 import copy
 import json
