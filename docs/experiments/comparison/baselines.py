@@ -696,6 +696,26 @@ class OtherTemperature(bipeft.Search):
             self.theta, self.phi = theta, phi
 
 
+class ClippedDescent(bipeft.Search):
+    """Delta W descends on gradients clipped to a norm of 1; s is of them as they are."""
+
+    def magnitude(self, gradients):
+        found = super().magnitude(gradients)
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        return found
+
+
+class RisingRate(bipeft.Search):
+    """Delta W's rate rises from 0 in the first tenth of T, times its fall."""
+
+    def step(self, *batches):
+        highest = self.settings.lr
+        self.settings.lr = highest * min(1, 10 * (self.steps_done + 1) / self.steps)
+        line = super().step(*batches)
+        self.settings.lr = highest
+        return line
+
+
 # 7. All of them, by name
 
 # Ladders of learning rates: the second to the fourth are tried, and more as long as the best is at an edge.
@@ -769,7 +789,8 @@ VARIANTS = {           # Tables 6-10, and readings that are ours; in each one th
     **{f"warm-up {share:.0%}": {"warmup_share": share} for share in (0.0, 0.17, 0.75)},
     **{f"search lr {lr:g}": {"lr": lr} for lr in (3e-4, 3e-3, 6e-3)},
     "Eq. 2 as a sum": {"cls": SummedSensitivity}, "temperature to 0.1": {"cls": OtherTemperature},
-    "gates open for s": {"cls": OpenSensitivity}, "LoRA scale 16": {}}
+    "gates open for s": {"cls": OpenSensitivity}, "LoRA scale 16": {},
+    "clipped descent": {"cls": ClippedDescent}, "rising search lr": {"cls": RisingRate}}
 SENSITIVITY = {name: Method(f"variant:{name}", rate_of=None if "scale" in name else "BIPEFT") for name in VARIANTS}
 SCALES = {"variant:LoRA scale 16": 16.0, "s3delta-16": 16.0}              # of LoRA, 1 elsewhere
 METHODS = {**CORE, **MORE, **ABLATIONS, **SENSITIVITY}
