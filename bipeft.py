@@ -114,6 +114,7 @@ class Settings:
     arch_lr: float = 0.01               # learning rate of Θ and Φ
     structure: str = None               # a structure.json to train: no search
     lr: float = 3e-4                    # learning rate of ΔW, falling linearly to 0 (custom 1e-3, toy 5e-3)
+    clip: float = None                  # the most that the norm of ΔW's gradient is in a search (custom: 1)
     weight_decay: float = 1e-4          # of ΔW, Θ and Φ
     batch_size: int = None              # examples a step (32, ReCoRD and custom 16)
     seed: int = 0                       # one or more numbers: of splits, weights, draws
@@ -1179,10 +1180,10 @@ class Search:
     """The state of Algorithm 1, and what it does in a step, at a trigger, and in all.
 
     model: its forward takes a batch's entries as keywords and returns a loss.   space: attached to it.
-    settings: a Settings, of which it reads budget, triggers, tau, gamma, window, lr, arch_lr, weight_decay
-    and seed.   steps: T.   warmup: steps before the first trigger may come [D7].   run_pass: who computes
-    losses and gradients, a function as `forward_backward`.   Raises UsageError for a budget that leaves
-    nothing to search, and for modules that are not on the model.
+    settings: a Settings, of which it reads budget, triggers, tau, gamma, window, lr, clip, arch_lr,
+    weight_decay and seed.   steps: T.   warmup: steps before the first trigger may come [D7].   run_pass: who
+    computes losses and gradients, a function as `forward_backward`.   Raises UsageError for a budget that
+    leaves nothing to search, and for modules that are not on the model.
     """
 
     STATE = ("kept", "fixed", "choice", "smoothed", "indicators", "rank_history", "steps_done",
@@ -1237,8 +1238,7 @@ class Search:
             self.model, space, gate.detach(), ranks.detach(), train_batch, self.weights)
         train_gradients = self.gradients()                      # w and G of one moment [D1]
         train_magnitude = self.magnitude(train_gradients)
-        self.weight_optimizer.param_groups[0]["lr"] = settings.lr * (1 - self.steps_done / self.steps)
-        self.weight_optimizer.step()
+        self.update_weights()
         # "Optimize Θ and Φ iteratively" (3.5): Θ on D_val, the same Φ held; it gives G(D_val), too [D8]
         theta_loss = self.run_pass(
             self.model, space, gate, ranks.detach(), theta_batch, [self.theta, *self.weights])
@@ -1323,6 +1323,14 @@ class Search:
         sampled = gumbel_softmax(self.phi, noise[1], temperature)
         decided = F.one_hot(self.choice, sampled.shape[1]).to(sampled.dtype)
         return gate, torch.where(self.fixed[:, None], decided, sampled)
+
+    def update_weights(self):
+        """A step of ΔW on the gradients of the last pass [D12]."""
+        settings = self.settings
+        if settings.clip is not None:
+            nn.utils.clip_grad_norm_(self.weights, settings.clip)
+        self.weight_optimizer.param_groups[0]["lr"] = settings.lr * (1 - self.steps_done / self.steps)
+        self.weight_optimizer.step()
 
     def gradients(self):
         """G of the last pass, [P]."""
@@ -1569,7 +1577,7 @@ TASKS = {
     "wic": Task(("word", "sentence1", "sentence2"), BINARY, "accuracy", 15, 2, 256),
     # a person's own, and one that is made here
     "custom": Task(("source",), (), "accuracy", 20, 2, batch_size=16, answer="target",
-                   defaults={"lr": 1e-3, "triggers": 30}),                          # measured [D83]
+                   defaults={"lr": 1e-3, "clip": 1.0, "triggers": 30}),             # measured [D12, D83]
     "toy": Task((), ("good", "bad"), "accuracy", 7, 4, defaults={
         "model": "toy", "lr": 5e-3, "budget": 0.03, "triggers": 30, "search_epochs": 5}),
 }
@@ -2551,7 +2559,7 @@ def fuse_norms(model):
 
 # Settings that act in a search alone; with --structure they would do nothing, in silence.
 SEARCH_ALONE = ("space", "ranks", "budget", "triggers", "tau", "gamma", "window", "search_epochs",
-                "warmup_epochs", "arch_lr")
+                "warmup_epochs", "clip", "arch_lr")
 # Those that are one of a few names.
 CHOICES = {"task": TASKS, "metric": METRICS, "dtype": ("float32", "bfloat16", "float16")}
 

@@ -1406,10 +1406,10 @@ def plain_pass(search, weights, gate, ranks, batch):
     return loss.item(), [bipeft.flatten([p.grad for p in own]) for own in leaves]
 
 
-@pytest.mark.parametrize("space, t, temperature", [("s1", 0, 5), ("s2", 4, 3), ("s1", 8, 1)])
-def test_section_4_a_step_is_algorithm_1_done_by_hand(space, t, temperature):
+@pytest.mark.parametrize("space, t, temperature, clip", [("s1", 0, 5, None), ("s2", 4, 3, 1e-7), ("s1", 8, 1, 99.0)])
+def test_section_4_a_step_is_algorithm_1_done_by_hand(space, t, temperature, clip):
     # Of nine steps t = 0 .. 8. Steps of Θ as wide as 1, so that the third pass has other gates than the second.
-    search, batches = small_search(space, steps=9, warmup=9, lr=9e-3, arch_lr=1.0)
+    search, batches = small_search(space, steps=9, warmup=9, lr=9e-3, arch_lr=1.0, clip=clip)
     search.fixed[::3], search.choice[::3], search.steps_done = True, 0, t    # some ranks were fixed before
     old, passes, noise = moment(search), watched(search), search.draw()
     line, new = search.step(*batches[:3]), moment(search)
@@ -1422,10 +1422,10 @@ def test_section_4_a_step_is_algorithm_1_done_by_hand(space, t, temperature):
     assert torch.equal(gate_3, ((new.theta + noise[0]).argmax(1) == 1).float()) and not torch.equal(gate_3, gate)
     assert torch.equal(ranks.argmax(1), torch.where(fixed, old.choice, (old.phi + noise[1]).argmax(1)))
 
-    # ΔW: AdamW on the training gradient
+    # ΔW: AdamW on the training gradient, where it is clipped of that norm at most
     loss_1, g_tra = plain_pass(search, old.weights, gate, ranks, batches[0])
     moved = bipeft.flatten(old.weights)
-    moved.grad = torch.cat(g_tra)
+    moved.grad = torch.cat(g_tra) * min(1, (clip or 1e9) / float(torch.cat(g_tra).norm()))
     torch.optim.AdamW([moved], lr=1e-3 * (9 - t), weight_decay=1e-4).step()
     assert close(bipeft.flatten(new.weights), moved, 1e-5)
 
@@ -2648,8 +2648,10 @@ def test_section_8_settings_of_a_command_line():
     (toy,), (paper,) = bipeft.parse(["--task", "toy", "--lr", "0.5"]), bipeft.parse([])
     assert (toy.model, toy.lr, toy.budget, toy.triggers, toy.epochs, toy.search_epochs) == ("toy", 0.5, 0.03, 30, 7, 5)
     assert (paper.task, paper.model, paper.space, paper.ranks) == ("rte", "google-t5/t5-large", "s2", (1, 4, 8))
-    assert (paper.lr, paper.budget, paper.triggers, paper.gamma, paper.window, paper.tau) == (
-        3e-4, 1.39e-4, 100, 0.85, 5, 0.85)
+    assert (paper.lr, paper.budget, paper.triggers, paper.gamma, paper.window, paper.tau, paper.clip) == (
+        3e-4, 1.39e-4, 100, 0.85, 5, 0.85, None)
+    (own,) = bipeft.parse(["--task", "custom"])
+    assert (own.lr, own.clip, own.triggers, own.batch_size) == (1e-3, 1.0, 30, 16)
     for line, folders in (
             ("--seed 3 5", ["runs/rte-s2-3", "runs/rte-s2-5"]), ("--seed 3 5 --out x", ["x/seed-3", "x/seed-5"]),
             ("--out x --epochs 9", ["x"]), ("--space lora,bitfit", ["runs/rte-lora+bitfit-0"]),
@@ -2657,7 +2659,7 @@ def test_section_8_settings_of_a_command_line():
         several = bipeft.parse(line.split())
         assert [settings.out for settings in several] == folders
         assert several[0].search_epochs == several[0].epochs == (9 if "9" in line else 20)
-    above_0 = "max-length budget triggers window search-epochs lr arch-lr batch-size save-every".split()
+    above_0 = "max-length budget triggers window search-epochs lr clip arch-lr batch-size save-every".split()
     for line in (*(f"--{flag} 0" for flag in above_0), "--budget nan", "--tau -1", "--gamma 1.5", "--seed 0 -2",
                  "--warmup-epochs -1", "--weight-decay -1", "--max-length 99999999999999"):
         flag, *_, value = line.split()
@@ -2666,7 +2668,7 @@ def test_section_8_settings_of_a_command_line():
     assert bipeft.parse("--tau 0 --gamma 0 --warmup-epochs 0 --weight-decay 0".split())
     for dtype in ("float32", "bfloat16", "float16"):
         assert bipeft.parse(["--dtype", dtype])[0].dtype == dtype
-    acting = "space ranks budget triggers tau gamma window search-epochs warmup-epochs arch-lr".split()
+    acting = "space ranks budget triggers tau gamma window search-epochs warmup-epochs clip arch-lr".split()
     assert [flag.replace("-", "_") for flag in acting] == list(bipeft.SEARCH_ALONE)
 
 
@@ -2758,13 +2760,13 @@ def test_section_8_every_setting_reaches_the_search_and_the_training(world, tmp_
         monkeypatch.setattr(owner, name, note)
 
     line = (RTE + "--epochs 2 --search-epochs 3 --warmup-epochs 1 --triggers 4 --window 2 --tau 0.25 --gamma 0.5 "
-            f"--budget 0.1 --batch-size 5 --lr 0.05 --arch-lr 0.02 --weight-decay 0.003 --seed 7 --ranks 2 3 "
+            f"--budget 0.1 --batch-size 5 --lr 0.05 --clip 0.3 --arch-lr 0.02 --weight-decay 0.003 --seed 7 --ranks 2 3 "
             f"--out {tmp_path}").format(root=world).split()
     assert bipeft.main(line) == 0
     search, trained = given["__init__"]["self"], given["train"]
     assert (search.steps, search.first_trigger, search.space.ranks) == (9, 4, (2, 3))               # 12 rows, 3 batches
     assert search.budget == int(0.1 * search.space.geometry["parameters"])
-    for key, value in {"triggers": 4, "window": 2, "tau": 0.25, "gamma": 0.5, "lr": 0.05, "arch_lr": 0.02,
+    for key, value in {"triggers": 4, "window": 2, "tau": 0.25, "gamma": 0.5, "lr": 0.05, "clip": 0.3, "arch_lr": 0.02,
                        "weight_decay": 0.003, "seed": 7}.items():
         assert getattr(search.settings, key) == value, key
     assert (trained["epochs"], trained["lr"], trained["weight_decay"], trained["seed"]) == (2, 0.05, 0.003, 7)

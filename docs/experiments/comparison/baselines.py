@@ -696,15 +696,6 @@ class OtherTemperature(bipeft.Search):
             self.theta, self.phi = theta, phi
 
 
-class ClippedDescent(bipeft.Search):
-    """Delta W descends on gradients clipped to a norm of 1; s is of them as they are."""
-
-    def magnitude(self, gradients):
-        found = super().magnitude(gradients)
-        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
-        return found
-
-
 class RisingRate(bipeft.Search):
     """Delta W's rate rises from 0 in the first tenth of T, times its fall."""
 
@@ -758,6 +749,7 @@ FINDERS = {
     "prunepeft-4": lambda bench, budget: prunepeft(bench, budget, rounds=4),
     "bipeft-s1": lambda bench, budget: bipeft_search(bench, budget, "s1", name="BIPEFT, S1"),
     "bipeft-all": lambda bench, budget: bipeft_search(bench, budget, "all", name="BIPEFT, all"),
+    "bipeft-clipped": lambda bench, budget: bipeft_search(bench, budget, name="BIPEFT, clipped", clip=1.0),
     "entangled": lambda bench, budget: differential(bench, budget, "entangled", ("entangled",)),
     "b-d": lambda bench, budget: differential(bench, budget, "b → d", ("theta", "phi")),
     "d-b": lambda bench, budget: differential(bench, budget, "d → b", ("phi", "theta")),
@@ -771,6 +763,7 @@ MORE = {"S3Delta-M": Method("s3delta"), "PrunePEFT": Method("prunepeft"), "BitFi
         "LoRA, r = 8": Method("lora-8", cheap=True, free=True),
         "all biases": Method("all-biases", cheap=True, free=True), "serial adapter": Method("serial", cheap=True),
         "BIPEFT, S1": Method("bipeft-s1"), "BIPEFT, all": Method("bipeft-all"),
+        "BIPEFT, clipped": Method("bipeft-clipped", rate_of="BIPEFT"),
         "S3Delta-M, hard": Method("s3delta-hard"), "S3Delta-M, lr 3e-3": Method("s3delta-lr"),
         "S3Delta-M, scale 16": Method("s3delta-16"), "PrunePEFT, 4 rounds": Method("prunepeft-4"),
         "AdaLoRA": Method("adalora", cheap=True), "random, best of 3": Method("best-random"),
@@ -789,8 +782,7 @@ VARIANTS = {           # Tables 6-10, and readings that are ours; in each one th
     **{f"warm-up {share:.0%}": {"warmup_share": share} for share in (0.0, 0.17, 0.75)},
     **{f"search lr {lr:g}": {"lr": lr} for lr in (3e-4, 3e-3, 6e-3)},
     "Eq. 2 as a sum": {"cls": SummedSensitivity}, "temperature to 0.1": {"cls": OtherTemperature},
-    "gates open for s": {"cls": OpenSensitivity}, "LoRA scale 16": {},
-    "clipped descent": {"cls": ClippedDescent}, "rising search lr": {"cls": RisingRate}}
+    "gates open for s": {"cls": OpenSensitivity}, "LoRA scale 16": {}, "rising search lr": {"cls": RisingRate}}
 SENSITIVITY = {name: Method(f"variant:{name}", rate_of=None if "scale" in name else "BIPEFT") for name in VARIANTS}
 SCALES = {"variant:LoRA scale 16": 16.0, "s3delta-16": 16.0}              # of LoRA, 1 elsewhere
 METHODS = {**CORE, **MORE, **ABLATIONS, **SENSITIVITY}

@@ -21,13 +21,14 @@ import numpy as np
 import compare
 from harness import bipeft
 from baselines import ABLATIONS, METHODS, SENSITIVITY
-from report_figures import FIGURES, RIVALS, draw, draw_ratios, size
+from report_figures import CLIPPED, FIGURES, RIVALS, draw, draw_ratios, size
 from stats import contrasts, interval, jaccard, jaccard_by_chance, shown, signed
 
 HERE = Path(__file__).resolve().parent
 TIMED = 900                                               # the seed of compare.py --table cost
 LATER = set(range(5, 10))                                 # seeds that were added when 0 to 4 had been read
 CHANCE = {"cola": 0, "qnli": 50, "mnli": 36, "sst2": 51, "toy": 50}       # always the most frequent answer, rounded
+CHOSEN_BY = {("mnli", 3), ("mnli", 6)}                    # SmolLM2's cells by whose tests clipping was chosen
 FAILED = 5                                                # points above that, at most: a training that failed
 
 
@@ -97,19 +98,19 @@ class Data:
             found[name] = {cell: s for cell, s in cells.items() if s <= CHANCE[cell[0]] + FAILED}
         return {name: cells for name, cells in found.items() if cells}
 
-    def contrasts(self, names, budget=None, seeds=None, without=None):
-        """Of BIPEFT against each of a family; what is not under the budget is a family of its own for Holm. Of a run
-        that was cut off a seed that lacks a task doesn't count: its mean would be of other tasks.
+    def contrasts(self, names, budget=None, seeds=None, without=None, of="BIPEFT"):
+        """Of a method against each of a family; what is not under the budget is a family of its own for Holm. Of a
+        run that was cut off a seed that lacks a task doesn't count: its mean would be of other tasks.
 
         seeds: which alone count, if not all.   without: {name: cells} that don't count.
         """
         scores = {}
-        for name, cells in self.scores(["BIPEFT", *names], budget).items():
+        for name, cells in self.scores([of, *names], budget).items():
             tasks, held = {task for task, _ in cells}, Counter(seed for _, seed in cells)
             scores[name] = {(task, seed): score for (task, seed), score in cells.items()
                             if (seeds is None or seed in seeds) and (task, seed) not in (without or {}).get(name, ())
-                            and (held[seed] == len(tasks) or name == "BIPEFT")}
-        base = scores.pop("BIPEFT", {})
+                            and (held[seed] == len(tasks) or name == of)}
+        base = scores.pop(of, {})
         free = {name: scores.pop(name) for name in list(scores) if METHODS[name].free}
         return {**contrasts(base, scores), **contrasts(base, free)}
 
@@ -155,15 +156,13 @@ def rates(data):
 def score_table(data, names, budget=None, extra=()):
     """A row a method: scores, sizes, cost.   extra: (heading, function of the method's searches) each.
 
-    Numbers are of the cells that all full rows have: those of methods with as many of BIPEFT's cells as most.
-    A method with fewer is shown by what it has, without a mean.
+    Numbers are of the cells, of BIPEFT's, that more methods have than any others. A method that lacks some of them is
+    shown by what it has, without a mean.
     """
     scores, rows = data.scores(names, budget), []
     every = set(scores.get("BIPEFT") or itertools.chain(*scores.values()))
-    held = [every & set(cells) for cells in scores.values()]
-    most = Counter(map(len, held)).most_common(1)[0][0] if held else 0
-    full = [cells for cells in held if len(cells) >= most]
-    common = set.intersection(*full) if full else set()
+    held = Counter(frozenset(every & set(cells)) for cells in scores.values())
+    common = max(held, key=held.get, default=frozenset())
     tasks = [task for task in data.tasks if task in {of for of, _ in common}]
     for name in scores:
         whole = common <= set(scores[name])
@@ -284,6 +283,13 @@ def table_1(data, budget):
              contrast_table(data.contrasts(RIVALS, budget, without=failed), data.tasks)] if failed else []
     later = [f"### Pairs on seeds {min(LATER)} to {max(LATER)} alone",
              contrast_table(data.contrasts(RIVALS, budget, seeds=LATER), data.tasks)] if seeds >= LATER else []
+    others = [name for name in RIVALS if name != CLIPPED]
+    clipped = ["### Pairs of the clipped search",
+               contrast_table(data.contrasts(others, budget, of=CLIPPED), data.tasks, f"{CLIPPED} −"),
+               "### Pairs of the clipped search but for two cells",
+               "Without mnli's seeds 3 and 6, by whose tests clipping was chosen.",
+               contrast_table(data.contrasts(others, budget, of=CLIPPED, without={CLIPPED: CHOSEN_BY}), data.tasks,
+                              f"{CLIPPED} −")] if data.of(CLIPPED, budget) else []
     counts = {name: len(cells) for name, cells in data.scores(RIVALS, budget).items()}
     longest = [name for name, count in counts.items() if count == max(counts.values())]
     more = ["### Scores of the methods with the most seeds",
@@ -294,7 +300,8 @@ def table_1(data, budget):
             f"### Pairs at {budget:,} parameters",
             "Plus: BIPEFT is better. 95 %: t interval of the mean over pairs; over seeds: of seeds' means, in brackets.\n"
             "p: exact sign-flip test over pairs (of seeds with all tasks). Holm: over the methods within the budget.",
-            contrast_table(data.contrasts(RIVALS, budget), data.tasks), *whole, *later]
+            contrast_table(data.contrasts(RIVALS, budget), data.tasks), *whole, *later,
+            *clipped]
 
 
 def family(data, heading, names, extra):

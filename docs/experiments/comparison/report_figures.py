@@ -14,7 +14,7 @@ from baselines import ABLATIONS, CORE, METHODS, MORE
 from palette import BLUE, COLOUR, HATCH, INK, KINDS, PALE, SOFT, STYLE, WIDTH, save, where
 from stats import interval
 
-RIVALS = {**CORE, **MORE}
+RIVALS, CLIPPED = {**CORE, **MORE}, "BIPEFT, clipped"
 TASKS = {"cola": ("o", INK), "qnli": ("v", SOFT), "mnli": ("s", "white"), "sst2": ("^", PALE), "toy": ("P", INK)}
 FEWEST = 6          # pairs that a row of the forest plot has: with fewer its interval is all that is seen
 GROUPS = {"BitFit: norms": ("bitfit", "n0 n1 n2"), "BitFit: attention": ("bitfit", "q k v o"),
@@ -45,11 +45,12 @@ def rows_of_pairs(data):
 
 def draw_pairs(data):
     """BIPEFT − method, a row each: mean and 95 % t interval over pairs (thick) and over seeds (thin); a dot is a pair.
-    Holm's p as in the tables.
+    Holm's p as in the tables. A square is of the clipped search, if there is one.
     """
     rows = rows_of_pairs(data)
     if not rows:
         return None
+    clipped = data.contrasts([name for name in RIVALS if name != CLIPPED], of=CLIPPED)
     reach = max(1.04 * max(abs(c.mean) + c.half, *map(abs, c.pairs.values())) for _, c in rows if c)
     fig, (ax, told) = plt.subplots(1, 2, figsize=(WIDTH, 1 + 0.31 * len(rows)), width_ratios=[3, 1.5],
                                    sharey=True, layout="constrained")
@@ -63,6 +64,8 @@ def draw_pairs(data):
             ax.plot(*zip(*dots), ls="", marker=marker, ms=4, mew=0.5, color=INK, mfc=inside, label=f"a pair on {task}")
     for fill, label in ((INK, "mean, Holm's p < 0.05"), ("white", "mean, not so")):
         ax.plot([], [], ls="", marker="D", color=INK, mfc=fill, label=label)
+    if clipped:
+        ax.plot([], [], ls="", marker="s", ms=4, color=BLUE, label="of the clipped search")
     for y, (label, c) in enumerate(rows):
         if c is None:
             ax.text(-0.02, y + 0.1, label, transform=ax.get_yaxis_transform(), ha="right", va="center",
@@ -72,6 +75,10 @@ def draw_pairs(data):
                     mfc=INK if c.holm < 0.05 else "white")
         if c.half_of_seeds == c.half_of_seeds:
             ax.errorbar(c.mean_of_seeds, y, xerr=c.half_of_seeds, elinewidth=0.6, capsize=2, color=INK)
+        if label in clipped:
+            other = clipped[label]
+            ax.errorbar(other.mean_of_seeds, y - 0.25, xerr=other.half_of_seeds, marker="s", ms=4, elinewidth=1,
+                        capsize=2, color=BLUE, zorder=3)
         told.text(0, y, interval(c), va="center")
         told.text(1, y, f"{c.above} of {len(c.pairs)}", va="center", ha="right")
     told.text(0, -0.9, "mean, 95 % over seeds", color=SOFT)
@@ -80,7 +87,7 @@ def draw_pairs(data):
     ax.set_yticks([y for y, (_, c) in enumerate(rows) if c], [label for label, c in rows if c])
     ax.set(xlim=(-reach, reach), ylim=(len(rows) - 0.4, -0.6),
            xlabel="← method better     points of test score (thick: 95 % over pairs)     BIPEFT better →")
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=6, columnspacing=1)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return fig
 
 
