@@ -1316,9 +1316,13 @@ class Search:
         noise = gumbel_noise((len(self.space), 2 + k), generator).to(self.theta.device)
         return noise.split([2, k], 1)
 
+    def temperature(self):
+        """Gumbel-Softmax's, from 5 at the first step to 1 at step T [D8]."""
+        return 5 - 4 * self.steps_done / max(1, self.steps - 1)
+
     def sample(self, noise):
         """The sample of 3.5: gate, [N], and one-hot ranks, [N, K], with gradients to Θ and Φ."""
-        temperature = 5 - 4 * self.steps_done / max(1, self.steps - 1)      # from 5 to 1 [D8]
+        temperature = self.temperature()
         gate = gumbel_softmax(self.theta, noise[0], temperature)[:, 1] * self.kept
         sampled = gumbel_softmax(self.phi, noise[1], temperature)
         decided = F.one_hot(self.choice, sampled.shape[1]).to(sampled.dtype)

@@ -71,9 +71,7 @@ def evenly_spaced(bench, budget, groups):
 
 
 def spread(bench, budget, wanted):
-    """The largest rank that fits at all of some places, and one more at evenly spaced ones; or, if not even
-    rank 1 fits, rank 1 at as many evenly spaced places as do.
-    """
+    """The largest rank that fits at all of some places, one more at evenly spaced ones; or rank 1 at such alone."""
     places = [key for key in reversed(bench.keys) if wanted(key[1], key[0])]        # so that of q and v, v is first
     ranked, found = bipeft.KINDS[places[0][1]].ranked, []
 
@@ -106,9 +104,7 @@ def chance(bench, budget, draw=0):
 
 
 def best_of_chance(bench, budget, count=3):
-    """The best of `count` random structures on validation, each trained in full: what a search of as many FTE has
-    to beat.
-    """
+    """The best of `count` random structures on validation, each trained in full: what a search has to beat."""
     scored = []
     for draw in range(1, count + 1):
         structure = chance(bench, budget, draw)["random"]
@@ -150,9 +146,7 @@ def bipeft_search(bench, budget, kinds="s2", cls=bipeft.Search, name="BIPEFT", *
 
 
 def matched(bench, structure, budget):
-    """BIPEFT's structure with each module moved to a random free place of the same kind and the same size: its
-    kinds, ranks and parameters, so that only the places differ.
-    """
+    """BIPEFT's structure, each module at a random free place where it has the same kind, rank and parameters."""
     rng, free = random.Random(bipeft.derive(bench.seed, 25)), defaultdict(list)
     for key in bench.keys:
         for rank in {m["rank"] or 1 for m in structure.modules}:
@@ -283,9 +277,7 @@ def kept_triplets(learnt):
 
 
 def with_adalora(model, triplets, steps, seed):
-    """(model in peft's AdaLoRA, its head learning, too; the allocator, which ends at `triplets`; the step from which
-    on their number is final).
-    """
+    """(model in peft's AdaLoRA, its head learning; the allocator; the step from which on its triplets are as many)."""
     import peft
     rank = max(2, math.ceil(1.5 * triplets / (4 * model.encoder.config.num_hidden_layers)))     # 4 matrices a layer
     config = peft.AdaLoraConfig(
@@ -568,9 +560,7 @@ def differential(bench, budget, name, stages):
 
 
 class Relaxed:
-    """Theta, [N, 2], Phi, [N, K], and Psi, [N, 1 + K], of a supernet, sampled by Gumbel-softmax; and what earlier
-    stages fixed: b as `kept`, k* as `choice`.
-    """
+    """Theta, [N, 2], Phi, [N, K], and Psi, [N, 1 + K], sampled by Gumbel-softmax; what stages fixed: b and k*."""
 
     def __init__(self, net, generator):
         self.net, self.ranked, device = net, net.space.ranked, net.bench.device
@@ -631,9 +621,7 @@ def cut(net, keep, choice, budget, kept, among=None):
 
 
 def without_selection(bench, budget):
-    """Algorithm 1 without Eq. 5-10, argmax of Theta and Phi at T; and of the same run s-bar alone at T, filled
-    up to B: what the early selection adds to its own sensitivity.
-    """
+    """Algorithm 1 without Eq. 5-10, argmax of Theta and Phi at T; of the same run s-bar alone at T, filled up to B."""
     s = bench.settings
     with Supernet(bench, "s2") as net:
         settings = bipeft.Settings(budget=budget, lr=s.search_lr, seed=bench.seed)
@@ -680,31 +668,20 @@ class OpenSensitivity(bipeft.Search):
 
 
 class OtherTemperature(bipeft.Search):
-    """A temperature that falls from 5 to `end`."""
+    """A temperature that falls from 5 to 0.1."""
 
-    end = 0.1
-
-    def sample(self, noise):
-        plain = 5 - 4 * self.steps_done / max(1, self.steps - 1)
-        wanted = 5 - (5 - self.end) * self.steps_done / max(1, self.steps - 1)
-        # Dividing (logits + noise) by another number is scaling both, which arg-max does not feel.
-        theta, phi = self.theta, self.phi
-        try:
-            self.theta, self.phi = theta * (plain / wanted), phi * (plain / wanted)
-            return super().sample([part * (plain / wanted) for part in noise])
-        finally:
-            self.theta, self.phi = theta, phi
+    def temperature(self):
+        return 5 - 4.9 * self.steps_done / max(1, self.steps - 1)
 
 
 class RisingRate(bipeft.Search):
     """Delta W's rate rises from 0 in the first tenth of T, times its fall."""
 
-    def step(self, *batches):
+    def update_weights(self):
         highest = self.settings.lr
         self.settings.lr = highest * min(1, 10 * (self.steps_done + 1) / self.steps)
-        line = super().step(*batches)
+        super().update_weights()
         self.settings.lr = highest
-        return line
 
 
 # 7. All of them, by name

@@ -133,9 +133,7 @@ def prepare(model, data_dir, settings):
 
 
 def token_ids(task, rows, tokenizer, family):
-    """The tokens of a data frame's rows: an encoder's of the fields, cut at 128, a Llama's of bipeft's prompts, cut
-    at the length that the paper gives the task, less the line break.
-    """
+    """Tokens of a data frame's rows, cut: an encoder's at 128, a Llama's, of bipeft's prompts, at the task's length."""
     if family == "bert":
         texts = [rows[field].tolist() for field in bipeft.TASKS[task].fields]
         return tokenizer(*texts, truncation=True, max_length=128).input_ids
@@ -369,9 +367,7 @@ class Supernet:
         return self.compute(model, space, gate, ranks, batch, inputs)
 
     def gradient(self, gate, ranks, batch, *of):
-        """A pass.   Returns its gradient by Delta W and the head, end to end; that by gate or ranks, if asked for as
-        `of`, stands in their grad.
-        """
+        """A pass.   Returns its gradient by Delta W and the head; those by gate and ranks, `of`, are in their grad."""
         weights = self.space.tensors
         self.run_pass(self.model, self.space, gate, ranks, batch, [*of, *weights])
         return bipeft.flatten([p.grad for p in weights])

@@ -213,9 +213,7 @@ def cost(data):
 
 
 def transfer(data):
-    """Table 4: structures found on one task, trained on another, and paired with the task's own; in the last row with
-    the mean over all other tasks that they were found on.
-    """
+    """Table 4: structures found on one task, trained on another, paired with its own; last the mean over others."""
     own = data.scores(["BIPEFT"]).get("BIPEFT", {})
     moved = {source: {(x["task"], x["seed"]): x["test"] for x in data.of("BIPEFT", source=source)}
              for source in data.tasks}

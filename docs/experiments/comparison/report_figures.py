@@ -75,8 +75,7 @@ def draw_pairs(data):
                     mfc=INK if c.holm < 0.05 else "white")
         if c.half_of_seeds == c.half_of_seeds:
             ax.errorbar(c.mean_of_seeds, y, xerr=c.half_of_seeds, elinewidth=0.6, capsize=2, color=INK)
-        if label in clipped:
-            other = clipped[label]
+        if other := clipped.get(label):
             ax.errorbar(other.mean_of_seeds, y - 0.25, xerr=other.half_of_seeds, marker="s", ms=4, elinewidth=1,
                         capsize=2, color=BLUE, zorder=3)
         told.text(0, y, interval(c), va="center")
@@ -92,9 +91,7 @@ def draw_pairs(data):
 
 
 def draw_places(data):
-    """What BIPEFT keeps at the main budget: six rows of kinds by layers, modules per search, shaded by the share of the
-    places there.
-    """
+    """What BIPEFT keeps at the main budget: kinds by layers, modules per search, shaded by the share of the places."""
     searches, there, kept = data.found("BIPEFT"), Counter(), Counter()
     often = Counter(int(item.split(":")[0]) for x in searches for item in x["structure"].split())
     for i, place in enumerate(data.places):
@@ -123,9 +120,7 @@ def draw_places(data):
 
 
 def draw_kinds(data):
-    """Modules of each kind, stacked: means over searches, of all that search at the main budget, and of BIPEFT and one
-    look at the others.
-    """
+    """Modules of each kind, means over searches: of all at the main budget, of BIPEFT and one look at others."""
     bars = {(name, budget): data.kinds(name, budget)
             for budget in sorted({x["budget"] for x in data.searches}, key=data.order)
             for name in RIVALS if data.places and data.found(name, budget)

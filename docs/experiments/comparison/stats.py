@@ -11,8 +11,7 @@ def sign_flip(differences):
     """Exact two-sided p of paired differences (Fisher 1935): the share of sign vectors s with
     |sum(s d)| >= |sum(d)|.
 
-    Of each half of the pairs all signed sums are made; with how many of the other half's one falls short is looked
-    up among these, sorted.
+    Of each half of the pairs all signed sums are made; how many of the other half's fall short is looked up.
     """
     d = np.array(differences, dtype=float)
     limit = abs(d.sum()) - 1e-9

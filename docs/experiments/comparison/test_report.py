@@ -122,6 +122,16 @@ def test_failed_trainings_are_named_and_left_out_of_pairs_of_their_own():
     assert "| random | +6.97 |" in before and "| random | +6.97 |" in whole
 
 
+def test_the_clipped_search_has_pairs_of_its_own_also_without_the_cells_that_chose_it():
+    scores = {"BIPEFT": (50.0, 60.0, 70.0), "BIPEFT, clipped": (70.0, 61.0, 73.0), "LoRA": (64.0, 64.0, 64.0)}
+    lines = [line(name, "mnli", seed, 1e-3, score) for name, of in scores.items() for seed, score in zip((3, 4, 5), of)]
+    told = "\n".join(report.table_1(report.Data(lines), 10_000))
+    before, whole, without = re.split("### Pairs of the clipped search.*", told)
+    assert "| BIPEFT, clipped | −8.00 |" in before
+    assert "| BIPEFT | +8.00 |" in whole and "| LoRA | +4.00 |" in whole                  # 20, 1, 3; 6, −3, 9
+    assert "| BIPEFT | +2.00 |" in without and "| LoRA | +3.00 |" in without and "seeds 3 and 6" in without
+
+
 def test_larger_budgets_and_more_seeds_have_tables_of_their_own():
     lines = [line(name, "qnli", seed, 1e-3, 70.0 + seed) for name, seeds in (
         ("BIPEFT", 3), ("LoRA", 3), ("random", 2), ("BitFit", 2), ("LNFit", 2)) for seed in range(seeds)]
