@@ -114,7 +114,7 @@ class Settings:
     arch_lr: float = 0.01               # learning rate of Θ and Φ
     structure: str = None               # a structure.json to train: no search
     lr: float = 3e-4                    # learning rate of ΔW, falling linearly to 0 (custom 1e-3, toy 5e-3)
-    clip: float = None                  # the most that the norm of ΔW's gradient is in a search (custom: 1)
+    clip: float = None                  # cap on the norm of ΔW's gradient in a search (custom: 1); 0: none
     weight_decay: float = 1e-4          # of ΔW, Θ and Φ
     batch_size: int = None              # examples a step (32, ReCoRD and custom 16)
     seed: int = 0                       # one or more numbers: of splits, weights, draws
@@ -1329,9 +1329,9 @@ class Search:
         return gate, torch.where(self.fixed[:, None], decided, sampled)
 
     def update_weights(self):
-        """A step of ΔW on the gradients of the last pass [D12]."""
+        """A step of ΔW on the last pass's gradients, which it may clip in place [D12]."""
         settings = self.settings
-        if settings.clip is not None:
+        if settings.clip:
             nn.utils.clip_grad_norm_(self.weights, settings.clip)
         self.weight_optimizer.param_groups[0]["lr"] = settings.lr * (1 - self.steps_done / self.steps)
         self.weight_optimizer.step()
@@ -1581,7 +1581,7 @@ TASKS = {
     "wic": Task(("word", "sentence1", "sentence2"), BINARY, "accuracy", 15, 2, 256),
     # a person's own, and one that is made here
     "custom": Task(("source",), (), "accuracy", 20, 2, batch_size=16, answer="target",
-                   defaults={"lr": 1e-3, "clip": 1.0, "triggers": 30}),             # measured [D12, D83]
+                   defaults={"lr": 1e-3, "clip": 1.0, "triggers": 30}),             # measured [D83]
     "toy": Task((), ("good", "bad"), "accuracy", 7, 4, defaults={
         "model": "toy", "lr": 5e-3, "budget": 0.03, "triggers": 30, "search_epochs": 5}),
 }
@@ -2640,7 +2640,7 @@ def check(settings):
     kinds_of(settings.space, settings.ranks)
     for name, value in vars(settings).items():
         least = 1 if isinstance(value, int) else 1e-12
-        if name in ("tau", "gamma", "warmup_epochs", "weight_decay", "seed"):
+        if name in ("tau", "gamma", "warmup_epochs", "weight_decay", "clip", "seed"):
             least = 0
         most = 1 if name in ("tau", "gamma") else 10**12
         if value == "":

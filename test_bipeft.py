@@ -1406,7 +1406,7 @@ def plain_pass(search, weights, gate, ranks, batch):
     return loss.item(), [bipeft.flatten([p.grad for p in own]) for own in leaves]
 
 
-@pytest.mark.parametrize("space, t, temperature, clip", [("s1", 0, 5, None), ("s2", 4, 3, 1e-7), ("s1", 8, 1, 99.0)])
+@pytest.mark.parametrize("space, t, temperature, clip", [("s1", 0, 5, None), ("s2", 4, 3, 1e-7), ("s1", 8, 1, 99.0), ("s1", 4, 3, 0)])
 def test_section_4_a_step_is_algorithm_1_done_by_hand(space, t, temperature, clip):
     # Of nine steps t = 0 .. 8. Steps of Θ as wide as 1, so that the third pass has other gates than the second.
     search, batches = small_search(space, steps=9, warmup=9, lr=9e-3, arch_lr=1.0, clip=clip)
@@ -1422,10 +1422,12 @@ def test_section_4_a_step_is_algorithm_1_done_by_hand(space, t, temperature, cli
     assert torch.equal(gate_3, ((new.theta + noise[0]).argmax(1) == 1).float()) and not torch.equal(gate_3, gate)
     assert torch.equal(ranks.argmax(1), torch.where(fixed, old.choice, (old.phi + noise[1]).argmax(1)))
 
-    # ΔW: AdamW on the training gradient, where it is clipped of that norm at most
+    # ΔW: AdamW on the training gradient, which is scaled down to a norm of `clip`, if it is longer
     loss_1, g_tra = plain_pass(search, old.weights, gate, ranks, batches[0])
     moved = bipeft.flatten(old.weights)
     moved.grad = torch.cat(g_tra) * min(1, (clip or 1e9) / float(torch.cat(g_tra).norm()))
+    averages = bipeft.flatten([search.weight_optimizer.state[p]["exp_avg"] for p in search.weights])
+    assert close(averages, 0.1 * moved.grad)                                  # AdamW's, of which it makes a step
     torch.optim.AdamW([moved], lr=1e-3 * (9 - t), weight_decay=1e-4).step()
     assert close(bipeft.flatten(new.weights), moved, 1e-5)
 
@@ -2659,13 +2661,13 @@ def test_section_8_settings_of_a_command_line():
         several = bipeft.parse(line.split())
         assert [settings.out for settings in several] == folders
         assert several[0].search_epochs == several[0].epochs == (9 if "9" in line else 20)
-    above_0 = "max-length budget triggers window search-epochs lr clip arch-lr batch-size save-every".split()
+    above_0 = "max-length budget triggers window search-epochs lr arch-lr batch-size save-every".split()
     for line in (*(f"--{flag} 0" for flag in above_0), "--budget nan", "--tau -1", "--gamma 1.5", "--seed 0 -2",
-                 "--warmup-epochs -1", "--weight-decay -1", "--max-length 99999999999999"):
+                 "--warmup-epochs -1", "--weight-decay -1", "--clip -1", "--clip inf", "--max-length 99999999999999"):
         flag, *_, value = line.split()
         with pytest.raises(UsageError, match=rf"^{flag} {value}(\.0)? must lie in"):
             bipeft.parse(line.split())
-    assert bipeft.parse("--tau 0 --gamma 0 --warmup-epochs 0 --weight-decay 0".split())
+    assert bipeft.parse("--tau 0 --gamma 0 --warmup-epochs 0 --weight-decay 0 --clip 0".split())
     for dtype in ("float32", "bfloat16", "float16"):
         assert bipeft.parse(["--dtype", dtype])[0].dtype == dtype
     acting = "space ranks budget triggers tau gamma window search-epochs warmup-epochs clip arch-lr".split()

@@ -1,8 +1,7 @@
 """Tests of the pages: links, lines, commands, code and names of README.md and docs/.
 
-The code of README.md and copying.md is run. A command is parsed by the parser of the program that it names, and none is
-run but `./run_glue.sh --dry-run`. What is neither a checked command, nor code that is run, nor what a command above it
-printed, nor a formula, is a failure.
+The code of README.md and copying.md is run. A command is parsed by its program's parser, and none is run but
+`./run_glue.sh --dry-run`. What is neither of these, nor what a command above it printed, nor a formula, is a failure.
 """
 
 import argparse

@@ -5,8 +5,8 @@
 
     model = peft.PeftModel.from_pretrained(transformers.AutoModelForSeq2SeqLM.from_pretrained(DIR), "adapters/rte")
 
-Every module keeps its own rank r (rank_pattern). peft scales by alpha/r, so alpha is r (alpha_pattern) for BIPEFT's
-y + B A x. What was trained beside the modules, such as a classifier, goes along whole (modules_to_save).
+Every module keeps its rank r (rank_pattern), and alpha is r (alpha_pattern), since peft scales by alpha/r. What was
+trained beside the modules, such as a classifier, goes along whole (modules_to_save).
 """
 
 import argparse

@@ -1,8 +1,7 @@
 """The methods of compare.py, simple ones first: each takes a bench and a budget, and gives its structures by name.
 
-METHODS, at the end, names them all, FINDERS has the function of each, and `find` gives a method's structure; AdaLoRA's
-training is its search. Whose a method is, and what was taken where its paper leaves something open, stands in its
-docstring. The rules that hold for all are in compare.py.
+METHODS, at the end, names them all, FINDERS has the function of each, `find` gives a structure; AdaLoRA's training is
+its search. Whose a method is, and what was taken where its paper is open, its docstring says; rules are in compare.py.
 """
 
 import contextlib
@@ -224,13 +223,11 @@ def prune(scores, sizes, depth, budget):
 
 
 def train_adalora(bench, budget, lr):
-    """AdaLoRA (Zhang et al. 2023), Hugging Face peft: B diag(E) A on q, k, v, o from rank 2 (or 1.5 times what
-    B allows), masked by smoothed sensitivity · uncertainty down to as many as fit B; t_i = 0.1 T, t_f = 0.3 T,
-    every T/60 steps.
+    """AdaLoRA (Zhang et al. 2023), Hugging Face peft: B diag(E) A on q, k, v, o from rank 2 (or 1.5 times what B
+    allows), masked by smoothed sensitivity · uncertainty until B fits; t_i = 0.1 T, t_f = 0.3 T, every T/60 steps.
 
     Its training is its search, and until t_f holds more than B. An epoch counts only once the number of triplets
-    is final, the last 2 of 6; what has E = 0 in the best one is not counted. Where k and v are smaller than q
-    and o, B is divided by the largest triplet: what it keeps may be less than B.
+    is final, the last 2 of 6; what has E = 0 in the best one is not counted. B is divided by the largest triplet.
     Returns (best, curve, parameters, test or None).
     """
     T, model = bench.settings.steps, copy.deepcopy(bench.model)
@@ -302,9 +299,8 @@ def s3delta(bench, budget, hard=False, name="S3Delta-M", lr=None):
     z = sigmoid(logit u + logit p), u ~ U(0, 1), times the module's output. Bilevel, second order:
     grad_alpha = dL_val(w')/dalpha - lr [dL_tra(w+)/dalpha - dL_tra(w-)/dalpha] / (2 eps), w+- = w +- eps d.
 
-    Passes are as the re-training's on half of the data: half the steps. hard: gates 1[z >= 0.5], straight
-    through, a shut gate without gradient, and first order (w' = w). The four losses of a step have one u and one
-    dropout. lr: of w; its own was that of re-training.
+    Passes are as the re-training's on half of the data: half the steps. hard: gates 1[z >= 0.5], straight through, a
+    shut gate without gradient, first order (w' = w). A step's four losses have one u and one dropout. lr: of w.
     """
     steps, best = bench.settings.search_steps // 2, (-1, None)
     with Supernet(bench, "s2", (1,), lr, weight_decay=0.0) as net:
@@ -409,8 +405,7 @@ def autopeft(bench, budget):
     adapter and prefix, shared by all layers, and a switch a layer; of 0.9 B .. B. Random evaluations, then
     batches of 4 by the expected improvement of a Gaussian process (propose), each training a tenth of the
     steps at INNER_RATES in the entangled space; the best 3 are trained in full at S1_RATES, and the best on validation
-    wins. Where the paper walks to neighbours, every admissible configuration of few layers is scored, and of many
-    those of 1,500 random sets of layers, the size of a set drawn first.
+    wins. Where the paper walks to neighbours, all configurations are scored, of many layers of 1,500 random sets.
     """
     s = bench.settings
     steps = max(1, round(s.bo_share * s.steps))
@@ -525,10 +520,9 @@ def propose(tried, scores, candidates, count):
 def differential(bench, budget, name, stages):
     """Architecture weights by gradient descent alone, in stages of "theta", "phi" or "entangled".
 
-    theta: removal, ranks at their largest or as fixed; an earlier phi's argmax is fixed.   phi: ranks, all
-    gates open or, after theta, those of its argmax.   entangled: Psi, [N, 1 + K], over remove and the ranks, one
-    Gumbel vector a module: the gate is 1 - psi_0, and the rank that of the rest given that it is kept, since
-    psi_k = (1 - psi_0) · softmax of the rest, under the same noise.
+    theta: removal, ranks at their largest or as fixed; an earlier phi's argmax is fixed.   phi: ranks, all gates open
+    or, after theta, those of its argmax.   entangled: Psi, [N, 1 + K], over remove and the ranks, one Gumbel vector a
+    module: the gate is 1 - psi_0, the rank that of the rest under the same noise, as psi_k / (1 - psi_0).
     """
     T = bench.settings.search_steps
     with Supernet(bench, "s2") as net:

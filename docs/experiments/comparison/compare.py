@@ -8,21 +8,18 @@
 
 With --family llama, in --prepare too, it is of a causal language model, at 1.39 of 10,000 of SmolLM2-135M's parameters.
 
-Here is what is run, in which order, and on how many processes. The methods, each with its paper, are in
-baselines.py; the backbone, the tasks, a training and the supernet that searches stand on in harness.py.
+Here is what is run, and in which order; methods are in baselines.py, backbone, tasks and training in harness.py. Needs
+the project's packages; AdaLoRA also peft, AutoPEFT botorch. A line of JSON a search and a training goes to --out; what
+has a line there, or in --out with ".gz" added, is not run again.
 
-Needs the project's packages; AdaLoRA also peft, AutoPEFT botorch. A line of JSON a search and a training goes to
---out; what has a line there, or in --out with ".gz" added, is not run again.
-
-The rules. Every method gives a structure of at most B parameters, counted from tensors. Each is re-trained from
-fresh weights for the same steps, batches, optimiser (AdamW, linear decay) and seed: the seed decides splits, order,
-head and weights. The re-training rate is a method's own, at each budget: of a ladder the one with the best mean
-validation score over tasks on --tune-seeds, which are never reported and whose test sets are not read. The epoch
-is the best on validation, the test is read once. A BERT's head is outside of B, and learns at the method's
-rate; a Llama has none: it answers with the token of a label's digit, chosen among these alone.
-Searches see two halves of the training set, and learn Delta W at one rate, --search-lr; AutoPEFT and the best of
-three train on all of it, at rates of their own. B is of parameters: what a search costs is told, not equal. FTE:
-passes of a search (forward and backward) over those of one re-training; a search's validations are not counted.
+The rules. Every method gives a structure of at most B parameters, counted from tensors. Each is re-trained from fresh
+weights for the same steps, batches, optimiser (AdamW, linear decay) and seed: the seed decides splits, order, head and
+weights. The re-training rate is a method's own, at each budget: of a ladder the one with the best mean validation score
+over tasks on --tune-seeds, which are never reported and whose test sets are not read. The epoch is the best on
+validation, the test is read once. A BERT's head is outside of B, and learns at the method's rate; a Llama has none: it
+answers with the token of a label's digit, chosen among these alone. Searches see two halves of the training set, and
+learn Delta W at one rate, --search-lr; AutoPEFT and the best of three train on all of it, at rates of their own. What a
+search costs is told, not equal. FTE: its passes (forward and backward, no validations) over those of a re-training.
 """
 
 import argparse
@@ -109,9 +106,7 @@ def train(bench, job):
 
 class Plan:
     """The trainings wanted, in the order of their importance, and what they wait for: a structure, a rate.
-
-    wanted: dicts of method, task, budget, seed, tuning and, perhaps, lr and source, the task whose structure
-    it is.   lines: of the results file, from earlier runs, too.
+    wanted: dicts of method, task, budget, seed, tuning, perhaps lr and source (whose structure).   lines: of the file.
     """
 
     def __init__(self, wanted, lines, args):

@@ -104,9 +104,7 @@ FILES = {"qnli": ("validation",), "mnli": ("validation_matched",), "sst2": ("tra
 
 
 def prepare(model, data_dir, settings):
-    """Tokens of the tasks, and the backbone in half precision: all that another machine needs. A Llama, which
-    would be large, is not copied: its folder is linked.
-    """
+    """Tokens of the tasks and the backbone in half precision, for another machine; a Llama's large folder is linked."""
     import pandas
     folder, arrays, family = Path(settings.folder), {}, settings.family
     with bipeft.failing(f"{model} can't be loaded", ": give a folder with a model of --family's kind"):

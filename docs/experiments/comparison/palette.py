@@ -1,7 +1,6 @@
 """What all figures share: a colour a kind of module, the style of a page, short names of places, and how one is saved.
 
-A page is white, on a dark screen too. The four kinds of S2 differ in lightness by 10 or more (CIELAB), so that a print
-in grey or a colour-blind reader tells them apart. Kinds have a label beside it.
+The four kinds of S2 differ in lightness by 10 or more (CIELAB), for prints in grey and colour-blind readers.
 """
 
 import io

@@ -1,7 +1,7 @@
 """The figures of report.py, each one picture on white. Needs matplotlib.
 
-A figure is a function of the data (report.Data). It returns None where the lines that it needs are not there. Colours
-and the names of places are palette.py's.
+A figure is a function of the data (report.Data), and None where the lines that it needs are not there. Colours and
+places' names are palette.py's.
 """
 
 from collections import Counter
@@ -14,7 +14,8 @@ from baselines import ABLATIONS, CORE, METHODS, MORE
 from palette import BLUE, COLOUR, HATCH, INK, KINDS, PALE, SOFT, STYLE, WIDTH, save, where
 from stats import interval
 
-RIVALS, CLIPPED = {**CORE, **MORE}, "BIPEFT, clipped"
+RIVALS = {**CORE, **MORE}
+CLIPPED = "BIPEFT, clipped"
 TASKS = {"cola": ("o", INK), "qnli": ("v", SOFT), "mnli": ("s", "white"), "sst2": ("^", PALE), "toy": ("P", INK)}
 FEWEST = 6          # pairs that a row of the forest plot has: with fewer its interval is all that is seen
 GROUPS = {"BitFit: norms": ("bitfit", "n0 n1 n2"), "BitFit: attention": ("bitfit", "q k v o"),
@@ -65,7 +66,7 @@ def draw_pairs(data):
     for fill, label in ((INK, "mean, Holm's p < 0.05"), ("white", "mean, not so")):
         ax.plot([], [], ls="", marker="D", color=INK, mfc=fill, label=label)
     if clipped:
-        ax.plot([], [], ls="", marker="s", ms=4, color=BLUE, label="of the clipped search")
+        ax.plot([], [], ls="", marker="s", ms=4, color=BLUE, label="clipped search, over seeds")
     for y, (label, c) in enumerate(rows):
         if c is None:
             ax.text(-0.02, y + 0.1, label, transform=ax.get_yaxis_transform(), ha="right", va="center",

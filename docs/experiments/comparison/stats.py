@@ -63,9 +63,7 @@ class Contrast:
 
 def contrasts(base, others):
     """{name: Contrast} of base - other over shared cells, where these are two or more; and Holm.
-
-    base: {cell: score}.   others: {name: {cell: score}}, of a family that is fixed beforehand.   A cell: (task, seed),
-    and what else tells it from others of these.
+    base: {cell: score}.   others: {name: {cell: score}}, a family fixed beforehand.   A cell: (task, seed, maybe more).
     """
     found = {}
     for name, scores in others.items():

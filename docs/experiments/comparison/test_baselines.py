@@ -153,6 +153,23 @@ def test_sensitivity_with_open_gates_leaves_the_descent_as_it_was(bench):
     assert nothing[0] > nothing[1]
 
 
+def test_variants_of_a_search_are_what_their_names_say(bench, monkeypatch):
+    bench.open("toy", 0)
+    rates, clips = [], set()
+    with Supernet(bench, "s2") as net:
+        rising, other = (cls(bench.model, net.space, bipeft.Settings(budget=600, lr=0.2), 20, 20, net.run_pass)
+                         for cls in (baselines.RisingRate, baselines.OtherTemperature))
+        for _ in range(3):
+            rising.step(next(net.train), next(net.val), next(net.val))
+            rates.append(rising.weight_optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.1, 0.19, 0.18]) and rising.settings.lr == 0.2     # half of it, then all, falling
+    first, other.steps_done = other.temperature(), 19
+    assert (first, other.temperature()) == pytest.approx((5, 0.1))
+    monkeypatch.setattr(bipeft.Search, "update_weights", lambda search: clips.add(search.settings.clip))
+    baselines.find(bench, "bipeft-clipped", 600)
+    assert clips == {1.0} and baselines.METHODS["BIPEFT, clipped"].rate_of == "BIPEFT"
+
+
 def test_lora_at_scale_16_adds_sixteen_times_as_much():
     module = bipeft.LoRA(torch.nn.Linear(4, 3), 2)
     torch.nn.init.ones_(module.B)

@@ -5,8 +5,7 @@ one of SmolLM2-135M, whose files are in comparison/results/smollm2_search.
     python docs/experiments/walkthrough/figures.py --out DIR --seed 2     another seed, or flags of bipeft.py
 
 Needs matplotlib. Takes about a minute on one thread: the search of `python bipeft.py --task toy --seed 1`, by the
-program's own classes, which note what is drawn after each step and in each pass (test_figures.py compares the
-structures), then the drawing. Another CPU or torch rounds otherwise, and finds another structure.
+program's own classes, which note what is drawn, then the drawing. Another CPU or torch may find another structure.
 """
 
 import argparse
