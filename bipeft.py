@@ -2990,8 +2990,33 @@ def run_search(work, record, run_pass):
     if missing:
         print(f"the steps ended before trigger {settings.triggers}: the last {missing} selections were "
               "made at once; more --search-epochs or fewer --triggers would spread them")
+    losses = [line["loss_train"] for line in record.stored["log"][search.first_trigger - 1:]]
+    tell_if_guessing(losses, [target for _, target in tokens])
     space.detach()
     return structure
+
+
+def tell_if_guessing(losses, targets):
+    """Says so if a search's losses while it chose are of guessing: ΔW had learnt nothing yet [D12]."""
+    if not losses:
+        return
+    mean = sum(losses) / len(losses)
+    guessing = loss_of_guessing(targets)
+    if mean > 0.95 * guessing:
+        print(f"modules were chosen before they had learnt: the mean loss is {mean:.3f}, that of guessing "
+              f"{guessing:.3f}; another --lr, --clip 1 or more --warmup-epochs may help")
+
+
+def loss_of_guessing(targets):
+    """What a network that doesn't read its input can come to, a token:  H(target) / mean length, in nats.
+
+    targets: lists of tokens.   Infinite if over 100 differ: then they are texts, not labels.
+    """
+    counts = Counter(map(tuple, targets))
+    if len(counts) > 100:
+        return math.inf
+    entropy = sum(n / len(targets) * math.log(len(targets) / n) for n in counts.values())
+    return entropy * len(targets) / sum(map(len, targets))
 
 
 def run_training(work, record, peft, state, run_pass):

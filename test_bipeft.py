@@ -2754,7 +2754,7 @@ def test_section_8_every_setting_reaches_the_search_and_the_training(world, tmp_
     """Settings arrive where they count, halves are disjoint, and test is looked at last."""
     given, splits = {}, []
     for owner, name in ((bipeft.Search, "__init__"), (bipeft.Search, "run"), (bipeft, "apply"), (bipeft, "train"),
-                        (bipeft.Work, "score")):
+                        (bipeft, "tell_if_guessing"), (bipeft.Work, "score")):
         def note(*args, function=getattr(owner, name), name=name, **more):
             given.setdefault(name, inspect.signature(function).bind(*args, **more).arguments)
             splits.extend(args[1:] if name == "score" else ())
@@ -2775,7 +2775,23 @@ def test_section_8_every_setting_reaches_the_search_and_the_training(world, tmp_
     assert given["apply"]["seed"] == bipeft.derive(7, 14)
     halves = [{tuple(source) for source, _ in given["run"][key].tokens} for key in ("train_batches", "val_batches")]
     assert [len(half) for half in halves] == [12, 12] and not halves[0] & halves[1]
+    judged = given["tell_if_guessing"]                                        # from the first step with a trigger on
+    assert judged["losses"] == [line["loss_train"] for line in log_of(tmp_path)[3:]] and len(judged["targets"]) == 24
     assert splits == ["validation"] * 2 + ["test"] * 2            # one look at test, with the modules and without
+
+
+def test_section_8_a_search_that_only_guesses_is_told(capsys):
+    """By hand: two targets as often as each other, of 2 and 3 tokens, are ln 2 nats for 2.5 tokens."""
+    targets = [[5, 1], [7, 8, 1]] * 4
+    assert bipeft.loss_of_guessing(targets) == pytest.approx(math.log(2) / 2.5)
+    assert bipeft.loss_of_guessing([[5, 1]] * 3 + [[7, 1]]) == pytest.approx(
+        (0.75 * math.log(4 / 3) + 0.25 * math.log(4)) / 2)
+    assert bipeft.loss_of_guessing([[n, 1] for n in range(100)]) == pytest.approx(math.log(100) / 2)
+    assert bipeft.loss_of_guessing([[n, 1] for n in range(101)]) == math.inf                # texts
+    for losses, told in (([0.30, 0.23], True), ([0.30, 0.22], False), ([], False)):         # 0.95 · 0.277 is 0.263
+        bipeft.tell_if_guessing(losses, targets)
+        said = capsys.readouterr().out
+        assert told == ("the mean loss is 0.265, that of guessing 0.277; another --lr, --clip 1" in said) == bool(said)
 
 
 def log_of(run):
