@@ -3004,7 +3004,7 @@ def tell_if_guessing(losses, targets):
     guessing = loss_of_guessing(targets)
     if mean > 0.95 * guessing:
         print(f"modules were chosen before they had learnt: the mean loss is {mean:.3f}, that of guessing "
-              f"{guessing:.3f}; another --lr, --clip 1 or more --warmup-epochs may help")
+              f"{guessing:.3f}; another --lr or --clip, or more --warmup-epochs, may help")
 
 
 def loss_of_guessing(targets):
