@@ -274,7 +274,7 @@ def kept_triplets(learnt):
 
 
 def with_adalora(model, triplets, steps, seed):
-    """(model in peft's AdaLoRA, its head learning; the allocator; the step from which on its triplets are as many)."""
+    """(model in peft's AdaLoRA, its head learning; the allocator; the step from which on it keeps so many triplets)."""
     import peft
     rank = max(2, math.ceil(1.5 * triplets / (4 * model.encoder.config.num_hidden_layers)))     # 4 matrices a layer
     config = peft.AdaLoraConfig(
