@@ -1,11 +1,10 @@
-"""The pictures of docs/walkthrough.md, and the numbers that the page quotes: of one search of the toy, run here, and of
-one of SmolLM2-135M, whose files are in comparison/results/smollm2_search.
+"""Pictures and numbers of docs/walkthrough.md, of a search of the toy and of comparison/results/smollm2_search.
 
     python docs/experiments/walkthrough/figures.py                        docs/figures: PNGs, a GIF, walkthrough.json
     python docs/experiments/walkthrough/figures.py --out DIR --seed 2     another seed, or flags of bipeft.py
 
-Needs matplotlib. Takes about a minute on one thread: the search of `python bipeft.py --task toy --seed 1`, by the
-program's own classes, which note what is drawn, then the drawing. Another CPU or torch may find another structure.
+Needs matplotlib, and a minute: the search of `python bipeft.py --task toy --seed 1`, by the program's own classes,
+which note what is drawn, then the drawing. Another CPU or torch may find another structure.
 """
 
 import argparse
@@ -448,6 +447,7 @@ def real_facts(lines, structure, metrics):
         f"B = {structure['budget']:,} and Z = {metrics['settings']['triggers']}",
         f"the {len(fired)} triggers come within the steps {fired[0]} to {fired[-1]}",
         f"in {sum(beta < tau for beta in late)} of these {len(late)} steps β is below τ",
+        f"a mean loss of {np.mean([x['loss_train'] for x in lines[fired[0] - 1:]]):.3f} nats a token",
         f"E is {lines[fired[0] - 1]['expected']:,.0f} at the first trigger",
         f"from {before['expected']:,.0f} to {at['expected']:,.0f}",
         f"the last {len(fired) - fired.index(certain)} triggers take {before['kept']} modules down to {lines[-1]['kept']}",
