@@ -2990,30 +2990,36 @@ def run_search(work, record, run_pass):
     if missing:
         print(f"the steps ended before trigger {settings.triggers}: the last {missing} selections were "
               "made at once; more --search-epochs or fewer --triggers would spread them")
-    losses = [line["loss_train"] for line in record.stored["log"][search.first_trigger - 1:]]
-    tell_if_guessing(losses, [target for _, target in tokens])
     space.detach()
     return structure
 
 
-def tell_if_guessing(losses, targets):
-    """Says so if a search's losses while it chose are of guessing: ΔW had learnt nothing yet [D12]."""
-    if not losses:
-        return
-    mean = sum(losses) / len(losses)
-    guessing = loss_of_guessing(targets)
-    if mean > 0.95 * guessing:
-        print(f"modules were chosen before they had learnt: the mean loss is {mean:.3f}, that of guessing "
-              f"{guessing:.3f}; another --lr or --clip, or more --warmup-epochs, may help")
+def signs_of_guessing(log, tokens):
+    """A line, in a list, if modules were chosen while ΔW only guessed, else an empty list [D12].
+
+    log: the search's lines.   tokens: those of train. What counts is the mean training loss from the first
+    trigger on or, if there was none, of the last ten steps.
+    """
+    fired = [line["step"] for line in log if line["reduction"] is not None]
+    first = fired[0] if fired else max(1, len(log) - 9)
+    losses = [line["loss_train"] for line in log[first - 1:]]
+    mean = sum(losses) / max(1, len(losses))
+    guessing = loss_of_guessing([target for _, target in tokens])
+    if mean <= 0.95 * guessing:
+        return []
+    return [f"modules were chosen before they had learnt: from step {first} on the training loss is "
+            f"{mean:.3f}, that of guessing {guessing:.3f}; try another --lr or --clip, or more --warmup-epochs "
+            "or --search-epochs"]
 
 
 def loss_of_guessing(targets):
     """What a network that doesn't read its input can come to, a token:  H(target) / mean length, in nats.
 
-    targets: lists of tokens.   Infinite if over 100 differ: then they are texts, not labels.
+    targets: lists of tokens; in batches of different lengths it is about that.   Infinite if there are fewer
+    than five to each that differs: then they are texts, not labels.
     """
     counts = Counter(map(tuple, targets))
-    if len(counts) > 100:
+    if len(targets) < 5 * len(counts):
         return math.inf
     entropy = sum(n / len(targets) * math.log(len(targets) / n) for n in counts.values())
     return entropy * len(targets) / sum(map(len, targets))
@@ -3071,14 +3077,14 @@ def run(settings, choose_pass):
     record.stored["structure"] = dataclasses.asdict(structure)
     state = record.begin("train")
     save_structure(structure, record.path / "structure.json")
-    print(picture(structure, work.model), flush=True)
+    signs = signs_of_guessing(record.stored["log"], work.tokens["train"])
+    print(picture(structure, work.model), *signs, sep="\n", flush=True)
     validation = run_training(work, record, peft, state, choose_pass(settings, work.model, device))
     save_weights(peft, record.path / "peft.safetensors")
 
     # The one look at the test set.
     metrics = facts(work, record, structure)
-    metrics["validation"] = validation
-    metrics.update(test_scores(work, peft))
+    metrics.update(test_scores(work, peft), validation=validation)
     if settings.model == "toy":                                 # its backbone is nowhere else
         with failing(f"{record.path}/backbone can't be written", ": make room, or change --out"):
             work.model.save_pretrained(record.path / "backbone")

@@ -2754,7 +2754,7 @@ def test_section_8_every_setting_reaches_the_search_and_the_training(world, tmp_
     """Settings arrive where they count, halves are disjoint, and test is looked at last."""
     given, splits = {}, []
     for owner, name in ((bipeft.Search, "__init__"), (bipeft.Search, "run"), (bipeft, "apply"), (bipeft, "train"),
-                        (bipeft, "tell_if_guessing"), (bipeft.Work, "score")):
+                        (bipeft, "signs_of_guessing"), (bipeft.Work, "score")):
         def note(*args, function=getattr(owner, name), name=name, **more):
             given.setdefault(name, inspect.signature(function).bind(*args, **more).arguments)
             splits.extend(args[1:] if name == "score" else ())
@@ -2775,23 +2775,27 @@ def test_section_8_every_setting_reaches_the_search_and_the_training(world, tmp_
     assert given["apply"]["seed"] == bipeft.derive(7, 14)
     halves = [{tuple(source) for source, _ in given["run"][key].tokens} for key in ("train_batches", "val_batches")]
     assert [len(half) for half in halves] == [12, 12] and not halves[0] & halves[1]
-    judged = given["tell_if_guessing"]                                        # from the first step with a trigger on
-    assert judged["losses"] == [line["loss_train"] for line in log_of(tmp_path)[3:]] and len(judged["targets"]) == 24
+    judged = given["signs_of_guessing"]
+    assert judged["log"] == log_of(tmp_path) and len(judged["tokens"]) == 24
     assert splits == ["validation"] * 2 + ["test"] * 2            # one look at test, with the modules and without
 
 
-def test_section_8_a_search_that_only_guesses_is_told(capsys):
+def test_section_8_a_search_that_only_guesses_is_told():
     """By hand: two targets as often as each other, of 2 and 3 tokens, are ln 2 nats for 2.5 tokens."""
-    targets = [[5, 1], [7, 8, 1]] * 4
-    assert bipeft.loss_of_guessing(targets) == pytest.approx(math.log(2) / 2.5)
-    assert bipeft.loss_of_guessing([[5, 1]] * 3 + [[7, 1]]) == pytest.approx(
+    targets = [[5, 1], [7, 8, 1]] * 5
+    assert bipeft.loss_of_guessing(targets) == pytest.approx(math.log(2) / 2.5)             # 0.277
+    assert bipeft.loss_of_guessing([[5, 1]] * 9 + [[7, 1]] * 3) == pytest.approx(
         (0.75 * math.log(4 / 3) + 0.25 * math.log(4)) / 2)
-    assert bipeft.loss_of_guessing([[n, 1] for n in range(100)]) == pytest.approx(math.log(100) / 2)
-    assert bipeft.loss_of_guessing([[n, 1] for n in range(101)]) == math.inf                # texts
-    for losses, told in (([0.30, 0.23], True), ([0.30, 0.22], False), ([], False)):         # 0.95 · 0.277 is 0.263
-        bipeft.tell_if_guessing(losses, targets)
-        said = capsys.readouterr().out
-        assert told == ("the mean loss is 0.265, that of guessing 0.277; another --lr or --clip" in said) == bool(said)
+    assert bipeft.loss_of_guessing(targets[:-1]) == math.inf               # nine of two that differ: texts, not labels
+
+    def told(losses, *fired):
+        log = [{"step": n, "loss_train": loss, "reduction": 1.0 if n in fired else None}
+               for n, loss in enumerate(losses, 1)]
+        return "".join(bipeft.signs_of_guessing(log, [([2], target) for target in targets]))
+    # 0.95 · 0.277 is 0.263: of steps 2 to 4, from the first trigger on, and of the last ten where there was none
+    assert "from step 2 on the training loss is 0.270, that of guessing 0.277" in told([9, 0.30, 0.25, 0.26], 2, 4)
+    assert told([9, 0.30, 0.25, 0.23], 2, 4) == told([]) == told([9] + [0.25] * 10) == ""
+    assert "from step 2 on" in told([0.0] + [0.27] * 10) and "from step 1 on" in told([0.27])
 
 
 def log_of(run):
