@@ -3008,8 +3008,8 @@ def signs_of_guessing(log, tokens):
     if mean <= 0.95 * guessing:
         return []
     return [f"modules were chosen before they had learnt: from step {first} on the training loss is "
-            f"{mean:.3f}, that of guessing {guessing:.3f}; try another --lr or --clip, or more --warmup-epochs "
-            "or --search-epochs"]
+            f"{mean:.3f}, that of guessing {guessing:.3f}; try another --lr or --clip, or more "
+            "--warmup-epochs or --search-epochs"]
 
 
 def loss_of_guessing(targets):
