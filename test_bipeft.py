@@ -2827,6 +2827,9 @@ def test_section_8_what_a_run_leaves(world, finished, tmp_path):
     stored = safetensors.torch.load_file(finished / "peft.safetensors")
     assert sum(t.numel() for t in stored.values()) == structure.parameters
     assert len(set(assert_answers(finished, splits["test"]))) > 1
+    model, tokenizer, _ = bipeft.load_run(finished)
+    said = bipeft.answer(model, tokenizer, [e.source for e in splits["validation"]])
+    assert metrics["validation"] == bipeft.accuracy(said, [e.answers for e in splits["validation"]])
     with pytest.raises(UsageError, match="holds no finished run"):
         bipeft.load_run(tmp_path)
 
