@@ -1406,7 +1406,8 @@ def plain_pass(search, weights, gate, ranks, batch):
     return loss.item(), [bipeft.flatten([p.grad for p in own]) for own in leaves]
 
 
-@pytest.mark.parametrize("space, t, temperature, clip", [("s1", 0, 5, None), ("s2", 4, 3, 1e-7), ("s1", 8, 1, 99.0), ("s1", 4, 3, 0)])
+@pytest.mark.parametrize("space, t, temperature, clip", [
+    ("s1", 0, 5, None), ("s2", 4, 3, 1e-7), ("s1", 8, 1, 99.0), ("s1", 4, 3, 0)])
 def test_section_4_a_step_is_algorithm_1_done_by_hand(space, t, temperature, clip):
     # Of nine steps t = 0 .. 8. Steps of Θ as wide as 1, so that the third pass has other gates than the second.
     search, batches = small_search(space, steps=9, warmup=9, lr=9e-3, arch_lr=1.0, clip=clip)
