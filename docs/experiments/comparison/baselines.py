@@ -6,13 +6,13 @@ its search. Whose a method is, and what was taken where its paper is open, its d
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import math
 import random
 import re
 import time
 from collections import defaultdict
-from dataclasses import dataclass
 
 import torch
 
@@ -135,13 +135,13 @@ def bipeft_search(bench, budget, kinds="s2", cls=bipeft.Search, name="BIPEFT", *
         found = run.run(*net.batches, after_step=look)
         told = {"steps": looks["steps"], "made_up": looks["missing"],
                 "losses": [round(sum(part) / len(part), 3) for part in (losses[:warmup], losses[warmup:]) if part]}
-        if name != "BIPEFT":
+        if name not in ("BIPEFT", "BIPEFT, clipped"):
             return {name: (found, told)}
-        n = len(net.space)
+        n, suffix = len(net.space), name.removeprefix("BIPEFT")
         kept, choice = bipeft.fill_budget(looks["s"], net.sizes, [False] * n, [0] * n, budget)
-        return {name: (found, told), "one look": (net.chosen(kept, choice, budget), {
-            "passes": looks["passes"], "seconds": looks["seconds"]}),
-                "matched random": matched(bench, found, budget)}
+        looked = {"passes": looks["passes"], "seconds": looks["seconds"]}
+        return {name: (found, told), f"one look{suffix}": (net.chosen(kept, choice, budget), looked),
+                f"matched random{suffix}": matched(bench, found, budget)}
 
 
 def matched(bench, structure, budget):
@@ -686,10 +686,11 @@ LLAMA_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)                              
 FULL_RATES, HEAD_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), (1e-3, 2.5e-3, 1e-2, 4e-2, 0.15)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Method:
     """finder: the function that gives its structure, and perhaps others' (their jobs are shared).   cheap: no
-    search.   free: not under the budget.   rate_of: whose learning rate it takes; None: its own.
+    search.   free: not under the budget.   rate_of: whose learning rate it takes; None: its own.   like: whose
+    structure it takes; None: its own.   clip: cap on the gradient's norm in re-training; None: none.
     """
 
     finder: str
@@ -698,6 +699,8 @@ class Method:
     rates: tuple = RATES
     rate_of: str = None
     whole: bool = False                        # trains the backbone
+    like: str = None
+    clip: float = None
 
 
 FINDERS = {
@@ -735,6 +738,8 @@ MORE = {"S3Delta-M": Method("s3delta"), "PrunePEFT": Method("prunepeft"), "BitFi
         "all biases": Method("all-biases", cheap=True, free=True), "serial adapter": Method("serial", cheap=True),
         "BIPEFT, S1": Method("bipeft-s1"), "BIPEFT, all": Method("bipeft-all"),
         "BIPEFT, clipped": Method("bipeft-clipped", rate_of="BIPEFT"),
+        "one look, clipped": Method("bipeft-clipped", rate_of="one look"),
+        "matched random, clipped": Method("bipeft-clipped", rate_of="matched random"),
         "S3Delta-M, hard": Method("s3delta-hard"), "S3Delta-M, lr 3e-3": Method("s3delta-lr"),
         "S3Delta-M, scale 16": Method("s3delta-16"), "PrunePEFT, 4 rounds": Method("prunepeft-4"),
         "AdaLoRA": Method("adalora", cheap=True), "random, best of 3": Method("best-random"),
@@ -756,7 +761,11 @@ VARIANTS = {           # Tables 6-10, and readings that are ours; in each one th
     "gates open for s": {"cls": OpenSensitivity}, "LoRA scale 16": {}, "rising search lr": {"cls": RisingRate}}
 SENSITIVITY = {name: Method(f"variant:{name}", rate_of=None if "scale" in name else "BIPEFT") for name in VARIANTS}
 SCALES = {"variant:LoRA scale 16": 16.0, "s3delta-16": 16.0}              # of LoRA, 1 elsewhere
-METHODS = {**CORE, **MORE, **ABLATIONS, **SENSITIVITY}
+PLAIN = {f"{name}, training clipped": name              # the same structures and rates, trained with clipped gradients
+         for name in ("BIPEFT", "BIPEFT, clipped", "LoRA", "BitFit", "all biases", "all of S2")}
+CLIPPING = {name: dataclasses.replace(of, like=PLAIN[name], rate_of=of.rate_of or PLAIN[name], clip=1.0)
+            for name in PLAIN for of in [{**CORE, **MORE}[PLAIN[name]]]}
+METHODS = {**CORE, **MORE, **ABLATIONS, **SENSITIVITY, **CLIPPING}
 
 
 def ladder(name, family):

@@ -41,11 +41,12 @@ import numpy as np
 import torch
 
 from harness import SMALL, Bench, Settings, bipeft, prepare
-from baselines import (ABLATIONS, ACROSS, CORE, LLAMA_CORE, METHODS, MORE, SCALES, SENSITIVITY, find,
-                     ladder, scaled_lora, train_adalora)
+from baselines import (ABLATIONS, ACROSS, CLIPPING, CORE, LLAMA_CORE, METHODS, MORE, SCALES, SENSITIVITY,
+                       find, ladder, scaled_lora, train_adalora)
 
 HERE = Path(__file__).resolve().parent
-TABLES = ("main", "ablations", "budgets", "transfer", "sensitivity", "cost")
+FAMILIES = {"ablations": ABLATIONS, "sensitivity": SENSITIVITY, "clipping": CLIPPING}
+TABLES = ("main", "budgets", "transfer", "cost", *FAMILIES)
 
 
 # 1. A job: a search or a training
@@ -84,13 +85,13 @@ def train(bench, job):
         best, curve, parameters, test = train_adalora(bench, job["budget"], job["lr"])
         modules = None
     else:
-        structure = (find(bench, method.finder, job["budget"])[job["method"]][0] if method.cheap
+        structure = (find(bench, method.finder, job["budget"])[method.like or job["method"]][0] if method.cheap
                      else bench.decode(job.pop("structure"), job["budget"]))
         if not structure.modules and not method.free:
             raise bipeft.UsageError(f"no module of {job['method']} fits into a budget of {job['budget']}")
         with scaled_lora(SCALES.get(method.finder)):
             bench.passes = 0
-            peft, best, curve = bench.train(structure, job["lr"], method.whole)
+            peft, best, curve = bench.train(structure, job["lr"], method.whole, method.clip)
             parameters, modules = peft.size, len(peft)
             held = bench.score("test") if not job["tuning"] else None
             test = lambda: held
@@ -193,7 +194,7 @@ class Plan:
                 for tuning in self.tuning(method.rate_of or wish["method"], budget, other):
                     jobs += self.jobs_of(tuning)
         origin = wish["source"] or wish["task"]
-        structure = self.structures.get((wish["method"], origin, budget, wish["seed"]))
+        structure = self.structures.get((method.like or wish["method"], origin, budget, wish["seed"]))
         if structure is None and not method.cheap:
             jobs.append({"stage": "find", "finder": method.finder, "task": origin, "budget": budget,
                          "seed": wish["seed"]})
@@ -237,9 +238,9 @@ def wanted_of(args):
             else:
                 yield from of(core, args.seeds)
                 yield from of(every[len(core):], args.seeds)
-        elif table in ("ablations", "sensitivity"):
+        elif table in FAMILIES:
             for seed in args.seeds:
-                yield from of(["BIPEFT", *(ABLATIONS if table == "ablations" else SENSITIVITY)], [seed])
+                yield from of(["BIPEFT", *FAMILIES[table]], [seed])
         elif table == "budgets":
             for seed, budget in itertools.product(args.seeds, args.budgets):
                 yield from of([name for name in ACROSS if name in names], [seed], budget=budget)

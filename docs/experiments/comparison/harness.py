@@ -100,7 +100,7 @@ def output_of(logits, labels):
 # 2. The tasks
 
 FILES = {"qnli": ("validation",), "mnli": ("validation_matched",), "sst2": ("train", "validation"),
-         "cola": ("train", "validation")}
+         "cola": ("train", "validation"), "boolq": ("validation",), "multirc": ("train", "validation")}
 
 
 def prepare(model, data_dir, settings):
@@ -171,7 +171,7 @@ def splits_of(task, settings, seed):
     rows = [pool[i] for i in order]
     if task == "sst2":                                      # the validation file is the test
         return {"validation": rows[:500], "test": other[0], "train": rows[500:500 + settings.train_rows]}
-    if other:                                               # cola: it is halved
+    if other:                                               # cola, multirc: it is halved
         half = list(other[0])
         random.Random(bipeft.derive(seed, 22)).shuffle(half)
         return {"train": rows, "validation": half[:len(half) // 2], "test": half[len(half) // 2:]}
@@ -204,6 +204,15 @@ def small_backbone(family):
     return transformers.BertModel(transformers.BertConfig(
         vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
         max_position_embeddings=32), add_pooling_layer=False)
+
+
+def clipped(run_pass, norm):
+    """A pass, as `bipeft.forward_backward`, whose gradients together have at most this norm."""
+    def run(model, peft, gate, ranks, batch, inputs):
+        loss = run_pass(model, peft, gate, ranks, batch, inputs)
+        nn.utils.clip_grad_norm_(inputs, norm)
+        return loss
+    return run
 
 
 class Bench:
@@ -316,20 +325,22 @@ class Bench:
         chosen = [(*self.keys[int(i)], int(rank)) for i, rank in (item.split(":") for item in text.split())]
         return self.structure(chosen, budget)
 
-    def train(self, structure, lr, whole=False):
+    def train(self, structure, lr, whole=False, clip=None):
         """Re-trains; returns (peft, best validation score, curve). The model stays as after its best epoch, attached.
 
-        whole: with every weight of the backbone, in float32, where small steps are not lost.
+        whole: with every weight of the backbone, in float32, where small steps are not lost.   clip: as Method's.
         """
         if whole:
             self.set_format(torch.float32)
         also = (*["encoder"] * whole, *self.model.head)
         peft = bipeft.apply(self.model, structure, self.seed, also_train=also)
-        evaluations = self.settings.evaluations
+        evaluations, run_pass = self.settings.evaluations, self.new_pass()
+        if clip is not None:
+            run_pass = clipped(run_pass, clip)
         stretch = Stretch(self.batches(self.splits["train"]), max(1, round(self.settings.steps / evaluations)))
         curve = []
         best = bipeft.train(self.model, peft, stretch, lambda: self.score("validation"), evaluations, lr,
-                            seed=self.seed, run_pass=self.new_pass(),
+                            seed=self.seed, run_pass=run_pass,
                             after_step=lambda _, line: curve.append(line.get("score")))
         self.passes += evaluations * len(stretch)
         return peft, best, [round(score, 2) for score in curve if score is not None]
