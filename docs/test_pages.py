@@ -184,9 +184,6 @@ def test_every_command_is_one_that_its_program_takes(page, monkeypatch):
     assert [flag for flag in flags if not re.search(rf"\b{flag.replace('-', '[-_]')}\b", programs)] == []
 
 
-# The code of the pages
-
-
 def code_of(page):
     """The blocks of Python in a page, compiled."""
     blocks = blocks_of((ROOT / page).read_text())[0]
@@ -204,13 +201,8 @@ def tiny_bert():
     return model, [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": i[:, 0] % 2} for i in ids]
 
 
-@pytest.fixture
-def kinds(monkeypatch):
-    """KINDS, to which a page's code may add."""
-    monkeypatch.setattr(bipeft, "KINDS", dict(bipeft.KINDS))
-
-
-def test_the_code_of_copying_md_runs(kinds):
+def test_the_code_of_copying_md_runs(monkeypatch):
+    monkeypatch.setattr(bipeft, "KINDS", dict(bipeft.KINDS))                                   # it adds a kind
     equations, loop, kind, its_test, *others, _ = code_of("docs/copying.md")      # the last: test_baselines.py
     with torch.random.fork_rng():
         exec(equations, names := {})
@@ -290,9 +282,6 @@ def test_the_code_of_the_readme_runs(finished, monkeypatch, capsys):
     exec(rival, names := {})
     structure = bipeft.load_structure("even.json")
     assert 0.9 * names["budget"] < structure.parameters <= names["budget"] and structure.space == "bitfit"
-
-
-# The names of the pages
 
 
 def names_of_decisions():

@@ -206,15 +206,6 @@ def small_backbone(family):
         max_position_embeddings=32), add_pooling_layer=False)
 
 
-def clipped(run_pass, norm):
-    """A pass, as `bipeft.forward_backward`, whose gradients together have at most this norm."""
-    def run(model, peft, gate, ranks, batch, inputs):
-        loss = run_pass(model, peft, gate, ranks, batch, inputs)
-        nn.utils.clip_grad_norm_(inputs, norm)
-        return loss
-    return run
-
-
 class Bench:
     """A backbone on a device, and what is cached: models by number of labels, tokens by task and seed."""
 
@@ -334,9 +325,13 @@ class Bench:
             self.set_format(torch.float32)
         also = (*["encoder"] * whole, *self.model.head)
         peft = bipeft.apply(self.model, structure, self.seed, also_train=also)
-        evaluations, run_pass = self.settings.evaluations, self.new_pass()
-        if clip is not None:
-            run_pass = clipped(run_pass, clip)
+        evaluations, compute = self.settings.evaluations, self.new_pass()
+
+        def run_pass(*given):
+            loss = compute(*given)
+            if clip is not None:
+                nn.utils.clip_grad_norm_(peft.tensors, clip)
+            return loss
         stretch = Stretch(self.batches(self.splits["train"]), max(1, round(self.settings.steps / evaluations)))
         curve = []
         best = bipeft.train(self.model, peft, stretch, lambda: self.score("validation"), evaluations, lr,

@@ -19,14 +19,16 @@ import numpy as np
 
 import compare
 from harness import bipeft
-from baselines import ABLATIONS, METHODS, SENSITIVITY
+from baselines import ABLATIONS, METHODS, PLAIN, SENSITIVITY
+from palette import KINDS
 from report_figures import CLIPPED, FIGURES, RIVALS, draw, draw_ratios, size
 from stats import contrasts, interval, jaccard, jaccard_by_chance, shown, signed
 
 HERE = Path(__file__).resolve().parent
 TIMED = 900                                               # the seed of compare.py --table cost
 LATER = set(range(5, 10))                                 # seeds that were added when 0 to 4 had been read
-CHANCE = {"cola": 0, "qnli": 50, "mnli": 36, "sst2": 51, "toy": 50}       # always the most frequent answer, rounded
+NOTES = "boolq", "multirc"
+CHANCE = {"cola": 0, "qnli": 50, "mnli": 36, "sst2": 51, "boolq": 62, "multirc": 60, "toy": 50}     # always one answer
 BAD = {("mnli", 3), ("mnli", 6), ("qnli", 2)}             # SmolLM2's cells where BIPEFT without clipping went wrong
 FAILED = 5                                                # points above that, at most: a training that failed
 
@@ -36,9 +38,11 @@ FAILED = 5                                                # points above that, a
 class Data:
     """The lines of a results file, what is reported of them, and the rate of each method.
     Where a rate is not chosen yet, the trainings at the most frequent one are reported.
+    notes: of the NOTES, tasks with a table of their own, instead of all others.
     """
 
-    def __init__(self, lines):
+    def __init__(self, lines, notes=False):
+        lines = [x for x in lines if x.get("tuning") or (x.get("task") in NOTES) == notes or x["stage"] == "places"]
         trained = [x for x in lines if x["stage"] == "train" and x["method"] in METHODS and "error" not in x]
         self.budget = Counter(x["budget"] for x in trained).most_common(1)[0][0] if trained else 0
         self.tuning = once(x for x in trained if x["tuning"])
@@ -61,6 +65,7 @@ class Data:
             at[x["method"], x["budget"]][x["lr"]] += 1
         at = {of: self.rates.get(of) or max(count, key=count.get) for of, count in at.items()}
         self.reported = [x for x in self.scored if x["lr"] == at[x["method"], x["budget"]]]
+        self.told = [task for task in self.tasks if any(x["task"] == task for x in self.reported)]
 
     def order(self, budget):
         """A key that sorts budgets, the main one first."""
@@ -77,17 +82,15 @@ class Data:
         return {name: cells for name, cells in found.items() if cells}
 
     def found(self, name, budget=None):
-        """A method's searches."""
+        """A method's searches, or those of the one whose structures it takes."""
+        name = METHODS[name].like or name
         return [x for x in self.searches if x["method"] == name and x["budget"] == (budget or self.budget)]
 
     def kinds(self, name, budget=None):
-        """{(kind, rank): mean number of modules in a method's structures}, rank 0 for a kind without."""
-        found, count = self.found(name, budget) if self.places else [], Counter()
-        for item in (item for x in found for item in x["structure"].split()):
-            place, rank = map(int, item.split(":"))
-            kind = self.places[place].rpartition(".")[2]
-            count[kind, rank if bipeft.KINDS[kind].ranked else 0] += 1
-        return {pair: count[pair] / len(found) for pair in count}
+        """{kind: mean number of modules in a method's structures}, the most frequent first."""
+        found = self.found(name, budget)
+        count = Counter(self.places[i].rpartition(".")[2] for x in found for i in places(x))
+        return {kind: n / len(found) for kind, n in count.most_common() if n / len(found) >= 0.05}
 
     def failed(self, names, budget=None):
         """{name: {(task, seed): test score}} of trainings that end at CHANCE, or within FAILED points of it."""
@@ -103,13 +106,18 @@ class Data:
         """
         scores = {}
         for name, cells in self.scores([of, *names], budget).items():
-            tasks, held = {task for task, _ in cells}, Counter(seed for _, seed in cells)
-            scores[name] = {(task, seed): score for (task, seed), score in cells.items()
-                            if (seeds is None or seed in seeds) and (task, seed) not in (without or {}).get(name, ())
-                            and (held[seed] == len(tasks) or name == of)}
+            left_out = (without or {}).get(name, ())
+            scores[name] = {cell: score for cell, score in (cells if name == of else whole_seeds(cells)).items()
+                            if (seeds is None or cell[1] in seeds) and cell not in left_out}
         base = scores.pop(of, {})
         free = {name: scores.pop(name) for name in list(scores) if METHODS[name].free}
         return {**contrasts(base, scores), **contrasts(base, free)}
+
+
+def whole_seeds(cells):
+    """Those cells, {(task, seed): score}, whose seed has all tasks."""
+    tasks, held = {task for task, _ in cells}, Counter(seed for _, seed in cells)
+    return {cell: score for cell, score in cells.items() if held[cell[1]] == len(tasks)}
 
 
 def once(lines):
@@ -198,7 +206,7 @@ def cost(data):
         return x["seconds"] / np.mean(base) if base else None
     for stage, name in itertools.product(("find", "train"), METHODS):
         own = [x for x in data.timed if (x["stage"], x["method"]) == (stage, name)]
-        if own and (stage == "train" or name not in ("matched random", "s-bar at T")):      # another's search
+        if own and (stage == "train" or not name.startswith(("matched random", "s-bar at T"))):     # another's search
             seconds = [x["seconds"] for x in own], *([ratio(x, of) for x in own] for of in (name, "LoRA"))
             memory = [x["memory"] for x in own if x.get("memory")]
             rows.append([name, "search" if stage == "find" else "training", *(shown(s, 2) for s in seconds),
@@ -237,16 +245,16 @@ def places(search):
 
 
 def agreement(data):
-    """Jaccard of two structures' places, mean ± sd over pairs: of two seeds, of two tasks, and by chance."""
+    """Jaccard of two structures' places, mean ± sd over pairs: of two seeds, of two tasks, by chance; and the kinds."""
     rows = []
     for budget, name in itertools.product(sorted({x["budget"] for x in data.searches}), RIVALS):
         own, sets = data.found(name, budget), defaultdict(list)
         for x in own:
             sets[x["task"]].append(places(x))
-        seen = {kind for kind, _ in data.kinds(name, budget)}
-        if not seen:
+        if len(own) < 2:
             continue
-        space = next(kinds for kinds in bipeft.SPACES.values() if seen <= set(kinds))
+        kinds = data.kinds(name, budget)
+        space = next(space for space in bipeft.SPACES.values() if kinds.keys() <= set(space))
         pool = sum(place.rpartition(".")[2] in space for place in data.places)
         within = [pair for group in sets.values() for pair in itertools.combinations(group, 2)]
         across = [pair for one, other in itertools.combinations(sets.values(), 2)
@@ -254,8 +262,9 @@ def agreement(data):
         by_chance = [jaccard_by_chance(a, b, pool) for a, b in within + across]
         shares = [shown([jaccard(a, b) for a, b in pairs], 2) for pairs in (within, across)]
         shares.append(f"{np.mean(by_chance):.2f}" if by_chance else "–")
-        rows.append([size(data, budget), name, len(own), *shares])
-    head = ["budget (of 10,000)", "method", "searches", "between seeds", "between tasks", "by chance"]
+        kept = ", ".join(f"{n:.1f} {KINDS[kind]}" for kind, n in kinds.items())
+        rows.append([size(data, budget), name, len(own), *shares, kept])
+    head = ["budget (of 10,000)", "method", "searches", "between seeds", "between tasks", "by chance", "modules"]
     return table(head, rows)
 
 
@@ -269,10 +278,7 @@ def table_1(data, budget):
     """Scores at a budget, pairs; pairs of the seeds that were added later."""
     seeds = {x["seed"] for x in data.of("BIPEFT", budget)}
     failed = data.failed(RIVALS, budget)
-    told = "; ".join(f"{name} on {task}, seed {seed} ({score:.1f})" for name, cells in failed.items()
-                     for (task, seed), score in cells.items())
-    whole = ["### Pairs without failed trainings",
-             textwrap.fill(f"Within {FAILED} points of always the most frequent answer end: {told}.", 110),
+    whole = ["### Pairs without failed trainings", ended(failed),
              contrast_table(data.contrasts(RIVALS, budget, without=failed), data.tasks)] if failed else []
     later = [f"### Pairs on seeds {min(LATER)} to {max(LATER)} alone",
              contrast_table(data.contrasts(RIVALS, budget, seeds=LATER), data.tasks)] if seeds >= LATER else []
@@ -290,17 +296,36 @@ def table_1(data, budget):
             *clipped_pairs(data, budget)]
 
 
+def ended(failed):
+    """Failed trainings, {name: {(task, seed): score}}, in a sentence."""
+    told = "; ".join(f"{name} on {task}, seed {seed} ({score:.1f})" for name, cells in failed.items()
+                     for (task, seed), score in cells.items())
+    return textwrap.fill(f"Within {FAILED} points of always the most frequent answer end: {told}.", 110)
+
+
 def clipped_pairs(data, budget):
     """Pairs of the clipped search, where it was run."""
-    if not BAD <= set(data.scores([CLIPPED], budget).get(CLIPPED, ())):
-        return []
-    others, head = [name for name in RIVALS if name != CLIPPED], f"{CLIPPED} −"
-    every, fewer = (data.contrasts(others, budget, of=CLIPPED, without={CLIPPED: cells}) for cells in ((), BAD))
-    return ["### Pairs of the clipped search", contrast_table(every, data.tasks, head),
-            "### Pairs of the clipped search but for three cells",
-            "Without mnli's seeds 3 and 6, by whose tests clipping was chosen, since BIPEFT's searches learnt nothing\n"
-            "there, and without qnli's seed 2, where BIPEFT's training went wrong.",
-            contrast_table(fewer, data.tasks, head)]
+    cells, head = data.scores([CLIPPED], budget).get(CLIPPED, ()), "### Pairs of the clipped search"
+
+    def pairs(without):
+        others = [name for name in RIVALS if name != CLIPPED]
+        return contrast_table(data.contrasts(others, budget, without=without, of=CLIPPED), data.tasks, f"{CLIPPED} −")
+    parts = [head, pairs({})] if cells else []
+    if cells and (failed := data.failed(RIVALS, budget)):
+        parts += [f"{head} without failed trainings", pairs(failed)]
+    if BAD <= set(cells):
+        parts += [f"{head} but for three cells",
+                  "Without mnli's seeds 3 and 6, by whose tests clipping was chosen, since BIPEFT's searches learnt\n"
+                  "nothing there, and without qnli's seed 2, where BIPEFT's training went wrong.",
+                  pairs({CLIPPED: BAD})]
+    return parts
+
+
+def clipped_trainings(data):
+    """Re-trainings with clipped gradients less the same without, those of each method a family of its own."""
+    found = {name: c for name, plain in PLAIN.items() for c in data.contrasts([plain], of=name).values()}
+    return ["## Re-training with clipped gradients", "Pairs of the same structure and rate.",
+            ended(data.failed(PLAIN)), contrast_table(found, data.tasks, "less not clipped")]
 
 
 def family(data, heading, names, extra):
@@ -311,8 +336,9 @@ def family(data, heading, names, extra):
             contrast_table(data.contrasts(names), data.tasks)]
 
 
-def report(data):
+def report(lines):
     """All tables, as one text."""
+    data, notes = Data(lines), Data(lines, notes=True)
     parts = ["## Rates, chosen on seeds that are not reported", rates(data)]
     budgets = {x["budget"] for x in data.reported if x["method"] == "BIPEFT"}
     for budget in sorted(budgets, key=data.order) or [0]:
@@ -322,6 +348,13 @@ def report(data):
             for of in sorted(budgets) if of > data.budget and data.of("random", of)}
     base, head = own.pop(size(data, data.budget), {}), f"BIPEFT at {size(data, data.budget)} − at"
     parts += ["## Tables 5 and 10: other budgets", contrast_table(contrasts(base, own), data.tasks, head)]
+    clipped = {size(data, of): data.scores([CLIPPED], of).get(CLIPPED, {}) for of in sorted(budgets)}
+    if base := clipped.pop(size(data, data.budget), {}):
+        parts.append(contrast_table(contrasts(base, clipped), data.tasks, head.replace("BIPEFT", CLIPPED)))
+        parts += clipped_trainings(data)
+    if notes.reported:
+        parts += [f"## {', '.join(notes.told)}, apart from the rest", score_table(notes, RIVALS),
+                  contrast_table(notes.contrasts(RIVALS, of=CLIPPED), notes.tasks, f"{CLIPPED} −")]
     uncut = [("uncut", lambda of: shown([x.get("uncut") for x in of], 0))]
     parts += family(data, "Table 2: ablations", ABLATIONS, uncut)
     parts += ["## Table 3: cost, alone on the device", cost(data), "## Table 4: transfer", transfer(data)]
@@ -331,7 +364,8 @@ def report(data):
     parts += family(data, "Tables 6–9, and own decisions", SENSITIVITY, used)
     parts += ["steps: when a search ends; made up: triggers carried out then; shared: places, by Jaccard, with "
               "BIPEFT's.",
-              "## What is kept", "Jaccard: places that two structures share, over the places of either.",
+              "## What is kept",
+              "Jaccard: places that two structures share, over the places of either; modules: means over searches.",
               agreement(data)]
     return "\n\n".join(parts)
 
@@ -345,10 +379,11 @@ def main(arguments=None):
     if not args.lines.exists() and not args.lines.with_name(f"{args.lines.name}.gz").exists():
         parser.error(f"{args.lines} does not exist: run compare.py first, or name its --out with --lines")
     try:
-        data = Data(compare.read(args.lines))
+        lines = compare.read(args.lines)
     except bipeft.UsageError as mistake:
         parser.error(str(mistake))
-    print(report(data))
+    data = Data(lines)
+    print(report(lines))
     draw(args.figures, args.lines.name.partition(".")[0].replace("_", "-"), FIGURES, data)
     if args.beside:
         both = {"MiniLM": data, "SmolLM2": Data(compare.read(args.beside))}

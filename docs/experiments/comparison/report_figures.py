@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import LinearSegmentedColormap
 
 from baselines import ABLATIONS, CORE, METHODS, MORE
-from palette import BLUE, COLOUR, HATCH, INK, KINDS, PALE, SOFT, STYLE, WIDTH, save, where
+from palette import BLUE, INK, PALE, SOFT, STYLE, WIDTH, save, where
 from stats import interval
 
 RIVALS = {**CORE, **MORE}
@@ -120,43 +120,26 @@ def draw_places(data):
     return fig
 
 
-def draw_kinds(data):
-    """Modules of each kind, means over searches: of all at the main budget, of BIPEFT and one look at others."""
-    bars = {(name, budget): data.kinds(name, budget)
-            for budget in sorted({x["budget"] for x in data.searches}, key=data.order)
-            for name in RIVALS if data.places and data.found(name, budget)
-            and (name in ("BIPEFT", "one look") or budget == data.budget and name != "matched random")}
-    if not bars:
-        return None
-    fig, ax = plt.subplots(figsize=(WIDTH, 1.3 + 0.33 * len(bars)), layout="constrained")
-    left = np.zeros(len(bars))
-    for kind in KINDS:
-        widths = np.array([sum(count for (of, _), count in bar.items() if of == kind) for bar in bars.values()])
-        if widths.any():
-            ax.barh(range(len(bars)), widths, left=left, color=COLOUR[kind], label=KINDS[kind],
-                    hatch=HATCH.get(kind), edgecolor="white", lw=0)
-        left += widths
-    ax.set_yticks(range(len(bars)), [f"{size(data, budget)}: {name}" for name, budget in bars])
-    ax.set(xlim=(0, 1.02 * left.max()), ylim=(len(bars) - 0.4, -0.6))
-    ax.set_xlabel("modules kept at a budget (of 10,000), mean over searches")
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=8)
-    return fig
-
-
 def draw_ratios(every):
     """BIPEFT less each of five methods against the budget's share of the backbone, without failed trainings: means and
-    95 % t intervals over seeds, cut at the panels' edges.   every: {backbone: data}.
+    95 % t intervals over seeds, cut at the panels' edges.   every: {backbone: data}. The clipped search is beside its
+    own one look and places.
     """
     methods = "LoRA", "biases on even norms", "random", "matched random", "one look"
     fig, axes = plt.subplots(1, len(methods), figsize=(WIDTH, 2.8), sharey=True, layout="constrained")
-    for (backbone, data), marker, colour in zip(every.items(), "os", (INK, BLUE)):
+    rows = [(data, "BIPEFT", backbone) for backbone, data in every.items()]
+    rows += [(data, CLIPPED, f"{backbone}, clipped search") for backbone, data in every.items()
+             if data.scores([CLIPPED])]
+    for (data, of, label), marker, colour in zip(rows, "osD", (INK, BLUE, SOFT)):
         budgets = sorted({x["budget"] for x in data.reported})
-        found = [data.contrasts(methods, of, without=data.failed(["BIPEFT", *methods], of)) for of in budgets]
         for ax, method in zip(axes, methods):
-            points = [(1e4 * of / data.backbone, c[method]) for of, c in zip(budgets, found)
-                      if method in c and len(c[method].pairs) >= FEWEST]
+            own = of.replace("BIPEFT", method)
+            rival = own if own in METHODS else method
+            found = [(1e4 * budget / data.backbone, data.contrasts(
+                [rival], budget, of=of, without=data.failed([of, rival], budget)).get(rival)) for budget in budgets]
+            points = [(share, c) for share, c in found if c and len(c.pairs) >= FEWEST]
             ax.errorbar([share for share, _ in points], [c.mean_of_seeds for _, c in points],
-                        [c.half_of_seeds for _, c in points], marker=marker, ms=4, color=colour, label=backbone)
+                        [c.half_of_seeds for _, c in points], marker=marker, ms=4, color=colour, label=label)
     for ax, method in zip(axes, methods):
         ax.axhline(0, color=SOFT, lw=1)
         ax.set(title=f"BIPEFT −\n{method}", xscale="log", xlabel="budget, of 10,000", xlim=(0.28, 26), ylim=(-9, 9))
@@ -167,7 +150,7 @@ def draw_ratios(every):
     return fig
 
 
-FIGURES = {"pairs": draw_pairs, "places": draw_places, "kinds": draw_kinds}
+FIGURES = {"pairs": draw_pairs, "places": draw_places}
 
 
 def draw(folder, prefix, figures, *of):

@@ -78,15 +78,18 @@ def test_the_method_of_copying_md_is_one_like_any_other(bench):
 
 
 def test_matched_structures_have_the_same_kinds_ranks_and_sizes(bench, monkeypatch):
-    bench.open("toy", 3)
     told, log_line = [], bipeft.Search.log_line
     monkeypatch.setattr(bipeft.Search, "log_line", lambda *given: told.append(log_line(*given)) or told[-1])
-    found = baselines.find(bench, "bipeft", 600)
-    alike = [sorted((m["kind"], m["rank"] or 0, m["parameters"]) for m in found[name][0].modules)
-             for name in ("BIPEFT", "matched random")]
-    assert alike[0] == alike[1]
-    parts = [[line["loss_train"] for line in part] for part in (told[:6], told[6:])]           # a warm-up of six steps
-    assert found["BIPEFT"][1]["losses"] == pytest.approx([sum(part) / len(part) for part in parts], abs=1e-3)
+    for finder, suffix in (("bipeft", ""), ("bipeft-clipped", ", clipped")):
+        bench.open("toy", 3)
+        told.clear()
+        found = baselines.find(bench, finder, 600)
+        own, other, one_look = (found[f"{name}{suffix}"] for name in ("BIPEFT", "matched random", "one look"))
+        alike = [sorted((m["kind"], m["rank"] or 0, m["parameters"]) for m in structure.modules)
+                 for structure, _ in (own, other)]
+        assert alike[0] == alike[1] and one_look[1]["passes"] == 18
+        parts = [[line["loss_train"] for line in part] for part in (told[:6], told[6:])]       # a warm-up of six steps
+        assert own[1]["losses"] == pytest.approx([sum(part) / len(part) for part in parts], abs=1e-3)
 
 
 def test_of_many_layers_autopeft_prices_random_sets(llama, monkeypatch):
@@ -137,20 +140,19 @@ def test_the_surrogate_climbs():
 
 
 def test_sensitivity_with_open_gates_leaves_the_descent_as_it_was(bench):
-    """After one step Delta W is that of a plain search: only s comes from other passes."""
-    weights, nothing = [], []
+    """Of two steps Delta W is that of a plain search: only s comes from other passes."""
+    weights, shut = [], []
     for cls in (bipeft.Search, baselines.OpenSensitivity):
         bench.open("toy", 0)
         with Supernet(bench, "s2") as net:
-            settings = bipeft.Settings(budget=600, lr=1e-2)
-            run = cls(bench.model, net.space, settings, 9, 9, net.run_pass)
+            run = cls(bench.model, net.space, bipeft.Settings(budget=600, lr=1e-2), 9, 9, net.run_pass)
             for _ in range(2):                                             # before the first all act as zero
                 before = run.smoothed
                 run.step(next(net.train), next(net.val), next(net.val))
-                weights.append(net.weights())
-            nothing.append(int(torch.isclose(run.smoothed, 0.85 * before).sum()))       # s = 0: shut, in a plain one
-    torch.testing.assert_close(weights[0], weights[2])
-    assert nothing[0] > nothing[1]
+            weights.append(net.weights())
+            shut.append(int(torch.isclose(run.smoothed, 0.85 * before).sum()))          # s = 0: shut, in a plain one
+    torch.testing.assert_close(*weights)
+    assert shut[0] > shut[1]
 
 
 def test_variants_of_a_search_are_what_their_names_say(bench, monkeypatch):
@@ -168,6 +170,20 @@ def test_variants_of_a_search_are_what_their_names_say(bench, monkeypatch):
     monkeypatch.setattr(bipeft.Search, "update_weights", lambda search: clips.add(search.settings.clip))
     baselines.find(bench, "bipeft-clipped", 600)
     assert clips == {1.0} and baselines.METHODS["BIPEFT, clipped"].rate_of == "BIPEFT"
+
+
+def test_a_training_clips_the_norm_of_all_gradients_together(bench, monkeypatch):
+    bench.open("toy", 0)
+    found, seen = baselines.find(bench, "lora", 600)["LoRA"][0], []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: seen.append(
+        bipeft.flatten([p.grad for p in optimizer.param_groups[0]["params"]])))
+    for norm in (None, 1e-3):
+        bench.train(found, 1e-3, clip=norm)[0].detach()
+    first, clipped = seen[0], seen[12]                                     # the first of 12 steps each
+    assert float(clipped.norm()) == pytest.approx(1e-3, rel=1e-3) and float(first.norm()) > 2e-3
+    torch.testing.assert_close(clipped, first * (clipped.norm() / first.norm()))
+    method = baselines.METHODS["BIPEFT, clipped, training clipped"]
+    assert (method.clip, method.like, method.rate_of) == (1.0, "BIPEFT, clipped", "BIPEFT")
 
 
 def test_lora_at_scale_16_adds_sixteen_times_as_much():

@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pytest
 
-import compare
 import report_figures as figures
 import report
 import stats
@@ -131,14 +130,27 @@ def test_the_clipped_search_has_pairs_of_its_own_also_without_bad_cells():
     assert "| BIPEFT | +7.67 | +2.33 | +5.00 |" in every and "| BIPEFT | +2.00 | +2.00 | +2.00 |" in fewer
 
 
+def test_clipped_trainings_are_beside_their_own_and_boolq_is_beside_no_other_task():
+    lines = [line("BIPEFT", "qnli", 0, 1e-3, 70), line("BIPEFT, clipped", "boolq", 0, 1e-3, 66)]
+    for seed, plain, clipped in ((0, 52.0, 80.0), (1, 81.0, 81.5), (2, 80.0, 54.5)):
+        lines += [line("LoRA", "qnli", seed, 1e-3, plain), line("LoRA, training clipped", "qnli", seed, 1e-3, clipped)]
+        lines += [line("LoRA", "boolq", seed, 1e-3, 64), line("BIPEFT, clipped", "qnli", seed, 1e-3, 75)]
+    told = report.report(lines)
+    # 28, 0.5 and −25.5; the failed trainings of the clipped ones alone.
+    assert "| LoRA, training clipped | +1.00 | +1.00 |" in told and "training clipped on qnli, seed 2 (54.5)." in told
+    assert "| LoRA | 64.0 ± 0.0 | 64.0 |" in told.partition("## boolq, apart")[2]
+    assert report.Data(lines).scores(["LoRA"])["LoRA"].keys() == {("qnli", seed) for seed in range(3)}
+
+
 def test_larger_budgets_and_more_seeds_have_tables_of_their_own():
     lines = [line(name, "qnli", seed, 1e-3, 70.0 + seed) for name, seeds in (
         ("BIPEFT", 3), ("LoRA", 3), ("random", 2), ("BitFit", 2), ("LNFit", 2)) for seed in range(seeds)]
     lines += [line(name, "qnli", seed, 1e-3, 60.0, 20_000) for name in ("BIPEFT", "random") for seed in range(2)]
-    told = report.report(report.Data(lines))
+    told = report.report(lines)
     first, more = told.partition("### Pairs")[0].split("### Scores of the methods with the most seeds")
     assert "| BIPEFT | 70.5 ± 0.7 |" in first and "| BIPEFT | 71.0 ± 1.0 |" in more and "| BitFit |" not in more
     assert "| random, 20,000 | +10.50 |" in told and "most seeds" not in told.partition("at 20,000 parameters")[2]
+    assert "no data yet" in told and "nan" not in told
 
 
 def test_cost_is_of_what_ran_alone():
@@ -149,16 +161,6 @@ def test_cost_is_of_what_ran_alone():
     told = report.cost(report.Data(timed))
     assert "| BIPEFT | search | 30.00 | 1.50 | 2.50 | 1,200 | – |" in told
     assert "| BIPEFT | training | 20.00 | 1.00 | 1.67 | 600 | 650 |" in told
-
-
-def test_the_report_of_a_small_comparison(tmp_path, capsys):
-    out = tmp_path / "lines.jsonl"
-    compare.main(["--small", "--out", str(out), "--table", "main", "--methods", "BIPEFT", "LoRA", "full"])
-    capsys.readouterr()
-    report.main(["--lines", str(out), "--figures", str(tmp_path)])
-    told = capsys.readouterr().out
-    assert "## Table 1: test scores at 600 parameters" in told and "no data yet" in told and "nan" not in told
-    assert "| LoRA | " in told.partition("### Pairs")[2]
 
 
 def test_what_is_not_under_the_budget_is_a_family_of_its_own():

@@ -30,7 +30,6 @@ from matplotlib.colors import ListedColormap                                    
 from matplotlib.patches import Patch, Rectangle                                    # noqa: E402
 
 import bipeft                                                                      # noqa: E402
-import compare                                                                     # noqa: E402
 from palette import BLUE, COLOUR, INK, KINDS, ORANGE, PALE, SOFT, STYLE, WIDTH, save, where    # noqa: E402
 
 RESULTS = Path(__file__).resolve().parents[1] / "comparison" / "results"
@@ -121,7 +120,6 @@ def record(settings):
 
 
 # The figures of the toy: each takes a Record and returns a matplotlib Figure.
-
 
 def short(r, n):
     """A module's name in a few letters, such as "enc 0 q lora"."""
@@ -333,7 +331,6 @@ def animation(r, path):
 
 # The recorded search
 
-
 def recorded(folder):
     """What a run of bipeft.py leaves.   Returns (lines of search.jsonl, structure.json, metrics.json)."""
     lines = [json.loads(line) for line in (folder / "search.jsonl").read_text().splitlines()]
@@ -365,37 +362,7 @@ def real_search(lines, structure, metrics):
     return figure
 
 
-def real_structure(places, structure):
-    """The structure found: places by layers, a block of rows a kind; pale: left out."""
-    found = {where(f"{m['name']}.{m['kind']}"): m["rank"] or "" for m in structure["modules"]}
-    cells = [cell for cell in map(where, places) if cell[2] in S2]
-    layers = list(dict.fromkeys(layer for layer, *_ in cells))
-    rows = {kind: list(dict.fromkeys(name for _, name, one in cells if one == kind)) for kind in S2}
-    figure, ax = plt.subplots(figsize=(WIDTH, 4.6), layout="constrained")
-    y, ticks = 0, {}
-    for kind in sorted(S2, key=lambda kind: -sum(cell[2] == kind for cell in found)):
-        for name in rows[kind]:
-            for x, layer in enumerate(layers):
-                kept = (layer, name, kind) in found
-                if kept or (layer, name, kind) in cells:
-                    box(ax, x, y, COLOUR[kind] if kept else "#dddddd", COLOUR[kind] if kept else "white",
-                        found.get((layer, name, kind), ""))
-            ticks[y + 0.5] = name
-            y += 1
-        ax.text(-2.6, y - len(rows[kind]) / 2, f"{KINDS[kind]}\n{sum(cell[2] == kind for cell in found)} of "
-                f"{sum(cell[2] == kind for cell in cells)}", ha="right", va="center", color=COLOUR[kind], weight="bold")
-        y += 0.6
-    ax.set(xlim=(-0.1, len(layers) + 0.1), ylim=(y, 0), xticks=np.arange(len(layers)) + 0.5, yticks=list(ticks))
-    ax.set_xticklabels(layers)
-    ax.set_yticklabels(ticks.values())
-    ax.set_xlabel("layer; filled: kept; empty: left out; n1, n2: a layer's norms, last: the norm after all of them")
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    return figure
-
-
 # What the page says of both, in the words in which it says it.
-
 
 def facts(r):
     """Of the toy's search."""
@@ -470,10 +437,7 @@ def main(arguments=None):
     args.out.mkdir(parents=True, exist_ok=True)                         # before the work, not after it
     plt.rcParams.update(STYLE)
     real = recorded(RESULTS / "smollm2_search")
-    lines = compare.read(RESULTS / "compare_smollm2.jsonl")
-    places = next(x["places"] for x in lines if x["stage"] == "places")
     save(real_search(*real), args.out / "smollm2-search.png")
-    save(real_structure(places, real[1]), args.out / "smollm2-structure.png")
     with bipeft.deterministic():
         r = record(settings)
     numbers = {"facts": facts(r), "recorded": real_facts(*real)}

@@ -23,8 +23,6 @@ def drawn(tmp_path_factory):
         patch.setattr(bipeft, "toy_splits", lambda seed: splits)
         patch.setattr(bipeft, "toy_backbone", lambda seed: copy.deepcopy(toy))
         assert bipeft.main(["--task", "toy", "--out", str(run), *LINE]) == 0
-        places = json.dumps({"stage": "places", "places": ["encoder.block.0.layer.0.SelfAttention.q.lora"]})
-        (run.parent / "compare_smollm2.jsonl").write_text(places)
         patch.setattr(figures, "RESULTS", run.rename(run.parent / "smollm2_search").parent)   # as the recorded run
         record = figures.main(["--out", str(out), *LINE])
     return record, out, run.parent / "smollm2_search"
@@ -33,8 +31,7 @@ def drawn(tmp_path_factory):
 def test_the_pictures_and_the_numbers_come_out(drawn):
     record, out, _ = drawn
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        [f"{name}.png" for name in (*figures.FIGURES, "smollm2-search", "smollm2-structure")]
-        + ["search.gif", "walkthrough.json"])
+        [f"{name}.png" for name in (*figures.FIGURES, "smollm2-search")] + ["search.gif", "walkthrough.json"])
     with figures.Image.open(out / "search.gif") as gif:
         assert gif.n_frames == 1 + len(record.fired) + 1
     for name in figures.FIGURES:
