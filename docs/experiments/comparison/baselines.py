@@ -762,7 +762,7 @@ VARIANTS = {           # Tables 6-10, and readings that are ours; in each one th
 SENSITIVITY = {name: Method(f"variant:{name}", rate_of=None if "scale" in name else "BIPEFT") for name in VARIANTS}
 SCALES = {"variant:LoRA scale 16": 16.0, "s3delta-16": 16.0}              # of LoRA, 1 elsewhere
 PLAIN = {f"{name}, training clipped": name              # the same structures and rates, trained with clipped gradients
-         for name in ("BIPEFT", "BIPEFT, clipped", "LoRA", "BitFit", "all biases", "all of S2")}
+         for name in ("BIPEFT", "BIPEFT, clipped", "LoRA", "all biases", "all of S2")}
 CLIPPING = {name: dataclasses.replace(of, like=PLAIN[name], rate_of=of.rate_of or PLAIN[name], clip=1.0)
             for name in PLAIN for of in [{**CORE, **MORE}[PLAIN[name]]]}
 METHODS = {**CORE, **MORE, **ABLATIONS, **SENSITIVITY, **CLIPPING}
