@@ -3113,13 +3113,16 @@ def facts(work, record, structure):
 
 
 def test_scores(work, peft):
-    """Test scores: with the modules, without them, and of the most frequent answer. Takes the modules off."""
+    """Test scores: with the modules, and without them. Takes the modules off. And those of one answer: train's
+    most frequent, on validation, too.
+    """
     scores = {"metric": work.metric, "test": work.score("test")}
     peft.detach()
     scores["test_untouched"] = work.score("test")
     frequent = statistics.mode(e.target.strip() for e in work.splits["train"])
-    answers = [e.answers for e in work.splits["test"]]
-    scores["test_most_frequent"] = METRICS[work.metric]([frequent] * len(answers), answers)
+    for split in ("validation", "test"):
+        answers = [e.answers for e in work.splits[split]]
+        scores[f"{split}_most_frequent"] = METRICS[work.metric]([frequent] * len(answers), answers)
     return scores
 
 
@@ -3141,12 +3144,16 @@ def clock(seconds):
 def results(m):
     """The table at a run's end, from what metrics.json holds."""
     head = f"{m['task']}, seed {m['seed']}, {m['metric']} in per cent"
+    sign = ""
+    if m["validation"] <= m["validation_most_frequent"] < 100:
+        sign = ("no epoch was better on validation than always the most frequent answer: try a third of --lr, "
+                "with this structure by --structure\n")
     return (f"{head:<44}validation    test    parameters\n"
-            f"{'  most frequent answer':<54}{m['test_most_frequent']:8.2f}\n"
+            f"{'  most frequent answer':<44}{m['validation_most_frequent']:10.2f}{m['test_most_frequent']:8.2f}\n"
             f"{'  the backbone, untouched':<54}{m['test_untouched']:8.2f}{0:14,}\n"
             f"{'  with the found structure, re-trained':<44}{m['validation']:10.2f}{m['test']:8.2f}"
             f"{m['parameters']:14,}  ({m['per_ten_thousand']:.2f} of 10,000)\n"
-            f"search {clock(m['search_seconds'])}, re-training {clock(m['train_seconds'])} "
+            f"{sign}search {clock(m['search_seconds'])}, re-training {clock(m['train_seconds'])} "
             f"(ratio {m['ratio']:.2f})")
 
 

@@ -2816,8 +2816,13 @@ def test_section_8_what_a_run_leaves(world, finished, tmp_path):
                        "parameters": structure.parameters, "modules": len(structure.modules),
                        "backbone_parameters": size, "per_ten_thousand": 1e4 * structure.parameters / size,
                        "ratio": metrics["search_seconds"] / metrics["train_seconds"],
-                       "test_most_frequent": 100 * targets["test"].count(common) / len(targets["test"])}.items():
+                       **{f"{key}_most_frequent": 100 * targets[key].count(common) / len(targets[key])
+                          for key in ("validation", "test")}}.items():
         assert metrics[key] == value, key
+    # a training that learnt nothing is told; of one label alone there is nothing to learn
+    for best, frequent, told in ((50.1, 50, False), (50, 50, True), (49, 50, True), (100, 100, False)):
+        said = bipeft.results({**metrics, "validation": best, "validation_most_frequent": frequent})
+        assert ("\nno epoch was better on validation than always the most frequent answer: " in said) == told
     assert 0 < structure.parameters <= structure.budget == 1000 and structure.backbone == str(world / "model")
     assert 0 < log_of(finished)[-1]["time"] <= metrics["search_seconds"] and metrics["train_seconds"] > 0
     assert metrics["settings"]["lr"] == 0.1 and 0 < metrics["validation"] <= 100 and "torch" in metrics["versions"]
