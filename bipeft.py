@@ -3113,8 +3113,8 @@ def facts(work, record, structure):
 
 
 def test_scores(work, peft):
-    """Test scores: with the modules, and without them. Takes the modules off. And those of one answer: train's
-    most frequent, on validation, too.
+    """Test scores: with the modules, which it takes off, and without; and of train's most frequent answer,
+    which has one on validation, too.
     """
     scores = {"metric": work.metric, "test": work.score("test")}
     peft.detach()
@@ -3142,19 +3142,20 @@ def clock(seconds):
 
 
 def results(m):
-    """The table at a run's end, from what metrics.json holds."""
+    """The table at a run's end, from what metrics.json holds, and a line if nothing was learnt."""
     head = f"{m['task']}, seed {m['seed']}, {m['metric']} in per cent"
-    sign = ""
+    table = (f"{head:<44}validation    test    parameters\n"
+             f"{'  most frequent answer':<44}{m['validation_most_frequent']:10.2f}"
+             f"{m['test_most_frequent']:8.2f}\n"
+             f"{'  the backbone, untouched':<54}{m['test_untouched']:8.2f}{0:14,}\n"
+             f"{'  with the found structure, re-trained':<44}{m['validation']:10.2f}{m['test']:8.2f}"
+             f"{m['parameters']:14,}  ({m['per_ten_thousand']:.2f} of 10,000)\n"
+             f"search {clock(m['search_seconds'])}, re-training {clock(m['train_seconds'])} "
+             f"(ratio {m['ratio']:.2f})")
     if m["validation"] <= m["validation_most_frequent"] < 100:
-        sign = ("no epoch was better on validation than always the most frequent answer: try a third of --lr, "
-                "with this structure by --structure\n")
-    return (f"{head:<44}validation    test    parameters\n"
-            f"{'  most frequent answer':<44}{m['validation_most_frequent']:10.2f}{m['test_most_frequent']:8.2f}\n"
-            f"{'  the backbone, untouched':<54}{m['test_untouched']:8.2f}{0:14,}\n"
-            f"{'  with the found structure, re-trained':<44}{m['validation']:10.2f}{m['test']:8.2f}"
-            f"{m['parameters']:14,}  ({m['per_ten_thousand']:.2f} of 10,000)\n"
-            f"{sign}search {clock(m['search_seconds'])}, re-training {clock(m['train_seconds'])} "
-            f"(ratio {m['ratio']:.2f})")
+        table += ("\nno epoch was better on validation than always the most frequent answer: try a third "
+                  "of --lr, with the same structure (--structure)")
+    return table
 
 
 def picture(structure, model):
