@@ -269,14 +269,6 @@ def staircase(r):
     return figure
 
 
-def box(ax, x, y, colour, filled, sign="", sign_colour="white", heavy=False):
-    """A module."""
-    ax.add_patch(Rectangle((x + 0.06, y + 0.06), 0.88, 0.88, facecolor=filled, edgecolor="black" if heavy else colour,
-                           lw=2.5 if heavy else 0.8))
-    ax.text(x + 0.5, y + 0.54, sign, ha="center", va="center", color=sign_colour, weight="bold",
-            fontsize=10 if sign == "×" else 8)
-
-
 def draw_grid(ax, r, t):
     """All modules as boxes at step t, or, at T + 1, the structure found: layers by places, a block a kind."""
     rows, x, last = list(dict.fromkeys(row for row, *_ in r.cells)), 0, t > r.T
@@ -287,10 +279,13 @@ def draw_grid(ax, r, t):
             going = not kept and (r.kept[-1, n] if last else r.gone[n] == t)
             fixed = last or r.fixed[t - 1, n]
             rank = r.found.get(r.names[n]) if last else r.ranks[r.choice[t - 1, n]] if fixed else "?"
-            box(ax, x + columns.index(r.cells[n][1]), rows.index(r.cells[n][0]), colour if kept else "#cccccc",
-                (colour, 1 if fixed else 0.25) if kept else "white",
-                "×" if going else rank if kept and r.ranked[n] else "", "white" if kept and fixed else INK,
-                last and n in r.changed)
+            left, top = x + columns.index(r.cells[n][1]), rows.index(r.cells[n][0])
+            changed = last and n in r.changed
+            ax.add_patch(Rectangle(
+                (left + 0.06, top + 0.06), 0.88, 0.88, facecolor=(colour, 1 if fixed else 0.25) if kept else "white",
+                edgecolor="black" if changed else colour if kept else "#cccccc", lw=2.5 if changed else 0.8))
+            ax.text(left + 0.5, top + 0.54, "×" if going else rank if kept and r.ranked[n] else "", ha="center",
+                    va="center", color="white" if kept and fixed else INK, weight="bold", fontsize=10 if going else 8)
         for i, column in enumerate(columns):
             ax.text(x + i + 0.5, -0.15, column, ha="center", va="bottom", fontsize=8)
         ax.text(x + len(columns) / 2, -0.85, KINDS[kind], ha="center", va="bottom", color=colour, weight="bold")
