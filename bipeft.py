@@ -3153,8 +3153,8 @@ def results(m):
              f"search {clock(m['search_seconds'])}, re-training {clock(m['train_seconds'])} "
              f"(ratio {m['ratio']:.2f})")
     if m["validation"] <= m["validation_most_frequent"] < 100:
-        table += ("\nno epoch was better on validation than always the most frequent answer: try a third "
-                  "of --lr, with the same structure (--structure)")
+        table += ("\nno epoch was better on validation than always the most frequent answer: "
+                  "try a third of --lr")
     return table
 
 
