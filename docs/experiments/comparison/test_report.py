@@ -136,8 +136,10 @@ def test_clipped_trainings_are_beside_their_own_and_boolq_is_beside_no_other_tas
         lines += [line("LoRA", "qnli", seed, 1e-3, plain), line("LoRA, training clipped", "qnli", seed, 1e-3, clipped)]
         lines += [line("LoRA", "boolq", seed, 1e-3, 64), line("BIPEFT, clipped", "qnli", seed, 1e-3, 75)]
     told = report.report(lines)
-    # 28, 0.5 and −25.5; the failed trainings of the clipped ones alone.
-    assert "| LoRA, training clipped | +1.00 | +1.00 |" in told and "training clipped on qnli, seed 2 (54.5)." in told
+    # −28, −0.5 and 25.5; the failed ones of both.
+    assert "| LoRA, training clipped | −1.00 | −1.00 |" in told
+    ended = "end: LoRA on qnli, seed 0 (52.0); LoRA, training clipped on qnli, seed 2 (54.5)."
+    assert ended in " ".join(told.partition("## Re-training with clipped")[2].split())
     assert "| LoRA | 64.0 ± 0.0 | 64.0 |" in told.partition("## boolq, apart")[2]
     assert report.Data(lines).scores(["LoRA"])["LoRA"].keys() == {("qnli", seed) for seed in range(3)}
 
