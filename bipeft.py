@@ -3113,8 +3113,8 @@ def facts(work, record, structure):
 
 
 def test_scores(work, peft):
-    """Test scores: with the modules, which it takes off, and without; and of train's most frequent answer,
-    which has one on validation, too.
+    """Test scores with the modules, which it takes off, and without them; and what train's most frequent
+    answer scores on validation and test.
     """
     scores = {"metric": work.metric, "test": work.score("test")}
     peft.detach()
@@ -3154,7 +3154,7 @@ def results(m):
              f"(ratio {m['ratio']:.2f})")
     if m["validation"] <= m["validation_most_frequent"] < 100:
         table += ("\nno epoch was better on validation than always the most frequent answer: "
-                  "try a third of --lr")
+                  "try another --lr, a third of it first")
     return table
 
 

@@ -2804,6 +2804,16 @@ def log_of(run):
     return [json.loads(line) for line in (run / "search.jsonl").read_text().splitlines()]
 
 
+def test_section_8_the_most_frequent_answer_is_that_of_train():
+    answers = {"train": "yes yes no", "validation": "no no no yes", "test": "no yes"}
+    splits = {split: [bipeft.Example("", target, (target,)) for target in said.split()]
+              for split, said in answers.items()}
+    work = SimpleNamespace(metric="accuracy", splits=splits, score=lambda split: 7.0)
+    scores = bipeft.test_scores(work, SimpleNamespace(detach=lambda: None))
+    assert scores == {"metric": "accuracy", "test": 7.0, "test_untouched": 7.0,
+                      "validation_most_frequent": 25.0, "test_most_frequent": 50.0}
+
+
 def test_section_8_what_a_run_leaves(world, finished, tmp_path):
     """Four files: structure, log, scores with what they depend on, and the trained weights, which answer again."""
     assert sorted(contents(finished)) == RUN_FILES                              # and no checkpoint
@@ -2823,6 +2833,8 @@ def test_section_8_what_a_run_leaves(world, finished, tmp_path):
     for best, frequent, told in ((50.1, 50, False), (50, 50, True), (49, 50, True), (100, 100, False)):
         said = bipeft.results({**metrics, "validation": best, "validation_most_frequent": frequent})
         assert ("\nno epoch was better on validation than always the most frequent answer: " in said) == told
+    said = bipeft.results({**metrics, "validation_most_frequent": 12.0, "test_most_frequent": 34.0})
+    assert "  most frequent answer                           12.00   34.00\n" in said
     assert 0 < structure.parameters <= structure.budget == 1000 and structure.backbone == str(world / "model")
     assert 0 < log_of(finished)[-1]["time"] <= metrics["search_seconds"] and metrics["train_seconds"] > 0
     assert metrics["settings"]["lr"] == 0.1 and 0 < metrics["validation"] <= 100 and "torch" in metrics["versions"]

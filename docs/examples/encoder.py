@@ -82,11 +82,6 @@ def score(model, tokens, name, device):
     return metric(name, said[:len(tokens)], tokens)                                  # a GPU's batches hold more rows
 
 
-def passes(device):
-    """Who computes losses and gradients of one set of modules: on a GPU as CUDA graphs, which are those modules'."""
-    return bipeft.CudaGraphs() if device.type == "cuda" else bipeft.forward_backward
-
-
 def work(args):
     """Search, re-training, test."""
     task, seed, device = args.task, args.seed, bipeft.choose_device(args.device)
@@ -100,11 +95,14 @@ def work(args):
         if line["step"] % 20 == 0:
             print(f"step {line['step']}  loss {line.get('loss', line.get('loss_train')):.3f}", flush=True)
 
+    def new_pass():                                                                  # graphs are of one set of modules
+        return bipeft.CudaGraphs() if device.type == "cuda" else bipeft.forward_backward
+
     space = bipeft.Space(model.to(device), args.space, seed=seed, also_train=HEAD)
     halves = [bipeft.Batches(tokens["train"][i::2], BATCH, device, bipeft.derive(seed, 12 + i)) for i in (0, 1)]
     structure = bipeft.search(
         model, space, *halves, args.budget, args.search_steps, args.warmup, "all-MiniLM-L6-v2", lr=SEARCH_LR,
-        seed=seed, run_pass=passes(device), after_step=show)
+        seed=seed, run_pass=new_pass(), after_step=show)
     space.detach()
     bipeft.save_structure(structure, out / "structure.json")
     print(bipeft.picture(structure, model), flush=True)
@@ -113,7 +111,7 @@ def work(args):
     batches = bipeft.Batches(tokens["train"], BATCH, device, bipeft.derive(seed, 15))
     best = bipeft.train(
         model, peft, batches, lambda: score(model, tokens["validation"], task, device),
-        max(1, round(args.steps / len(batches))), TRAIN_LR, seed=seed, run_pass=passes(device), after_step=show)
+        max(1, round(args.steps / len(batches))), TRAIN_LR, seed=seed, run_pass=new_pass(), after_step=show)
     bipeft.save_weights(peft, out / "peft.safetensors")
     test = score(model, tokens["test"], task, device)
     most_frequent = statistics.mode(label for _, (label,) in tokens["train"])

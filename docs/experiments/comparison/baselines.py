@@ -115,12 +115,12 @@ def best_of_chance(bench, budget, count=3):
 
 # 2. BIPEFT, and what its run gives beside
 
-def bipeft_search(bench, budget, kinds="s2", cls=bipeft.Search, name="BIPEFT", **settings):
+def bipeft_search(bench, budget, kinds="s2", cls=bipeft.Search, name="BIPEFT", warmup_share=None, **settings):
     """Algorithm 1 (the paper), and of the same run, at no more cost: *one look*, s-bar (Eq. 4) when the warm-up
     ends, filled up to B in descending order at the largest rank that fits; and `matched`.
     """
     s = bench.settings
-    warmup = settings.pop("warmup", s.warmup)
+    warmup = s.warmup if warmup_share is None else round(warmup_share * s.search_steps)
     settings = bipeft.Settings(**{"budget": budget, "lr": s.search_lr, "seed": bench.seed, **settings})
     looks, losses, started = {}, [], time.perf_counter()
 
@@ -778,10 +778,7 @@ def find(bench, finder, budget):
     """{method: (structure, what else to tell)} of a finder."""
     if finder.startswith("variant:"):
         name = finder.partition(":")[2]
-        settings = dict(VARIANTS[name])
-        if "warmup_share" in settings:
-            settings["warmup"] = round(settings.pop("warmup_share") * bench.settings.search_steps)
-        found = bipeft_search(bench, budget, name=name, **settings)
+        found = bipeft_search(bench, budget, name=name, **VARIANTS[name])
     else:
         found = FINDERS[finder](bench, budget)
     return {name: value if isinstance(value, tuple) else (value, {}) for name, value in found.items()}

@@ -40,13 +40,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from harness import SMALL, Bench, Settings, bipeft, prepare
+from harness import FILES, SMALL, Bench, Settings, bipeft, prepare
 from baselines import (ABLATIONS, ACROSS, CLIPPING, CORE, LLAMA_CORE, METHODS, MORE, SCALES, SENSITIVITY,
                        find, ladder, scaled_lora, train_adalora)
 
 HERE = Path(__file__).resolve().parent
 FAMILIES = {"ablations": ABLATIONS, "sensitivity": SENSITIVITY, "clipping": CLIPPING}
-TABLES = ("main", "budgets", "transfer", "cost", *FAMILIES)
+TABLES = ("main", "budgets", "transfer", *FAMILIES, "cost")
 
 
 # 1. A job: a search or a training
@@ -248,9 +248,9 @@ def wanted_of(args):
             for seed, source in itertools.product(args.seeds, args.tasks):
                 yield from of(["BIPEFT"], [seed], tasks=[t for t in args.tasks if t != source], **{"source": source})
         elif table == "cost":
-            names = [n for n, m in {**CORE, **MORE}.items() if not m.cheap] + ["entangled", "without selection"]
-            names = ["random", "LoRA", "AdaLoRA", *names]                       # the first warms the device up
-            yield from of(names, [900], tasks=args.tasks[:1], lr=2.5e-3)
+            searches = [n for n, m in {**CORE, **MORE}.items() if not m.cheap] + ["entangled", "without selection"]
+            timed = ["random", "LoRA", "AdaLoRA", *searches]                    # the first warms the device up
+            yield from of(timed, [900], tasks=args.tasks[:1], lr=2.5e-3)
 
 
 # 3. Many workers on one device
@@ -379,13 +379,6 @@ def read(out):
 
 # 4. The command line
 
-class Parser(argparse.ArgumentParser):
-    """One that tells a mistake in one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def mistake_in(args, settings):
     """What is wrong with the arguments, in a line, or None."""
     if settings.family not in ("bert", "llama"):
@@ -420,14 +413,15 @@ SMALL_ARGS = {**SMALL, "table": list(TABLES), "tasks": ["toy"], "budget": 600, "
 
 def parser_of():
     """The command line's: its own flags, and one for each of the Settings."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.print_usage = lambda _: None                             # a mistake is one line
     add = parser.add_argument
     add("--table", nargs="+", choices=TABLES, default=[])
     add("--prepare", action="store_true")
     add("--model", help="for --prepare: the backbone's folder")
     add("--data-dir", help="for --prepare: the folder that holds <task>/<split>.parquet")
     add("--out", type=Path, default=HERE / "results" / "compare.jsonl")
-    add("--tasks", nargs="+", default=["qnli", "mnli", "sst2"])
+    add("--tasks", nargs="+", choices=[*FILES, "toy"], default=["qnli", "mnli", "sst2"], help="for --prepare, too")
     add("--methods", nargs="+", choices=list(METHODS), help="of --table's, these alone, the first first")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     add("--tune-seeds", nargs="+", type=int, default=[100, 101])
@@ -457,7 +451,7 @@ def main(arguments=None):
         if mistake := mistake_in(args, settings):
             parser.error(mistake)
         if args.prepare:
-            prepare(args.model, args.data_dir, settings)
+            prepare(args.model, args.data_dir, settings, args.tasks)
         if args.table:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             carry_out_all(args, settings)

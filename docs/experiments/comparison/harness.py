@@ -100,17 +100,17 @@ def output_of(logits, labels):
 # 2. The tasks
 
 FILES = {"qnli": ("validation",), "mnli": ("validation_matched",), "sst2": ("train", "validation"),
-         "cola": ("train", "validation"), "boolq": ("validation",), "multirc": ("train", "validation")}
+         "cola": ("train", "validation"), "boolq": ("validation",)}
 
 
-def prepare(model, data_dir, settings):
+def prepare(model, data_dir, settings, tasks):
     """Tokens of the tasks and the backbone in half precision, for another machine; a Llama's large folder is linked."""
     import pandas
     folder, arrays, family = Path(settings.folder), {}, settings.family
     with bipeft.failing(f"{model} can't be loaded", ": give a folder with a model of --family's kind"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    for task, files in FILES.items():
-        for number, name in enumerate(files):
+    for task in tasks:
+        for number, name in enumerate(FILES[task]):
             rows = pandas.read_parquet(Path(data_dir) / task / f"{name}.parquet")
             if task == "sst2" and number == 0:                      # 8,000 are trained on, 500 validate
                 rows = rows.sample(settings.train_rows + 4000, random_state=0)
@@ -171,7 +171,7 @@ def splits_of(task, settings, seed):
     rows = [pool[i] for i in order]
     if task == "sst2":                                      # the validation file is the test
         return {"validation": rows[:500], "test": other[0], "train": rows[500:500 + settings.train_rows]}
-    if other:                                               # cola, multirc: it is halved
+    if other:                                               # cola: it is halved
         half = list(other[0])
         random.Random(bipeft.derive(seed, 22)).shuffle(half)
         return {"train": rows, "validation": half[:len(half) // 2], "test": half[len(half) // 2:]}

@@ -1,4 +1,4 @@
-"""What all figures share: a colour a kind of module, the style of a page, short names of places, and how one is saved.
+"""What all figures share: a colour a kind of S2, the style of a page, short names of places, and how one is saved.
 
 The four kinds of S2 differ in lightness by 10 or more (CIELAB), for prints in grey and colour-blind readers.
 """
@@ -8,8 +8,7 @@ import re
 
 KINDS = {"bitfit": "BitFit", "lnfit": "LNFit", "lora": "LoRA", "adapter_lr": "Adapter-LR",
          "serial": "serial", "parallel": "parallel", "prefix": "prefix"}
-COLOUR = {"bitfit": "#e97214", "lnfit": "#3d0a52", "lora": "#0044c0", "adapter_lr": "#00875f",
-          "serial": "#9d84d2", "parallel": "#2d99f1", "prefix": "#753c00"}
+COLOUR = {"bitfit": "#e97214", "lnfit": "#3d0a52", "lora": "#0044c0", "adapter_lr": "#00875f"}
 INK, SOFT, PALE, BLUE, ORANGE = "#1f2328", "#6e7781", "#e4e4e4", COLOUR["lora"], COLOUR["bitfit"]
 WIDTH = 8.3                                   # inches: at 100 dots an inch the width of a page on GitHub
 STYLE = {"font.size": 9, "figure.titlesize": 9, "axes.titlesize": 9, "legend.fontsize": 8, "xtick.labelsize": 8,

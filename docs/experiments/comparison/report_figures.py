@@ -16,6 +16,7 @@ from stats import interval
 
 RIVALS = {**CORE, **MORE}
 CLIPPED = "BIPEFT, clipped"
+OTHERS = [name for name in RIVALS if name not in ("one look, clipped", "matched random, clipped")]   # BIPEFT's pairs
 TASKS = {"cola": ("o", INK), "qnli": ("v", SOFT), "mnli": ("s", "white"), "sst2": ("^", PALE), "toy": ("P", INK)}
 FEWEST = 6          # pairs that a row of the forest plot has: with fewer its interval is all that is seen
 GROUPS = {"BitFit: norms": ("bitfit", "n0 n1 n2"), "BitFit: attention": ("bitfit", "q k v o"),
@@ -31,7 +32,7 @@ def size(data, parameters):
 
 def rows_of_pairs(data):
     """(method, Contrast) each at the main budget, by the mean, and (heading, None) before each group."""
-    found = data.contrasts([name for name in RIVALS if name != "head alone"])       # which would stretch the axis
+    found = data.contrasts([name for name in OTHERS if name != "head alone"])       # which would stretch the axis
     groups = {"within the budget": {name: c for name, c in found.items() if not METHODS[name].free},
               "outside of the budget": {name: c for name, c in found.items() if METHODS[name].free},
               "ablations of BIPEFT": data.contrasts(ABLATIONS)}

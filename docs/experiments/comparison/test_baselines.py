@@ -88,6 +88,7 @@ def test_matched_structures_have_the_same_kinds_ranks_and_sizes(bench, monkeypat
         alike = [sorted((m["kind"], m["rank"] or 0, m["parameters"]) for m in structure.modules)
                  for structure, _ in (own, other)]
         assert alike[0] == alike[1] and one_look[1]["passes"] == 18
+        assert baselines.METHODS[f"one look{suffix}"].rate_of == ("one look" if suffix else None)
         parts = [[line["loss_train"] for line in part] for part in (told[:6], told[6:])]       # a warm-up of six steps
         assert own[1]["losses"] == pytest.approx([sum(part) / len(part) for part in parts], abs=1e-3)
 
@@ -182,8 +183,9 @@ def test_a_training_clips_the_norm_of_all_gradients_together(bench, monkeypatch)
     first, clipped = seen[0], seen[12]                                     # the first of 12 steps each
     assert float(clipped.norm()) == pytest.approx(1e-3, rel=1e-3) and float(first.norm()) > 2e-3
     torch.testing.assert_close(clipped, first * (clipped.norm() / first.norm()))
-    method = baselines.METHODS["BIPEFT, clipped, training clipped"]
-    assert (method.clip, method.like, method.rate_of) == (1.0, "BIPEFT, clipped", "BIPEFT")
+    made = {name: (method.clip, method.like, method.rate_of) for name, method in baselines.CLIPPING.items()}
+    assert made["BIPEFT, clipped, training clipped"] == (1.0, "BIPEFT, clipped", "BIPEFT")
+    assert made["LoRA, training clipped"] == (1.0, "LoRA", "LoRA")
 
 
 def test_lora_at_scale_16_adds_sixteen_times_as_much():

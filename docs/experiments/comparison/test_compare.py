@@ -69,7 +69,7 @@ def test_a_rate_without_finite_numbers_is_not_chosen_and_chance_does_not_choose(
     ("--small --family llama --table main --methods entangled", "no training is asked for"),
     ("--small --family t5", "--family is bert or llama, not t5"),
     ("--small --out HERE/code.py", "does not hold compare.py's lines"), ("--small --out HERE", "can't be read"),
-    ("--table main --folder HERE --tasks wic", "holds no task wic")])
+    ("--table main --folder HERE --tasks boolq", "holds no task boolq")])
 def test_a_mistake_is_one_line(arguments, told, tmp_path, capsys):
     np.savez(tmp_path / "tasks.npz", **{"rte.0.ids": np.zeros(3)})
     (tmp_path / "code.py").write_text("a = 1\n")
@@ -152,7 +152,7 @@ def test_a_llamas_tasks_are_prepared_with_a_line_break_before_the_answer(tmp_pat
         for file in files:
             pandas.DataFrame(rows).to_parquet(tmp_path / task / f"{file}.parquet")
     settings = Settings(folder=str(tmp_path / "made"), family="llama", train_rows=-3996, max_length=256)
-    harness.prepare(tmp_path / "model", tmp_path, settings)
+    harness.prepare(tmp_path / "model", tmp_path, settings, harness.FILES)
     line_break = tokenizer("\n").input_ids
     rows = harness.pools_of("cola", settings)[0]
     assert all(ids[-len(line_break):] == line_break for ids, _ in rows)

@@ -120,7 +120,6 @@ def record(settings):
 
 
 # The figures of the toy: each takes a Record and returns a matplotlib Figure.
-
 def short(r, n):
     """A module's name in a few letters, such as "enc 0 q lora"."""
     return " ".join(r.cells[n])
@@ -325,7 +324,6 @@ def animation(r, path):
 
 
 # The recorded search
-
 def recorded(folder):
     """What a run of bipeft.py leaves.   Returns (lines of search.jsonl, structure.json, metrics.json)."""
     lines = [json.loads(line) for line in (folder / "search.jsonl").read_text().splitlines()]
