@@ -64,7 +64,7 @@ def draw_pairs(data):
         if dots:
             marker, inside = TASKS[task]
             ax.plot(*zip(*dots), ls="", marker=marker, ms=4, mew=0.5, color=INK, mfc=inside, label=f"a pair on {task}")
-    for fill, label in ((INK, "mean, Holm's p < 0.05"), ("white", "mean, not so")):
+    for fill, label in ((INK, "mean, Holm's p < 0.05"), ("white", "mean, not so: p ≥ 0.05")):
         ax.plot([], [], ls="", marker="D", color=INK, mfc=fill, label=label)
     if clipped:
         ax.plot([], [], ls="", marker="s", ms=4, color=BLUE, label="clipped search, over seeds")
@@ -129,7 +129,7 @@ def draw_ratios(every):
     methods = "LoRA", "biases on even norms", "random", "matched random", "one look"
     fig, axes = plt.subplots(1, len(methods), figsize=(WIDTH, 2.8), sharey=True, layout="constrained")
     rows = [(data, "BIPEFT", backbone) for backbone, data in every.items()]
-    rows += [(data, CLIPPED, f"{backbone}, clipped search") for backbone, data in every.items()
+    rows += [(data, CLIPPED, f"{backbone}, clipped, less its own") for backbone, data in every.items()
              if data.scores([CLIPPED])]
     for (data, of, label), marker, colour, apart in zip(rows, "osD", (INK, BLUE, SOFT), (0.93, 1, 1.12)):
         budgets = sorted({x["budget"] for x in data.reported})
