@@ -763,8 +763,10 @@ SENSITIVITY = {name: Method(f"variant:{name}", rate_of=None if "scale" in name e
 SCALES = {"variant:LoRA scale 16": 16.0, "s3delta-16": 16.0}              # of LoRA, 1 elsewhere
 PLAIN = {f"{name}, training clipped": name              # the same structures and rates, trained with clipped gradients
          for name in ("BIPEFT", "BIPEFT, clipped", "LoRA", "all biases", "all of S2")}
-CLIPPING = {name: dataclasses.replace(of, like=PLAIN[name], rate_of=of.rate_of or PLAIN[name], clip=1.0)
-            for name in PLAIN for of in [{**CORE, **MORE}[PLAIN[name]]]}
+CLIPPING = {}
+for name, plain in PLAIN.items():
+    method = {**CORE, **MORE}[plain]
+    CLIPPING[name] = dataclasses.replace(method, like=plain, rate_of=method.rate_of or plain, clip=1.0)
 METHODS = {**CORE, **MORE, **ABLATIONS, **SENSITIVITY, **CLIPPING}
 
 

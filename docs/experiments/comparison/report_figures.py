@@ -122,9 +122,8 @@ def draw_places(data):
 
 
 def draw_ratios(every):
-    """BIPEFT less each of five methods against the budget's share of the backbone, without failed trainings: means and
-    95 % t intervals over seeds, cut at the panels' edges, points a little apart.   every: {backbone: data}. The clipped
-    search is beside its own one look and places.
+    """BIPEFT less five methods, the clipped search less its own one look and places, against the budget's share of the
+    backbone, without failed trainings: means and 95 % t intervals over seeds, points a little apart.
     """
     methods = "LoRA", "biases on even norms", "random", "matched random", "one look"
     fig, axes = plt.subplots(1, len(methods), figsize=(WIDTH, 2.8), sharey=True, layout="constrained")
