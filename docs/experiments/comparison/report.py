@@ -27,7 +27,7 @@ from stats import contrasts, interval, jaccard, jaccard_by_chance, shown, signed
 HERE = Path(__file__).resolve().parent
 TIMED = 900                                               # the seed of compare.py --table cost
 LATER = set(range(5, 10))                                 # seeds that were added when 0 to 4 had been read
-NOTES = "boolq",
+NOTES = ["boolq"]
 CHANCE = {"cola": 0, "qnli": 50, "mnli": 36, "sst2": 51, "boolq": 62, "toy": 50}      # always the most frequent
 BAD = {("mnli", 3), ("mnli", 6), ("qnli", 2)}             # SmolLM2's cells where BIPEFT without clipping went wrong
 FAILED = 5                                                # points above that, at most: a training that failed
@@ -106,7 +106,7 @@ class Data:
         scores = {}
         for name, cells in self.scores([of, *names], budget).items():
             left_out = (without or {}).get(name, ())
-            scores[name] = {cell: score for cell, score in (cells if name == of else whole_seeds(cells)).items()
+            scores[name] = {cell: score for cell, score in whole_seeds(cells).items()
                             if (seeds is None or cell[1] in seeds) and cell not in left_out}
         base = scores.pop(of, {})
         free = {name: scores.pop(name) for name in list(scores) if METHODS[name].free}
@@ -318,10 +318,10 @@ def clipped_pairs(data, budget):
 
 
 def clipped_trainings(data):
-    """Re-trainings less the same with clipped gradients, those of each method a family of its own."""
-    found = {name: c for name, plain in PLAIN.items() for c in data.contrasts([name], of=plain).values()}
-    return ["## Re-training with clipped gradients", "Pairs of the same structure and rate; plus: better without.",
-            ended(data.failed([*PLAIN.values(), *PLAIN])), contrast_table(found, data.tasks, "not clipped −")]
+    """Re-trainings with clipped gradients less the same without, those of each method a family of its own."""
+    found = {name: c for name, plain in PLAIN.items() for c in data.contrasts([plain], of=name).values()}
+    return ["## Re-training with clipped gradients", "Pairs of the same structure and rate; plus: better with it.",
+            ended(data.failed([*PLAIN.values(), *PLAIN])), contrast_table(found, data.tasks, "less not clipped")]
 
 
 def family(data, heading, names, extra):

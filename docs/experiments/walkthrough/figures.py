@@ -119,7 +119,6 @@ def record(settings):
     return Record(settings, structure, search.space, search.budget, search.steps, search.seen)
 
 
-# The figures of the toy: each takes a Record and returns a matplotlib Figure.
 def short(r, n):
     """A module's name in a few letters, such as "enc 0 q lora"."""
     return " ".join(r.cells[n])
@@ -323,7 +322,6 @@ def animation(r, path):
     plt.close(figure)
 
 
-# The recorded search
 def recorded(folder):
     """What a run of bipeft.py leaves.   Returns (lines of search.jsonl, structure.json, metrics.json)."""
     lines = [json.loads(line) for line in (folder / "search.jsonl").read_text().splitlines()]
@@ -417,6 +415,7 @@ def real_facts(lines, structure, metrics):
         + f", with {sum(m['parameters'] for m in structure['modules']):,} parameters"]
 
 
+# Of the toy: each takes a Record and returns a matplotlib Figure.
 FIGURES = {"weights": weights, "passes": three_passes, "sensitivity": sensitivities, "indicator": indicators,
            "budget": staircase}
 
