@@ -2470,7 +2470,7 @@ def save_structure(structure, path):
 
 def load_structure(path):
     """Reads what `save_structure` wrote.   Raises UsageError for a file that no search writes."""
-    with failing(f"{path} is no structure.json of this program"):
+    with failing(f"{path} is no structure.json of this program", ": a run's --out has one"):
         stored = json.loads(Path(path).read_text())
         structure = Structure(**{f.name: stored[f.name] for f in dataclasses.fields(Structure)})
         if not 0 < structure.parameters <= structure.budget or structure.geometry["parameters"] < 1:
@@ -2809,6 +2809,7 @@ class Record:
                 stored = torch.load(path, device)
             else:
                 stored = finished(self.path)
+                results(stored)                                   # an error if a score is missing
                 backbone = backbone_of(self.path / "peft.safetensors")
                 stored["content"] = {"data": stored["data"], "backbone": backbone, "code": stored.get("code")}
             before = stored["settings"]
@@ -3152,9 +3153,9 @@ def results(m):
              f"{m['parameters']:14,}  ({m['per_ten_thousand']:.2f} of 10,000)\n"
              f"search {clock(m['search_seconds'])}, re-training {clock(m['train_seconds'])} "
              f"(ratio {m['ratio']:.2f})")
-    if m["validation"] <= m["validation_most_frequent"] < 100:
+    if m["validation"] <= m["validation_most_frequent"] and m["validation"] < 100:
         table += ("\nno epoch was better on validation than always the most frequent answer: "
-                  "try another --lr, a third of it first")
+                  "try another --lr, or more --epochs")
     return table
 
 

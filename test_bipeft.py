@@ -2829,8 +2829,8 @@ def test_section_8_what_a_run_leaves(world, finished, tmp_path):
                        **{f"{key}_most_frequent": 100 * targets[key].count(common) / len(targets[key])
                           for key in ("validation", "test")}}.items():
         assert metrics[key] == value, key
-    # a training that learnt nothing is told; of one label alone there is nothing to learn
-    for best, frequent, told in ((50.1, 50, False), (50, 50, True), (49, 50, True), (100, 100, False)):
+    # a training that learnt nothing is told; where all is right there is nothing more to learn
+    for best, frequent, told in ((50.1, 50, False), (50, 50, True), (49, 100, True), (100, 100, False)):
         said = bipeft.results({**metrics, "validation": best, "validation_most_frequent": frequent})
         assert ("\nno epoch was better on validation than always the most frequent answer: " in said) == told
     said = bipeft.results({**metrics, "validation_most_frequent": 12.0, "test_most_frequent": 34.0})
@@ -2914,6 +2914,13 @@ def test_section_8_a_finished_run_is_left_alone_and_fresh_starts_over(world, fin
     assert "holds this run, finished" in said and "--fresh" in said and error == ""
     assert bipeft.results(metrics_of(finished)) in said and go(world, run, more="--gamma 0.5") == 2
     assert "another run: its --gamma is 0.85, now it is 0.5" in capfd.readouterr().err
+    whole = (run / "metrics.json").read_text()
+    for key in ("test", "validation_most_frequent", "metric"):                       # taken out by hand
+        (run / "metrics.json").write_text(json.dumps({k: v for k, v in json.loads(whole).items() if k != key}))
+        before = contents(run)
+        assert go(world, run) == 2 and contents(run) == before
+        assert f"metrics.json can't be read ('{key}'): name another --out" in capfd.readouterr().err
+    (run / "metrics.json").write_text(whole)
     for mistake in ("--budget 1", "--ranks 8 4", "--model nowhere", "--structure {root}/structure.json"):
         assert go(world, run, more="--fresh " + mistake) == 2
     with monkeypatch.context() as full:
