@@ -1333,7 +1333,7 @@ class Search:
         settings = self.settings
         if settings.clip:
             nn.utils.clip_grad_norm_(self.weights, settings.clip)
-        self.weight_optimizer.param_groups[0]["lr"] = settings.lr * (1 - self.steps_done / self.steps)
+        self.weight_optimizer.param_groups[0]["lr"] = settings.lr * decay(self.steps_done, self.steps)
         self.weight_optimizer.step()
 
     def gradients(self):
@@ -1451,6 +1451,11 @@ def give_gradients(tensors, flat):
     """Makes parts of a vector the gradients of tensors, in their order."""
     for p, part in zip(tensors, flat.split([p.numel() for p in tensors])):
         p.grad = part.view(p.shape)
+
+
+def decay(step, steps):
+    """The factor of ΔW's learning rate: it falls linearly from 1 at step 0 to 0 after the last one [D12]."""
+    return 1 - step / steps
 
 
 @torch.no_grad()
@@ -2302,7 +2307,7 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
             torch.manual_seed(derive(seed, 10, step))
             loss = float(run_pass(model, peft, None, None, next(endless), weights))
             require_finite(loss, f"the loss at training step {step + 1}")
-            optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+            optimizer.param_groups[0]["lr"] = lr * decay(step, steps)
             optimizer.step()
             require_finite(float(flatten(weights).sum()), f"a weight at training step {step + 1}")
             line = {"step": step + 1, "steps": steps, "loss": loss}

@@ -668,16 +668,6 @@ class OtherTemperature(bipeft.Search):
         return 5 - 4.9 * self.steps_done / max(1, self.steps - 1)
 
 
-class RisingRate(bipeft.Search):
-    """Delta W's rate rises from 0 in the first tenth of T, times its fall."""
-
-    def update_weights(self):
-        highest = self.settings.lr
-        self.settings.lr = highest * min(1, 10 * (self.steps_done + 1) / self.steps)
-        super().update_weights()
-        self.settings.lr = highest
-
-
 # 7. All of them, by name
 
 # Ladders of learning rates: the second to the fourth are tried, and more as long as the best is at an edge.
@@ -690,7 +680,8 @@ FULL_RATES, HEAD_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), (1e-3, 2.5e-3, 1e-2, 4e
 class Method:
     """finder: the function that gives its structure, and perhaps others' (their jobs are shared).   cheap: no
     search.   free: not under the budget.   rate_of: whose learning rate it takes; None: its own.   like: whose
-    structure it takes; None: its own.   clip: cap on the gradient's norm in re-training; None: none.
+    structure it takes; None: its own.   clip: cap on the gradient's norm in re-training; None: none.   rise: whether
+    the rate rises at first in re-training (`rising_rate`).
     """
 
     finder: str
@@ -701,6 +692,7 @@ class Method:
     whole: bool = False                        # trains the backbone
     like: str = None
     clip: float = None
+    rise: bool = False
 
 
 FINDERS = {
@@ -758,16 +750,17 @@ VARIANTS = {           # Tables 6-10, and readings that are ours; in each one th
     **{f"warm-up {share:.0%}": {"warmup_share": share} for share in (0.0, 0.17, 0.75)},
     **{f"search lr {lr:g}": {"lr": lr} for lr in (3e-4, 3e-3, 6e-3)},
     "Eq. 2 as a sum": {"cls": SummedSensitivity}, "temperature to 0.1": {"cls": OtherTemperature},
-    "gates open for s": {"cls": OpenSensitivity}, "LoRA scale 16": {}, "rising search lr": {"cls": RisingRate}}
+    "gates open for s": {"cls": OpenSensitivity}, "LoRA scale 16": {}, "rising search lr": {}}
 SENSITIVITY = {name: Method(f"variant:{name}", rate_of=None if "scale" in name else "BIPEFT") for name in VARIANTS}
 SCALES = {"variant:LoRA scale 16": 16.0, "s3delta-16": 16.0}              # of LoRA, 1 elsewhere
-PLAIN = {f"{name}, training clipped": name              # the same structures and rates, trained with clipped gradients
-         for name in ("BIPEFT", "BIPEFT, clipped", "LoRA", "all biases", "all of S2")}
-CLIPPING = {}
-for name, plain in PLAIN.items():
-    method = {**CORE, **MORE}[plain]
-    CLIPPING[name] = dataclasses.replace(method, like=plain, rate_of=method.rate_of or plain, clip=1.0)
-METHODS = {**CORE, **MORE, **ABLATIONS, **SENSITIVITY, **CLIPPING}
+RISING = {"variant:rising search lr"}                                     # finders whose rate rises at first
+PLAIN, RETRAINING = {}, {}                              # the same structures and rates, re-trained in other ways
+for way, how in {"training clipped": {"clip": 1.0}, "rising rate": {"rise": True}}.items():
+    for name in ("BIPEFT", "BIPEFT, clipped", "LoRA", "all biases", "all of S2"):
+        method = {**CORE, **MORE}[name]
+        PLAIN[f"{name}, {way}"] = name
+        RETRAINING[f"{name}, {way}"] = dataclasses.replace(method, like=name, rate_of=method.rate_of or name, **how)
+METHODS = {**CORE, **MORE, **ABLATIONS, **SENSITIVITY, **RETRAINING}
 
 
 def ladder(name, family):
@@ -796,3 +789,15 @@ def scaled_lora(scale):
         yield
     finally:
         bipeft.LoRA.forward = plain
+
+
+@contextlib.contextmanager
+def rising_rate(wanted):
+    """Delta W's rate rises from 0 in the first tenth of the steps, times its fall, in search or re-training."""
+    fall = bipeft.decay
+    if wanted:
+        bipeft.decay = lambda step, steps: fall(step, steps) * min(1, 10 * (step + 1) / steps)
+    try:
+        yield
+    finally:
+        bipeft.decay = fall

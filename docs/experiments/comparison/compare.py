@@ -41,11 +41,11 @@ import numpy as np
 import torch
 
 from harness import FILES, SMALL, Bench, Settings, bipeft, prepare
-from baselines import (ABLATIONS, ACROSS, CLIPPING, CORE, LLAMA_CORE, METHODS, MORE, SCALES, SENSITIVITY,
-                       find, ladder, scaled_lora, train_adalora)
+from baselines import (ABLATIONS, ACROSS, CORE, LLAMA_CORE, METHODS, MORE, RETRAINING, RISING, SCALES, SENSITIVITY,
+                       find, ladder, rising_rate, scaled_lora, train_adalora)
 
 HERE = Path(__file__).resolve().parent
-FAMILIES = {"ablations": ABLATIONS, "sensitivity": SENSITIVITY, "clipping": CLIPPING}
+FAMILIES = {"ablations": ABLATIONS, "sensitivity": SENSITIVITY, "retraining": RETRAINING}
 TABLES = ("main", "budgets", "transfer", *FAMILIES, "cost")
 
 
@@ -59,7 +59,7 @@ def carry_out(bench, job):
         torch.cuda.reset_peak_memory_stats(bench.device)
     if job["stage"] == "find":
         lines = []
-        with scaled_lora(SCALES.get(job["finder"])):
+        with scaled_lora(SCALES.get(job["finder"])), rising_rate(job["finder"] in RISING):
             found = find(bench, job["finder"], job["budget"])
         for method, (structure, told) in found.items():
             lines.append({**job, "method": method, "structure": bench.encode(structure), "passes": bench.passes,
@@ -89,7 +89,7 @@ def train(bench, job):
                      else bench.decode(job.pop("structure"), job["budget"]))
         if not structure.modules and not method.free:
             raise bipeft.UsageError(f"no module of {job['method']} fits into a budget of {job['budget']}")
-        with scaled_lora(SCALES.get(method.finder)):
+        with scaled_lora(SCALES.get(method.finder)), rising_rate(method.rise):
             bench.passes = 0
             peft, best, curve = bench.train(structure, job["lr"], method.whole, method.clip)
             parameters, modules = peft.size, len(peft)

@@ -100,7 +100,7 @@ def output_of(logits, labels):
 # 2. The tasks
 
 FILES = {"qnli": ("validation",), "mnli": ("validation_matched",), "sst2": ("train", "validation"),
-         "cola": ("train", "validation"), "boolq": ("validation",)}
+         "cola": ("train", "validation"), "boolq": ("validation",), "multirc": ("train", "validation")}
 
 
 def prepare(model, data_dir, settings, tasks):

@@ -160,12 +160,13 @@ def test_variants_of_a_search_are_what_their_names_say(bench, monkeypatch):
     bench.open("toy", 0)
     rates, clips = [], set()
     with Supernet(bench, "s2") as net:
-        rising, other = (cls(bench.model, net.space, bipeft.Settings(budget=600, lr=0.2), 20, 20, net.run_pass)
-                         for cls in (baselines.RisingRate, baselines.OtherTemperature))
-        for _ in range(3):
-            rising.step(next(net.train), next(net.val), next(net.val))
-            rates.append(rising.weight_optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([0.1, 0.19, 0.18]) and rising.settings.lr == 0.2     # half of it, then all, falling
+        plain, other = (cls(bench.model, net.space, bipeft.Settings(budget=600, lr=0.2), 20, 20, net.run_pass)
+                        for cls in (bipeft.Search, baselines.OtherTemperature))
+        for rise in (True, True, False):
+            with baselines.rising_rate(rise):
+                plain.step(next(net.train), next(net.val), next(net.val))
+            rates.append(plain.weight_optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.1, 0.19, 0.18])                                   # half of it, then all, falling
     first, other.steps_done = other.temperature(), 19
     assert (first, other.temperature()) == pytest.approx((5, 0.1))
     monkeypatch.setattr(bipeft.Search, "update_weights", lambda search: clips.add(search.settings.clip))
@@ -183,9 +184,10 @@ def test_a_training_clips_the_norm_of_all_gradients_together(bench, monkeypatch)
     first, clipped = seen[0], seen[12]                                     # the first of 12 steps each
     assert float(clipped.norm()) == pytest.approx(1e-3, rel=1e-3) and float(first.norm()) > 2e-3
     torch.testing.assert_close(clipped, first * (clipped.norm() / first.norm()))
-    made = {name: (method.clip, method.like, method.rate_of) for name, method in baselines.CLIPPING.items()}
-    assert made["BIPEFT, clipped, training clipped"] == (1.0, "BIPEFT, clipped", "BIPEFT")
-    assert made["LoRA, training clipped"] == (1.0, "LoRA", "LoRA")
+    made = {name: (method.clip, method.rise, method.like, method.rate_of)
+            for name, method in baselines.RETRAINING.items()}
+    assert made["BIPEFT, clipped, training clipped"] == (1.0, False, "BIPEFT, clipped", "BIPEFT")
+    assert made["LoRA, rising rate"] == (None, True, "LoRA", "LoRA")
 
 
 def test_lora_at_scale_16_adds_sixteen_times_as_much():

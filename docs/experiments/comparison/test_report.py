@@ -11,7 +11,7 @@ import harness
 import report_figures as figures
 import report
 import stats
-from baselines import CLIPPING, METHODS, RATES
+from baselines import METHODS, RATES, RETRAINING
 
 PLACES = ["embeddings.LayerNorm.bitfit", "embeddings.LayerNorm.lnfit"] + [
     f"encoder.layer.{i}.attention.self.query.{kind}" for i in range(2) for kind in ("lora", "bitfit")]
@@ -169,10 +169,10 @@ def test_cost_is_of_what_ran_alone():
 def test_clipped_trainings_run_on_their_own_structures_and_are_reported(tmp_path, capsys, monkeypatch):
     clips, train = [], harness.Bench.train
     monkeypatch.setattr(harness.Bench, "train", lambda *given: clips.append(given[4]) or train(*given))
-    out, asked = tmp_path / "lines.jsonl", ["BIPEFT", "LoRA", "BIPEFT, clipped", *CLIPPING]
-    compare.main(["--small", "--out", str(out), "--table", "main", "clipping", "--lr", "1e-3", "--methods", *asked])
+    out, asked = tmp_path / "lines.jsonl", ["BIPEFT", "LoRA", "BIPEFT, clipped", *RETRAINING]
+    compare.main(["--small", "--out", str(out), "--table", "main", "retraining", "--lr", "1e-3", "--methods", *asked])
     trained = [x for x in compare.read(out) if x["stage"] == "train" and "error" not in x]
-    assert len(trained) == 2 * len(asked) and clips.count(1.0) == 2 * len(CLIPPING)
+    assert len(trained) == 2 * len(asked) and clips.count(1.0) == len(RETRAINING)
     capsys.readouterr()
     report.main(["--lines", str(out), "--beside", str(out), "--figures", str(tmp_path)])
     told = capsys.readouterr().out
