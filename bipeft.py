@@ -115,6 +115,7 @@ class Settings:
     structure: str = None               # a structure.json to train: no search
     lr: float = 3e-4                    # learning rate of ΔW, falling linearly to 0 (custom 1e-3, toy 5e-3)
     clip: float = None                  # cap on the norm of ΔW's gradient in a search (custom: 1); 0: none
+    lr_warmup: float = 0.0              # share of the steps in which lr first rises, then it falls (try 0.1)
     weight_decay: float = 1e-4          # of ΔW, Θ and Φ
     batch_size: int = None              # examples a step (32, ReCoRD and custom 16)
     seed: int = 0                       # one or more numbers: of splits, weights, draws
@@ -1180,8 +1181,8 @@ class Search:
     """The state of Algorithm 1, and what it does in a step, at a trigger, and in all.
 
     model: its forward takes a batch's entries as keywords and returns a loss.   space: attached to it.
-    settings: a Settings, of which it reads budget, triggers, tau, gamma, window, lr, clip, arch_lr,
-    weight_decay and seed.   steps: T.   warmup: steps before the first trigger may come [D7].   run_pass: who
+    settings: a Settings, of which it reads budget, triggers, tau, gamma, window, lr, lr_warmup, clip,
+    arch_lr, weight_decay and seed.   steps: T.   warmup: steps before the first trigger may come [D7].   run_pass: who
     computes losses and gradients, a function as `forward_backward`.   Raises UsageError for a budget that
     leaves nothing to search, and for modules that are not on the model.
     """
@@ -1333,7 +1334,8 @@ class Search:
         settings = self.settings
         if settings.clip:
             nn.utils.clip_grad_norm_(self.weights, settings.clip)
-        self.weight_optimizer.param_groups[0]["lr"] = settings.lr * decay(self.steps_done, self.steps)
+        self.weight_optimizer.param_groups[0]["lr"] = (
+            settings.lr * schedule(self.steps_done, self.steps, settings.lr_warmup))
         self.weight_optimizer.step()
 
     def gradients(self):
@@ -1453,9 +1455,15 @@ def give_gradients(tensors, flat):
         p.grad = part.view(p.shape)
 
 
-def decay(step, steps):
-    """The factor of ΔW's learning rate: it falls linearly from 1 at step 0 to 0 after the last one [D12]."""
-    return 1 - step / steps
+def schedule(step, steps, warmup=0.0):
+    """What ΔW's learning rate is multiplied by at a step, the first of which is 0 [D12].
+
+    It falls linearly, to 0 after the last step.   warmup: a share of the steps, over which it first rises.
+    """
+    factor = 1 - step / steps
+    if warmup:
+        factor *= min(1, (step + 1) / (warmup * steps))
+    return factor
 
 
 @torch.no_grad()
@@ -2280,14 +2288,15 @@ def answer(model, tokenizer, texts):
     return predict(model, tokenizer, tokens, 32, longest)
 
 
-def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed=0,
+def train(model, peft, batches, evaluate, epochs, lr, *, lr_warmup=0.0, weight_decay=1e-4, seed=0,
           run_pass=forward_backward, state=None, after_step=None):
     """Trains the attached modules [D12]; leaves them as after their best epoch, whose score it returns.
 
     batches: an iterable with a length.   evaluate: gives an epoch's score, or the score and a loss, of which
-    the lower decides between equal scores [D53].   lr: falls to 0.   run_pass: who computes losses and
-    gradients, as `forward_backward`.   state: where to go on from.   after_step: is given such a state after
-    every step, and a line: step, steps, loss, an epoch's score.
+    the lower decides between equal scores [D53].   lr: falls to 0.   lr_warmup: over which share of the steps
+    it first rises.   run_pass: who computes losses and gradients, as `forward_backward`.   state: where to go
+    on from.   after_step: is given such a state after every step, and a line: step, steps, loss, an epoch's
+    score.
     """
     require_attached(model, peft)
     weights = peft.tensors
@@ -2307,7 +2316,7 @@ def train(model, peft, batches, evaluate, epochs, lr, *, weight_decay=1e-4, seed
             torch.manual_seed(derive(seed, 10, step))
             loss = float(run_pass(model, peft, None, None, next(endless), weights))
             require_finite(loss, f"the loss at training step {step + 1}")
-            optimizer.param_groups[0]["lr"] = lr * decay(step, steps)
+            optimizer.param_groups[0]["lr"] = lr * schedule(step, steps, lr_warmup)
             optimizer.step()
             require_finite(float(flatten(weights).sum()), f"a weight at training step {step + 1}")
             line = {"step": step + 1, "steps": steps, "loss": loss}
@@ -2645,9 +2654,9 @@ def check(settings):
     kinds_of(settings.space, settings.ranks)
     for name, value in vars(settings).items():
         least = 1 if isinstance(value, int) else 1e-12
-        if name in ("tau", "gamma", "warmup_epochs", "weight_decay", "clip", "seed"):
+        if name in ("tau", "gamma", "warmup_epochs", "weight_decay", "clip", "lr_warmup", "seed"):
             least = 0
-        most = 1 if name in ("tau", "gamma") else 10**12
+        most = 1 if name in ("tau", "gamma", "lr_warmup") else 10**12
         if value == "":
             fail(f"--{name.replace('_', '-')} is empty: give it a value, or leave it out")
         if type(value) in (int, float) and not least <= value <= most:
@@ -3047,8 +3056,8 @@ def run_training(work, record, peft, state, run_pass):
         record.after_step(line["step"], line["steps"] - line["step"], text, state, show="score" in line)
 
     return train(work.model, peft, batches, work.validate, settings.epochs, settings.lr,
-                 weight_decay=settings.weight_decay, seed=settings.seed, run_pass=run_pass, state=state,
-                 after_step=after_step)
+                 lr_warmup=settings.lr_warmup, weight_decay=settings.weight_decay, seed=settings.seed,
+                 run_pass=run_pass, state=state, after_step=after_step)
 
 
 # A run that was killed comes by here again: what it had found is in the record, and what it had not is done
@@ -3160,7 +3169,7 @@ def results(m):
              f"(ratio {m['ratio']:.2f})")
     if m["validation"] <= m["validation_most_frequent"] and m["validation"] < 100:
         table += ("\nno epoch was better on validation than always the most frequent answer: "
-                  "try another --lr, or more --epochs")
+                  "try another --lr, --lr-warmup 0.1, or more --epochs")
     return table
 
 

@@ -1410,7 +1410,7 @@ def plain_pass(search, weights, gate, ranks, batch):
     ("s1", 0, 5, None), ("s2", 4, 3, 1e-7), ("s1", 8, 1, 99.0), ("s1", 4, 3, 0)])
 def test_section_4_a_step_is_algorithm_1_done_by_hand(space, t, temperature, clip):
     # Of nine steps t = 0 .. 8. Steps of Θ as wide as 1, so that the third pass has other gates than the second.
-    search, batches = small_search(space, steps=9, warmup=9, lr=9e-3, arch_lr=1.0, clip=clip)
+    search, batches = small_search(space, steps=9, warmup=9, lr=9e-3, arch_lr=1.0, clip=clip, lr_warmup=0.5)
     search.fixed[::3], search.choice[::3], search.steps_done = True, 0, t    # some ranks were fixed before
     old, passes, noise = moment(search), watched(search), search.draw()
     line, new = search.step(*batches[:3]), moment(search)
@@ -1429,7 +1429,8 @@ def test_section_4_a_step_is_algorithm_1_done_by_hand(space, t, temperature, cli
     moved.grad = torch.cat(g_tra) * min(1, (clip or 1e9) / float(torch.cat(g_tra).norm()))
     averages = bipeft.flatten([search.weight_optimizer.state[p]["exp_avg"] for p in search.weights])
     assert close(averages, 0.1 * moved.grad)                                  # AdamW's, of which it makes a step
-    torch.optim.AdamW([moved], lr=1e-3 * (9 - t), weight_decay=1e-4).step()
+    rate = {0: 9e-3 / 4.5, 4: 5e-3, 8: 1e-3}[t]                               # it rises in the first half, 4.5 steps
+    torch.optim.AdamW([moved], lr=rate, weight_decay=1e-4).step()
     assert close(bipeft.flatten(new.weights), moved, 1e-5)
 
     # Θ, through the softmax at this temperature, and Φ, on the next validation batch: Adam
@@ -2333,6 +2334,28 @@ def test_section_6_training_leaves_the_best_epochs_weights():
     assert [(line["step"], line["steps"]) for line in lines] == [(n, 12) for n in range(1, 13)]
 
 
+def test_section_6_a_rate_that_first_rises():
+    """By hand: of 12 steps a warm-up of 0.25 has three, at a third, two thirds and all of what falls."""
+    model, peft, batches = a_training()
+    rates = []
+    bipeft.train(model, peft, batches, lambda: 0.0, 4, 0.12, lr_warmup=0.25,
+                 after_step=lambda state, line: rates.append(state["optimizer"]["param_groups"][0]["lr"]))
+    assert close(rates, [0.04, 0.11 * 2 / 3] + [0.12 - 0.01 * n for n in range(2, 12)])
+    # A warm-up of less than a step changes nothing, one of all steps rises to the last.
+    assert bipeft.schedule(0, 12, 0.05) == bipeft.schedule(0, 12) == 1
+    assert [bipeft.schedule(step, 2, 1.0) for step in range(2)] == [0.5, 0.5]
+    for warmup, steps in ((0.1, 600), (0.25, 12)):      # PyTorch's own two lines, multiplied
+        line = [torch.optim.SGD([torch.zeros(1)], lr=1.0) for _ in range(2)]
+        rising = torch.optim.lr_scheduler.LinearLR(line[0], 1 / (warmup * steps), 1, round(warmup * steps) - 1)
+        falling = torch.optim.lr_scheduler.LinearLR(line[1], 1, 0, steps)
+        for step in range(steps):
+            oracle = line[0].param_groups[0]["lr"] * line[1].param_groups[0]["lr"]
+            assert bipeft.schedule(step, steps, warmup) == pytest.approx(oracle)
+            for optimizer, scheduler in zip(line, (rising, falling)):
+                optimizer.step()
+                scheduler.step()
+
+
 def test_section_6_training_goes_on_bit_for_bit_from_any_step():
     """A state saved after whichever step leads to the same weights, those of the best epoch, and score."""
     saved, seen = [None], []
@@ -2344,7 +2367,8 @@ def test_section_6_training_goes_on_bit_for_bit_from_any_step():
             seen.append(float(sum(p.detach().abs().sum() for p in peft.tensors)))
             return -abs(seen[-1] - seen[min(1, len(seen) - 1)])
 
-        best = bipeft.train(model, peft, batches, evaluate, 3, 0.05, state=state, after_step=after_step)
+        best = bipeft.train(model, peft, batches, evaluate, 3, 0.05, lr_warmup=0.5, state=state,
+                            after_step=after_step)
         return best, bipeft.copies(peft.tensors)
 
     train_from(None)
@@ -2651,10 +2675,10 @@ def test_section_8_settings_of_a_command_line():
     (toy,), (paper,) = bipeft.parse(["--task", "toy", "--lr", "0.5"]), bipeft.parse([])
     assert (toy.model, toy.lr, toy.budget, toy.triggers, toy.epochs, toy.search_epochs) == ("toy", 0.5, 0.03, 30, 7, 5)
     assert (paper.task, paper.model, paper.space, paper.ranks) == ("rte", "google-t5/t5-large", "s2", (1, 4, 8))
-    assert (paper.lr, paper.budget, paper.triggers, paper.gamma, paper.window, paper.tau, paper.clip) == (
-        3e-4, 1.39e-4, 100, 0.85, 5, 0.85, None)
+    assert (paper.lr, paper.budget, paper.triggers, paper.gamma, paper.window, paper.tau, paper.clip,
+            paper.lr_warmup) == (3e-4, 1.39e-4, 100, 0.85, 5, 0.85, None, 0)
     (own,) = bipeft.parse(["--task", "custom"])
-    assert (own.lr, own.clip, own.triggers, own.batch_size) == (1e-3, 1.0, 30, 16)
+    assert (own.lr, own.clip, own.lr_warmup, own.triggers, own.batch_size) == (1e-3, 1.0, 0, 30, 16)
     for line, folders in (
             ("--seed 3 5", ["runs/rte-s2-3", "runs/rte-s2-5"]), ("--seed 3 5 --out x", ["x/seed-3", "x/seed-5"]),
             ("--out x --epochs 9", ["x"]), ("--space lora,bitfit", ["runs/rte-lora+bitfit-0"]),
@@ -2664,11 +2688,12 @@ def test_section_8_settings_of_a_command_line():
         assert several[0].search_epochs == several[0].epochs == (9 if "9" in line else 20)
     above_0 = "max-length budget triggers window search-epochs lr arch-lr batch-size save-every".split()
     for line in (*(f"--{flag} 0" for flag in above_0), "--budget nan", "--tau -1", "--gamma 1.5", "--seed 0 -2",
-                 "--warmup-epochs -1", "--weight-decay -1", "--clip -1", "--clip inf", "--max-length 99999999999999"):
+                 "--lr-warmup 1.5", "--warmup-epochs -1", "--weight-decay -1", "--clip -1", "--clip inf",
+                 "--max-length 99999999999999"):
         flag, *_, value = line.split()
         with pytest.raises(UsageError, match=rf"^{flag} {value}(\.0)? must lie in"):
             bipeft.parse(line.split())
-    assert bipeft.parse("--tau 0 --gamma 0 --warmup-epochs 0 --weight-decay 0 --clip 0".split())
+    assert bipeft.parse("--tau 0 --gamma 0 --warmup-epochs 0 --weight-decay 0 --clip 0 --lr-warmup 0".split())
     for dtype in ("float32", "bfloat16", "float16"):
         assert bipeft.parse(["--dtype", dtype])[0].dtype == dtype
     acting = "space ranks budget triggers tau gamma window search-epochs warmup-epochs clip arch-lr".split()
@@ -2764,15 +2789,15 @@ def test_section_8_every_setting_reaches_the_search_and_the_training(world, tmp_
 
     line = (RTE + "--epochs 2 --search-epochs 3 --warmup-epochs 1 --triggers 4 --window 2 --tau 0.25 --gamma 0.5 "
             f"--budget 0.1 --batch-size 5 --lr 0.05 --clip 0.3 --arch-lr 0.02 --weight-decay 0.003 --seed 7 --ranks 2 3 "
-            f"--out {tmp_path}").format(root=world).split()
+            f"--lr-warmup 0.2 --out {tmp_path}").format(root=world).split()
     assert bipeft.main(line) == 0
     search, trained = given["__init__"]["self"], given["train"]
     assert (search.steps, search.first_trigger, search.space.ranks) == (9, 4, (2, 3))               # 12 rows, 3 batches
     assert search.budget == int(0.1 * search.space.geometry["parameters"])
     for key, value in {"triggers": 4, "window": 2, "tau": 0.25, "gamma": 0.5, "lr": 0.05, "clip": 0.3, "arch_lr": 0.02,
-                       "weight_decay": 0.003, "seed": 7}.items():
+                       "lr_warmup": 0.2, "weight_decay": 0.003, "seed": 7}.items():
         assert getattr(search.settings, key) == value, key
-    assert (trained["epochs"], trained["lr"], trained["weight_decay"], trained["seed"]) == (2, 0.05, 0.003, 7)
+    assert [trained[key] for key in ("epochs", "lr", "lr_warmup", "weight_decay", "seed")] == [2, 0.05, 0.2, 0.003, 7]
     assert given["apply"]["seed"] == bipeft.derive(7, 14)
     halves = [{tuple(source) for source, _ in given["run"][key].tokens} for key in ("train_batches", "val_batches")]
     assert [len(half) for half in halves] == [12, 12] and not halves[0] & halves[1]

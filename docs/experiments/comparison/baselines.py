@@ -53,8 +53,7 @@ def is_kind(*wanted):
 
 def even_norms(bench, budget):
     """y + b on as many evenly spaced norms as fit: a guess from what searches find, without a search."""
-    norms = [[(name, kind)] for name, kind in bench.keys
-             if kind == "bitfit" and (name, "lnfit") in bench.where]
+    norms = [[(name, kind)] for name, kind in bench.keys if kind == "bitfit" and (name, "lnfit") in bench.where]
     return {"biases on even norms": evenly_spaced(bench, budget, norms)}
 
 
@@ -679,9 +678,8 @@ FULL_RATES, HEAD_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), (1e-3, 2.5e-3, 1e-2, 4e
 @dataclasses.dataclass(frozen=True)
 class Method:
     """finder: the function that gives its structure, and perhaps others' (their jobs are shared).   cheap: no
-    search.   free: not under the budget.   rate_of: whose learning rate it takes; None: its own.   like: whose
-    structure it takes; None: its own.   clip: cap on the gradient's norm in re-training; None: none.   rise: whether
-    the rate rises at first in re-training (`rising_rate`).
+    search.   free: not under the budget.   rate_of, like: whose learning rate, whose structure it takes; None: its
+    own.   clip: cap on the gradient's norm in re-training; None: none.   lr_warmup: of re-training, as bipeft.train's.
     """
 
     finder: str
@@ -692,7 +690,7 @@ class Method:
     whole: bool = False                        # trains the backbone
     like: str = None
     clip: float = None
-    rise: bool = False
+    lr_warmup: float = 0.0
 
 
 FINDERS = {
@@ -750,12 +748,11 @@ VARIANTS = {           # Tables 6-10, and readings that are ours; in each one th
     **{f"warm-up {share:.0%}": {"warmup_share": share} for share in (0.0, 0.17, 0.75)},
     **{f"search lr {lr:g}": {"lr": lr} for lr in (3e-4, 3e-3, 6e-3)},
     "Eq. 2 as a sum": {"cls": SummedSensitivity}, "temperature to 0.1": {"cls": OtherTemperature},
-    "gates open for s": {"cls": OpenSensitivity}, "LoRA scale 16": {}, "rising search lr": {}}
+    "gates open for s": {"cls": OpenSensitivity}, "LoRA scale 16": {}, "rising search lr": {"lr_warmup": 0.1}}
 SENSITIVITY = {name: Method(f"variant:{name}", rate_of=None if "scale" in name else "BIPEFT") for name in VARIANTS}
 SCALES = {"variant:LoRA scale 16": 16.0, "s3delta-16": 16.0}              # of LoRA, 1 elsewhere
-RISING = {"variant:rising search lr"}                                     # finders whose rate rises at first
 PLAIN, RETRAINING = {}, {}                              # the same structures and rates, re-trained in other ways
-for way, how in {"training clipped": {"clip": 1.0}, "rising rate": {"rise": True}}.items():
+for way, how in {"training clipped": {"clip": 1.0}, "rising rate": {"lr_warmup": 0.1}}.items():
     for name in ("BIPEFT", "BIPEFT, clipped", "LoRA", "all biases", "all of S2"):
         method = {**CORE, **MORE}[name]
         PLAIN[f"{name}, {way}"] = name
@@ -789,15 +786,3 @@ def scaled_lora(scale):
         yield
     finally:
         bipeft.LoRA.forward = plain
-
-
-@contextlib.contextmanager
-def rising_rate(wanted):
-    """Delta W's rate rises from 0 in the first tenth of the steps, times its fall, in search or re-training."""
-    fall = bipeft.decay
-    if wanted:
-        bipeft.decay = lambda step, steps: fall(step, steps) * min(1, 10 * (step + 1) / steps)
-    try:
-        yield
-    finally:
-        bipeft.decay = fall

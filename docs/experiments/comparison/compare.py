@@ -7,10 +7,8 @@
     python docs/experiments/comparison/report.py                                        tables and figures
 
 With --family llama, in --prepare too, it is of a causal language model, at 1.39 of 10,000 of SmolLM2-135M's parameters.
-
-Here is what is run, and in which order; methods are in baselines.py, backbone, tasks and training in harness.py. Needs
-the project's packages; AdaLoRA also peft, AutoPEFT botorch. A line of JSON a search and a training goes to --out; what
-has a line there, or in --out with ".gz" added, is not run again.
+Here is what is run, in which order; methods are in baselines.py, backbone, tasks and training in harness.py. AdaLoRA
+needs peft, AutoPEFT botorch. A line of JSON a search and a training goes to --out; what has one is not run again.
 
 The rules. Every method gives a structure of at most B parameters, counted from tensors. Each is re-trained from fresh
 weights for the same steps, batches, optimiser (AdamW, linear decay) and seed: the seed decides splits, order, head and
@@ -41,8 +39,8 @@ import numpy as np
 import torch
 
 from harness import FILES, SMALL, Bench, Settings, bipeft, prepare
-from baselines import (ABLATIONS, ACROSS, CORE, LLAMA_CORE, METHODS, MORE, RETRAINING, RISING, SCALES, SENSITIVITY,
-                       find, ladder, rising_rate, scaled_lora, train_adalora)
+from baselines import (ABLATIONS, ACROSS, CORE, LLAMA_CORE, METHODS, MORE, RETRAINING, SCALES, SENSITIVITY,
+                       find, ladder, scaled_lora, train_adalora)
 
 HERE = Path(__file__).resolve().parent
 FAMILIES = {"ablations": ABLATIONS, "sensitivity": SENSITIVITY, "retraining": RETRAINING}
@@ -59,7 +57,7 @@ def carry_out(bench, job):
         torch.cuda.reset_peak_memory_stats(bench.device)
     if job["stage"] == "find":
         lines = []
-        with scaled_lora(SCALES.get(job["finder"])), rising_rate(job["finder"] in RISING):
+        with scaled_lora(SCALES.get(job["finder"])):
             found = find(bench, job["finder"], job["budget"])
         for method, (structure, told) in found.items():
             lines.append({**job, "method": method, "structure": bench.encode(structure), "passes": bench.passes,
@@ -89,9 +87,9 @@ def train(bench, job):
                      else bench.decode(job.pop("structure"), job["budget"]))
         if not structure.modules and not method.free:
             raise bipeft.UsageError(f"no module of {job['method']} fits into a budget of {job['budget']}")
-        with scaled_lora(SCALES.get(method.finder)), rising_rate(method.rise):
+        with scaled_lora(SCALES.get(method.finder)):
             bench.passes = 0
-            peft, best, curve = bench.train(structure, job["lr"], method.whole, method.clip)
+            peft, best, curve = bench.train(structure, job["lr"], method.whole, method.clip, method.lr_warmup)
             parameters, modules = peft.size, len(peft)
             held = bench.score("test") if not job["tuning"] else None
             test = lambda: held
@@ -239,8 +237,7 @@ def wanted_of(args):
                 yield from of(core, args.seeds)
                 yield from of(every[len(core):], args.seeds)
         elif table in FAMILIES:
-            for seed in args.seeds:
-                yield from of(["BIPEFT", *FAMILIES[table]], [seed])
+            yield from of(["BIPEFT", *FAMILIES[table]], args.seeds)
         elif table == "budgets":
             for seed, budget in itertools.product(args.seeds, args.budgets):
                 yield from of([name for name in ACROSS if name in names], [seed], budget=budget)

@@ -316,10 +316,10 @@ class Bench:
         chosen = [(*self.keys[int(i)], int(rank)) for i, rank in (item.split(":") for item in text.split())]
         return self.structure(chosen, budget)
 
-    def train(self, structure, lr, whole=False, clip=None):
+    def train(self, structure, lr, whole=False, clip=None, lr_warmup=0.0):
         """Re-trains; returns (peft, best validation score, curve). The model stays as after its best epoch, attached.
 
-        whole: with every weight of the backbone, in float32, where small steps are not lost.   clip: as Method's.
+        whole: with every weight of the backbone, in float32, so that small steps count.   clip, lr_warmup: Method's.
         """
         if whole:
             self.set_format(torch.float32)
@@ -335,7 +335,7 @@ class Bench:
         stretch = Stretch(self.batches(self.splits["train"]), max(1, round(self.settings.steps / evaluations)))
         curve = []
         best = bipeft.train(self.model, peft, stretch, lambda: self.score("validation"), evaluations, lr,
-                            seed=self.seed, run_pass=run_pass,
+                            lr_warmup=lr_warmup, seed=self.seed, run_pass=run_pass,
                             after_step=lambda _, line: curve.append(line.get("score")))
         self.passes += evaluations * len(stretch)
         return peft, best, [round(score, 2) for score in curve if score is not None]

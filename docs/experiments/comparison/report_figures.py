@@ -59,8 +59,7 @@ def draw_pairs(data):
     told.axis("off")
     told.set_xlim(0, 1)
     for task in data.tasks:
-        dots = [(d, y + 0.3) for y, (_, c) in enumerate(rows) if c
-                for (of, _), d in c.pairs.items() if of == task]
+        dots = [(d, y + 0.3) for y, (_, c) in enumerate(rows) if c for (of, _), d in c.pairs.items() if of == task]
         if dots:
             marker, inside = TASKS[task]
             ax.plot(*zip(*dots), ls="", marker=marker, ms=4, mew=0.5, color=INK, mfc=inside, label=f"a pair on {task}")
@@ -122,8 +121,8 @@ def draw_places(data):
 
 
 def draw_ratios(every):
-    """BIPEFT less five methods, the clipped search less its own one look and places, against the budget's share of the
-    backbone, without failed trainings: means and 95 % t intervals over seeds, points a little apart.
+    """BIPEFT less five methods, clipped less its own, but for failed trainings: means and 95 % t intervals over seeds,
+    against the budget's share of the backbone.
     """
     methods = "LoRA", "biases on even norms", "random", "matched random", "one look"
     fig, axes = plt.subplots(1, len(methods), figsize=(WIDTH, 2.8), sharey=True, layout="constrained")

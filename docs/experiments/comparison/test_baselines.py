@@ -158,20 +158,16 @@ def test_sensitivity_with_open_gates_leaves_the_descent_as_it_was(bench):
 
 def test_variants_of_a_search_are_what_their_names_say(bench, monkeypatch):
     bench.open("toy", 0)
-    rates, clips = [], set()
     with Supernet(bench, "s2") as net:
-        plain, other = (cls(bench.model, net.space, bipeft.Settings(budget=600, lr=0.2), 20, 20, net.run_pass)
-                        for cls in (bipeft.Search, baselines.OtherTemperature))
-        for rise in (True, True, False):
-            with baselines.rising_rate(rise):
-                plain.step(next(net.train), next(net.val), next(net.val))
-            rates.append(plain.weight_optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([0.1, 0.19, 0.18])                                   # half of it, then all, falling
+        other = baselines.OtherTemperature(bench.model, net.space, bipeft.Settings(budget=600), 20, 20, net.run_pass)
     first, other.steps_done = other.temperature(), 19
     assert (first, other.temperature()) == pytest.approx((5, 0.1))
-    monkeypatch.setattr(bipeft.Search, "update_weights", lambda search: clips.add(search.settings.clip))
-    baselines.find(bench, "bipeft-clipped", 600)
-    assert clips == {1.0} and baselines.METHODS["BIPEFT, clipped"].rate_of == "BIPEFT"
+    monkeypatch.setattr(bipeft.Search, "update_weights", lambda search: told.append(search.settings))
+    for finder, clip, lr_warmup in (("bipeft-clipped", 1.0, 0), ("variant:rising search lr", None, 0.1)):
+        told = []
+        baselines.find(bench, finder, 600)
+        assert {(settings.clip, settings.lr_warmup) for settings in told} == {(clip, lr_warmup)}
+    assert baselines.METHODS["BIPEFT, clipped"].rate_of == "BIPEFT"
 
 
 def test_a_training_clips_the_norm_of_all_gradients_together(bench, monkeypatch):
@@ -184,10 +180,9 @@ def test_a_training_clips_the_norm_of_all_gradients_together(bench, monkeypatch)
     first, clipped = seen[0], seen[12]                                     # the first of 12 steps each
     assert float(clipped.norm()) == pytest.approx(1e-3, rel=1e-3) and float(first.norm()) > 2e-3
     torch.testing.assert_close(clipped, first * (clipped.norm() / first.norm()))
-    made = {name: (method.clip, method.rise, method.like, method.rate_of)
-            for name, method in baselines.RETRAINING.items()}
-    assert made["BIPEFT, clipped, training clipped"] == (1.0, False, "BIPEFT, clipped", "BIPEFT")
-    assert made["LoRA, rising rate"] == (None, True, "LoRA", "LoRA")
+    made = {name: (m.clip, m.lr_warmup, m.like, m.rate_of) for name, m in baselines.RETRAINING.items()}
+    assert made["BIPEFT, clipped, training clipped"] == (1.0, 0, "BIPEFT, clipped", "BIPEFT")
+    assert made["LoRA, rising rate"] == (None, 0.1, "LoRA", "LoRA")
 
 
 def test_lora_at_scale_16_adds_sixteen_times_as_much():

@@ -135,14 +135,17 @@ def test_the_clipped_search_has_pairs_of_its_own_also_without_bad_cells():
 
 def test_clipped_trainings_are_beside_their_own_and_boolq_is_beside_no_other_task():
     lines = []
-    for seed, plain, clipped in ((0, 52.0, 80.0), (1, 81.0, 81.5), (2, 80.0, 54.5)):
+    for seed, plain, clipped in ((0, 52.0, 80.0), (1, 81.0, 81.5), (2, 80.0, 54.5), (3, 80.0, 81.5)):
         lines += [line("LoRA", "qnli", seed, 1e-3, plain), line("LoRA, training clipped", "qnli", seed, 1e-3, clipped),
                   line("LoRA", "boolq", seed, 1e-3, 64)]
-    told = " ".join(report.report(lines).partition("## Re-training with clipped")[2].split())
-    # 28, 0.5 and −25.5; the failed ones of both.
-    assert "| LoRA, training clipped | +1.00 | +1.00 |" in told and "| LoRA | 64.0 ± 0.0 | 64.0 |" in told
-    assert "end: LoRA on qnli, seed 0 (52.0); LoRA, training clipped on qnli, seed 2 (54.5)." in told
-    assert report.Data(lines).scores(["LoRA"])["LoRA"].keys() == {("qnli", seed) for seed in range(3)}
+    lines += [line("LoRA", "qnli", seed, 3e-3, 60.0) for seed in range(2)]              # a rate that is not chosen
+    lines += [line("LoRA, rising rate", "qnli", seed, 3e-3, 62.0 + seed) for seed in range(2)]
+    told = " ".join(report.report(lines).partition("## Other ways of re-training")[2].split())
+    # 28, −25.5, 0.5 and 1.5, of which the last two have no failed one; 2 and 3.
+    assert re.search(r"LoRA, training clipped \| 10,000 \| 0.001 \| 1 \| 1 \| \+1.12 .* \| \+1.00 \[[^|]*\| 2 \|", told)
+    assert "| LoRA, rising rate | 10,000 | 0.003 | 0 | 0 | +2.50 [−3.85, +8.85] | 2 of 2 |" in told
+    assert "| LoRA | 64.0 ± 0.0 | 64.0 |" in told
+    assert report.Data(lines).scores(["LoRA"])["LoRA"].keys() == {("qnli", seed) for seed in range(4)}
 
 
 def test_larger_budgets_and_more_seeds_have_tables_of_their_own():

@@ -7,9 +7,8 @@
 Backbones have published shapes and random weights, bfloat16 on a GPU; batches are 32 rows of random tokens without
 padding, with two target tokens for a T5 and labels on the last four of a Llama's. Rows are medians of single steps, the
 device synchronised after each, with the least and the most; the first three, in which CUDA graphs are recorded, do not
-count. A search step has all modules of S2 there. Peaks are what torch allocated and reserved for the row.
-
---flags is the last flag: what follows are flags of docs/examples/scale.py, --eager and --budget among them.
+count. A search step has all modules of S2 there. Peaks are what torch allocated and reserved for the row. --flags is
+the last flag: what follows are flags of docs/examples/scale.py, --eager and --budget among them.
 """
 
 import argparse
@@ -67,8 +66,8 @@ class Row:
         taken = [1e3 * (after - before) for before, after in zip(self.ends[2:], self.ends[3:])]
         peaks = "| |"
         if DEVICE.type == "cuda":
-            peaks = (f"{torch.cuda.max_memory_allocated() / 2**30:.2f} | "
-                     f"{torch.cuda.max_memory_reserved() / 2**30:.2f} |")
+            allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            peaks = f"{allocated / 2**30:.2f} | {reserved / 2**30:.2f} |"
         print(f"| {what} | {median(taken):.1f} | {min(taken):.1f}–{max(taken):.1f} | {peaks}", flush=True)
 
 
