@@ -1182,9 +1182,9 @@ class Search:
 
     model: its forward takes a batch's entries as keywords and returns a loss.   space: attached to it.
     settings: a Settings, of which it reads budget, triggers, tau, gamma, window, lr, lr_warmup, clip,
-    arch_lr, weight_decay and seed.   steps: T.   warmup: steps before the first trigger may come [D7].   run_pass: who
-    computes losses and gradients, a function as `forward_backward`.   Raises UsageError for a budget that
-    leaves nothing to search, and for modules that are not on the model.
+    arch_lr, weight_decay and seed.   steps: T.   warmup: steps before the first trigger may come [D7].
+    run_pass: who computes losses and gradients, a function as `forward_backward`.   Raises UsageError for a
+    budget that leaves nothing to search, and for modules that are not on the model.
     """
 
     STATE = ("kept", "fixed", "choice", "smoothed", "indicators", "rank_history", "steps_done",

@@ -77,14 +77,13 @@ def parsed(script, arguments, monkeypatch):
     """Has a script's own parser take the arguments, and ends it there."""
     def parse_args(self, args=None, namespace=None):
         real(self, args, namespace)
-        raise InterruptedError                                              # of no parser
+        raise EOFError                                              # of no parser
     real = argparse.ArgumentParser.parse_args
     with monkeypatch.context() as patched:
         patched.setattr(argparse.ArgumentParser, "parse_args", parse_args)
         patched.setattr(sys, "argv", [script, *arguments])
         patched.syspath_prepend(str((ROOT / script).parent))
-        with pytest.raises(InterruptedError):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+        pytest.raises(EOFError, runpy.run_path, str(ROOT / script), run_name="__main__")
 
 
 def check(words, monkeypatch):

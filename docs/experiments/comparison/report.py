@@ -362,9 +362,10 @@ def report(lines):
             for of in sorted(budgets) if of > data.budget and data.of("random", of)}
     base, head = own.pop(size(data, data.budget), {}), f"BIPEFT at {size(data, data.budget)} − at"
     parts += ["## Tables 5 and 10: other budgets", contrast_table(contrasts(base, own), data.tasks, head)]
-    clipped = {size(data, of): data.scores([CLIPPED], of).get(CLIPPED, {}) for of in sorted(budgets)}
-    if base := clipped.pop(size(data, data.budget), {}):
-        parts.append(contrast_table(contrasts(base, clipped), data.tasks, head.replace("BIPEFT", CLIPPED)))
+    for name in (CLIPPED, f"{CLIPPED}, rising rate"):
+        own = {size(data, of): data.scores([name], of).get(name, {}) for of in sorted(budgets)}
+        if base := own.pop(size(data, data.budget), {}):
+            parts.append(contrast_table(contrasts(base, own), data.tasks, head.replace("BIPEFT", name)))
     if data.scores(PLAIN):
         parts += retrainings(data)
     for note in NOTES:

@@ -170,12 +170,12 @@ def test_cost_is_of_what_ran_alone():
 
 
 def test_clipped_trainings_run_on_their_own_structures_and_are_reported(tmp_path, capsys, monkeypatch):
-    clips, train = [], harness.Bench.train
-    monkeypatch.setattr(harness.Bench, "train", lambda *given: clips.append(given[4]) or train(*given))
+    ways, train = [], harness.Bench.train
+    monkeypatch.setattr(harness.Bench, "train", lambda *given: ways.append(given[4:]) or train(*given))
     out, asked = tmp_path / "lines.jsonl", ["BIPEFT", "LoRA", "BIPEFT, clipped", *RETRAINING]
     compare.main(["--small", "--out", str(out), "--table", "main", "retraining", "--lr", "1e-3", "--methods", *asked])
     trained = [x for x in compare.read(out) if x["stage"] == "train" and "error" not in x]
-    assert len(trained) == 2 * len(asked) and clips.count(1.0) == len(RETRAINING)
+    assert len(trained) == 2 * len(asked) and ways.count((1.0, 0)) == ways.count((None, 0.1)) == len(RETRAINING)
     capsys.readouterr()
     report.main(["--lines", str(out), "--beside", str(out), "--figures", str(tmp_path)])
     told = capsys.readouterr().out
