@@ -114,8 +114,8 @@ class Settings:
     arch_lr: float = 0.01               # learning rate of Θ and Φ
     structure: str = None               # a structure.json to train: no search
     lr: float = 3e-4                    # learning rate of ΔW, falling linearly to 0 (custom 1e-3, toy 5e-3)
+    lr_warmup: float = 0.0              # share of the steps in which it first rises, in both; at high rates 0.1
     clip: float = None                  # cap on the norm of ΔW's gradient in a search (custom: 1); 0: none
-    lr_warmup: float = 0.0              # share of the steps in which lr first rises, then it falls (try 0.1)
     weight_decay: float = 1e-4          # of ΔW, Θ and Φ
     batch_size: int = None              # examples a step (32, ReCoRD and custom 16)
     seed: int = 0                       # one or more numbers: of splits, weights, draws
@@ -1334,8 +1334,8 @@ class Search:
         settings = self.settings
         if settings.clip:
             nn.utils.clip_grad_norm_(self.weights, settings.clip)
-        self.weight_optimizer.param_groups[0]["lr"] = (
-            settings.lr * schedule(self.steps_done, self.steps, settings.lr_warmup))
+        factor = schedule(self.steps_done, self.steps, settings.lr_warmup)
+        self.weight_optimizer.param_groups[0]["lr"] = settings.lr * factor
         self.weight_optimizer.step()
 
     def gradients(self):
@@ -1455,14 +1455,14 @@ def give_gradients(tensors, flat):
         p.grad = part.view(p.shape)
 
 
-def schedule(step, steps, warmup=0.0):
+def schedule(step, steps, lr_warmup=0.0):
     """What ΔW's learning rate is multiplied by at a step, the first of which is 0 [D12].
 
-    It falls linearly, to 0 after the last step.   warmup: a share of the steps, over which it first rises.
+    It falls linearly, to 0 after the last step.   lr_warmup: a share of the steps, over which it first rises.
     """
     factor = 1 - step / steps
-    if warmup:
-        factor *= min(1, (step + 1) / (warmup * steps))
+    if lr_warmup:
+        factor *= min(1, (step + 1) / (lr_warmup * steps))
     return factor
 
 
@@ -3023,7 +3023,7 @@ def signs_of_guessing(log, tokens):
     if mean <= 0.95 * guessing:
         return []
     return [f"modules were chosen before they had learnt: from step {first} on the training loss is "
-            f"{mean:.3f}, that of guessing {guessing:.3f}; try another --lr or --clip, or more "
+            f"{mean:.3f}, that of guessing {guessing:.3f}; try another --lr, --lr-warmup or --clip, or more "
             "--warmup-epochs or --search-epochs"]
 
 
