@@ -114,7 +114,7 @@ class Settings:
     arch_lr: float = 0.01               # learning rate of Θ and Φ
     structure: str = None               # a structure.json to train: no search
     lr: float = 3e-4                    # learning rate of ΔW, falling linearly to 0 (custom 1e-3, toy 5e-3)
-    lr_warmup: float = 0.0              # share of the steps in which it first rises, in both; at high rates 0.1
+    lr_warmup: float = 0.0              # share of the steps, to 0.5, over which lr first rises (0.1 at a high lr)
     clip: float = None                  # cap on the norm of ΔW's gradient in a search (custom: 1); 0: none
     weight_decay: float = 1e-4          # of ΔW, Θ and Φ
     batch_size: int = None              # examples a step (32, ReCoRD and custom 16)
@@ -1458,7 +1458,8 @@ def give_gradients(tensors, flat):
 def schedule(step, steps, lr_warmup=0.0):
     """What ΔW's learning rate is multiplied by at a step, the first of which is 0 [D12].
 
-    It falls linearly, to 0 after the last step.   lr_warmup: a share of the steps, over which it first rises.
+    It falls linearly, to 0 after the last step.   lr_warmup: a share of the steps, at most 0.5, over which it
+    is also multiplied by a line that rises to 1; so with 0.1 it is never above 0.9.
     """
     factor = 1 - step / steps
     if lr_warmup:
@@ -2656,7 +2657,7 @@ def check(settings):
         least = 1 if isinstance(value, int) else 1e-12
         if name in ("tau", "gamma", "warmup_epochs", "weight_decay", "clip", "lr_warmup", "seed"):
             least = 0
-        most = 1 if name in ("tau", "gamma", "lr_warmup") else 10**12
+        most = {"tau": 1, "gamma": 1, "lr_warmup": 0.5}.get(name, 10**12)
         if value == "":
             fail(f"--{name.replace('_', '-')} is empty: give it a value, or leave it out")
         if type(value) in (int, float) and not least <= value <= most:
@@ -3169,7 +3170,7 @@ def results(m):
              f"(ratio {m['ratio']:.2f})")
     if m["validation"] <= m["validation_most_frequent"] and m["validation"] < 100:
         table += ("\nno epoch was better on validation than always the most frequent answer: "
-                  "try another --lr, --lr-warmup 0.1, or more --epochs")
+                  "try another --lr or --lr-warmup, or more --epochs")
     return table
 
 

@@ -2341,9 +2341,8 @@ def test_section_6_a_rate_that_first_rises():
     bipeft.train(model, peft, batches, lambda: 0.0, 4, 0.12, lr_warmup=0.25,
                  after_step=lambda state, line: rates.append(state["optimizer"]["param_groups"][0]["lr"]))
     assert close(rates, [0.04, 0.11 * 2 / 3] + [0.12 - 0.01 * n for n in range(2, 12)])
-    # A warm-up of less than a step changes nothing, one of all steps rises to the last.
-    assert bipeft.schedule(0, 12, 0.05) == bipeft.schedule(0, 12) == 1
-    assert [bipeft.schedule(step, 2, 1.0) for step in range(2)] == [0.5, 0.5]
+    assert bipeft.schedule(0, 12, 0.05) == bipeft.schedule(0, 12) == 1         # less than a step changes nothing
+    assert close([bipeft.schedule(step, 4, 0.5) for step in range(4)], [0.5, 0.75, 0.5, 0.25])
     for warmup, steps in ((0.1, 600), (0.25, 12)):      # PyTorch's own two lines, multiplied
         line = [torch.optim.SGD([torch.zeros(1)], lr=1.0) for _ in range(2)]
         rising = torch.optim.lr_scheduler.LinearLR(line[0], 1 / (warmup * steps), 1, round(warmup * steps) - 1)
@@ -2688,12 +2687,12 @@ def test_section_8_settings_of_a_command_line():
         assert several[0].search_epochs == several[0].epochs == (9 if "9" in line else 20)
     above_0 = "max-length budget triggers window search-epochs lr arch-lr batch-size save-every".split()
     for line in (*(f"--{flag} 0" for flag in above_0), "--budget nan", "--tau -1", "--gamma 1.5", "--seed 0 -2",
-                 "--lr-warmup 1.5", "--warmup-epochs -1", "--weight-decay -1", "--clip -1", "--clip inf",
+                 "--lr-warmup 0.6", "--warmup-epochs -1", "--weight-decay -1", "--clip -1", "--clip inf",
                  "--max-length 99999999999999"):
         flag, *_, value = line.split()
         with pytest.raises(UsageError, match=rf"^{flag} {value}(\.0)? must lie in"):
             bipeft.parse(line.split())
-    assert bipeft.parse("--tau 0 --gamma 0 --warmup-epochs 0 --weight-decay 0 --clip 0 --lr-warmup 0".split())
+    assert bipeft.parse("--tau 0 --gamma 0 --warmup-epochs 0 --weight-decay 0 --clip 0 --lr-warmup 0.5".split())
     for dtype in ("float32", "bfloat16", "float16"):
         assert bipeft.parse(["--dtype", dtype])[0].dtype == dtype
     acting = "space ranks budget triggers tau gamma window search-epochs warmup-epochs clip arch-lr".split()

@@ -329,7 +329,7 @@ def retrainings(data):
             every[x["method"], x["budget"], x["lr"]][x["task"], x["seed"]] = x["test"]
     for (name, budget, lr), cells in every.items():
         plain = every.get((PLAIN.get(name), budget, lr), {})
-        cells = whole_seeds({cell: score for cell, score in cells.items() if cell in plain})
+        cells = {cell: score for cell, score in cells.items() if cell in plain}
         plain = {cell: plain[cell] for cell in cells}
         sound = {cell: plain[cell] for cell in cells.keys() - failing(cells).keys() - failing(plain).keys()}
         for c in contrasts(cells, {name: plain}).values():
