@@ -114,7 +114,7 @@ class Settings:
     arch_lr: float = 0.01               # learning rate of Θ and Φ
     structure: str = None               # a structure.json to train: no search
     lr: float = 3e-4                    # learning rate of ΔW, falling linearly to 0 (custom 1e-3, toy 5e-3)
-    lr_warmup: float = 0.0              # share of the steps, to 0.5, in which lr first rises; 0.1 helps high ones
+    lr_warmup: float = 0.0              # share of the steps, at most 0.5, in which lr first rises (try 0.1)
     clip: float = None                  # cap on the norm of ΔW's gradient in a search (custom: 1); 0: none
     weight_decay: float = 1e-4          # of ΔW, Θ and Φ
     batch_size: int = None              # examples a step (32, ReCoRD and custom 16)
