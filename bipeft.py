@@ -1458,9 +1458,11 @@ def give_gradients(tensors, flat):
 def schedule(step, steps, lr_warmup=0.0):
     """What ΔW's learning rate is multiplied by at a step, the first of which is 0 [D12].
 
-    It falls linearly, to 0 after the last step.   lr_warmup: a share of the steps, at most 0.5, over which it
-    is also multiplied by a line that rises to 1; so with 0.1 it is never above 0.9.
+    It falls linearly, to 0 after the last step.   lr_warmup: a share of the steps, over which it is also
+    multiplied by a line that rises to 1; so with 0.1 it is never above 0.9.   UsageError: not in 0 .. 0.5.
     """
+    if not 0 <= lr_warmup <= 0.5:
+        raise UsageError(f"lr_warmup is a share of the steps, 0 to 0.5, not {lr_warmup}")
     factor = 1 - step / steps
     if lr_warmup:
         factor *= min(1, (step + 1) / (lr_warmup * steps))

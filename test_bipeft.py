@@ -2343,6 +2343,9 @@ def test_section_6_a_rate_that_first_rises():
     assert close(rates, [0.04, 0.11 * 2 / 3] + [0.12 - 0.01 * n for n in range(2, 12)])
     assert bipeft.schedule(0, 12, 0.05) == bipeft.schedule(0, 12) == 1         # less than a step changes nothing
     assert close([bipeft.schedule(step, 4, 0.5) for step in range(4)], [0.5, 0.75, 0.5, 0.25])
+    for steps in (100, -0.1, math.nan):
+        with pytest.raises(UsageError, match="^lr_warmup is a share of the steps, 0 to 0.5, not "):
+            bipeft.train(model, peft, batches, lambda: 0.0, 1, 0.1, lr_warmup=steps)
     for warmup, steps in ((0.1, 600), (0.25, 12)):      # PyTorch's own two lines, multiplied
         line = [torch.optim.SGD([torch.zeros(1)], lr=1.0) for _ in range(2)]
         rising = torch.optim.lr_scheduler.LinearLR(line[0], 1 / (warmup * steps), 1, round(warmup * steps) - 1)
@@ -2856,7 +2859,8 @@ def test_section_8_what_a_run_leaves(world, finished, tmp_path):
     # a training that learnt nothing is told; where all is right there is nothing more to learn
     for best, frequent, told in ((50.1, 50, False), (50, 50, True), (49, 100, True), (100, 100, False)):
         said = bipeft.results({**metrics, "validation": best, "validation_most_frequent": frequent})
-        assert ("\nno epoch was better on validation than always the most frequent answer: " in said) == told
+        assert ("\nno epoch was better on validation than always the most frequent answer: try another --lr or "
+                "--lr-warmup, or more --epochs" in said) == told
     said = bipeft.results({**metrics, "validation_most_frequent": 12.0, "test_most_frequent": 34.0})
     assert "  most frequent answer                           12.00   34.00\n" in said
     assert 0 < structure.parameters <= structure.budget == 1000 and structure.backbone == str(world / "model")

@@ -121,9 +121,7 @@ def draw_places(data):
 
 
 def draw_ratios(every):
-    """BIPEFT less five methods, clipped less its own, but for failed trainings: means and 95 % t intervals over seeds,
-    against the budget's share of the backbone.
-    """
+    """BIPEFT less five methods against the budget's share, but for failed trainings: means and intervals over seeds."""
     methods = "LoRA", "biases on even norms", "random", "matched random", "one look"
     fig, axes = plt.subplots(1, len(methods), figsize=(WIDTH, 2.8), sharey=True, layout="constrained")
     rows = [(data, "BIPEFT", backbone) for backbone, data in every.items()]

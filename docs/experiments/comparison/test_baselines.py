@@ -190,8 +190,9 @@ def test_lora_at_scale_16_adds_sixteen_times_as_much():
     torch.nn.init.ones_(module.B)
     x, y = torch.randn(5, 4), torch.randn(5, 3)
     plain = module(x, y) - y
-    with baselines.scaled_lora(baselines.SCALES["variant:LoRA scale 16"]):
-        torch.testing.assert_close(module(x, y) - y, 16 * plain)
+    for name in ("LoRA scale 16", "S3Delta-M, scale 16"):
+        with baselines.scaled_lora(baselines.SCALES[baselines.METHODS[name].finder]):
+            torch.testing.assert_close(module(x, y) - y, 16 * plain)
     torch.testing.assert_close(module(x, y) - y, plain)
 
 

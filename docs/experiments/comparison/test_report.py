@@ -139,6 +139,7 @@ def test_clipped_trainings_are_beside_their_own_and_boolq_is_beside_no_other_tas
         lines += [line("LoRA", "qnli", seed, 1e-3, plain), line("LoRA, training clipped", "qnli", seed, 1e-3, clipped),
                   line("LoRA", "boolq", seed, 1e-3, 64)]
     lines += [line("LoRA", "qnli", seed, 3e-3, 60.0) for seed in range(2)]              # a rate that is not chosen
+    lines += [line("LoRA", "qnli", 0, 3e-3, 1.0, source="cola")]                        # another structure
     lines += [line("LoRA, rising rate", "qnli", seed, 3e-3, 62.0 + seed) for seed in range(2)]
     told = " ".join(report.report(lines).partition("## Other ways of re-training")[2].split())
     # 28, −25.5, 0.5 and 1.5, of which the last two have no failed one; 2 and 3.
@@ -170,12 +171,13 @@ def test_cost_is_of_what_ran_alone():
 
 
 def test_clipped_trainings_run_on_their_own_structures_and_are_reported(tmp_path, capsys, monkeypatch):
-    ways, train = [], harness.Bench.train
-    monkeypatch.setattr(harness.Bench, "train", lambda *given: ways.append(given[4:]) or train(*given))
+    ways, shares, train, inner = [], [], harness.Bench.train, harness.bipeft.train
+    monkeypatch.setattr(harness.Bench, "train", lambda *given: ways.append(given[4]) or train(*given))
+    monkeypatch.setattr(harness.bipeft, "train", lambda *a, **k: shares.append(k["lr_warmup"]) or inner(*a, **k))
     out, asked = tmp_path / "lines.jsonl", ["BIPEFT", "LoRA", "BIPEFT, clipped", *RETRAINING]
     compare.main(["--small", "--out", str(out), "--table", "main", "retraining", "--lr", "1e-3", "--methods", *asked])
     trained = [x for x in compare.read(out) if x["stage"] == "train" and "error" not in x]
-    assert len(trained) == 2 * len(asked) and ways.count((1.0, 0)) == ways.count((None, 0.1)) == len(RETRAINING)
+    assert len(trained) == 2 * len(asked) and ways.count(1.0) == shares.count(0.1) == len(RETRAINING)
     capsys.readouterr()
     report.main(["--lines", str(out), "--beside", str(out), "--figures", str(tmp_path)])
     told = capsys.readouterr().out
