@@ -6,8 +6,8 @@
     python docs/experiments/comparison/compare.py --table cost --workers 1              Table 3: nothing beside it
     python docs/experiments/comparison/report.py                                        tables and figures
 
-With --family llama, in --prepare too, it is of a causal language model. AdaLoRA needs peft, AutoPEFT botorch. A line
-of JSON a search and a training goes to --out; what has one there, or in the same file packed, is not run again.
+With --family llama, in --prepare too, it is of a causal language model. Methods are in baselines.py, training in
+harness.py. A line of JSON a search and a training goes to --out; what has one there, or packed, is not run again.
 
 The rules. Every method gives a structure of at most B parameters, counted from tensors. Each is re-trained from fresh
 weights for the same steps, batches, optimiser (AdamW, linear decay) and seed: the seed decides splits, order, head and
